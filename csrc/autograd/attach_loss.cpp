@@ -1,0 +1,45 @@
+#include "ops/attach_loss.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/full.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace torchmoe {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+class AttachLoss : public torch::autograd::Function<AttachLoss> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(AutogradContext* ctx,
+                            const at::Tensor& x,
+                            const at::Tensor& loss,
+                            double scale) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({loss});
+    ctx->saved_data["scale"] = scale;
+    return attach_loss(x, loss, scale);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto options = ctx->get_saved_variables()[0].options();
+    return {grads[0], at::full({}, ctx->saved_data["scale"].toDouble(), options), at::Tensor()};
+  }
+};
+
+at::Tensor attach_loss_autograd(const at::Tensor& x, const at::Tensor& loss, double scale) {
+  return AttachLoss::apply(x, loss, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
+  m.impl("attach_loss", &attach_loss_autograd);
+}
+
+}  // namespace torchmoe

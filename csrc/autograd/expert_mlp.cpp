@@ -1,0 +1,136 @@
+#include "ops/expert_mlp.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/library.h>
+
+#include "autograd/needed_gradients.h"
+#include "autograd/once_differentiable.h"
+#include "autograd/saved_plan.h"
+
+namespace torchmoe {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  static at::Tensor forward(AutogradContext* ctx,
+                            const at::Tensor& x,
+                            const at::Tensor& indices,
+                            const at::Tensor& weights,
+                            const at::Tensor& w_in,
+                            const std::optional<at::Tensor>& b_in,
+                            const at::Tensor& w_out,
+                            const std::optional<at::Tensor>& b_out,
+                            std::string_view activation) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    check_expert_mlp(x, indices, "indices", weights, w_in, b_in, w_out, b_out, activation);
+    const auto plan = dispatch_plan(indices, w_in.sym_size(0));
+    auto [y, pre] = expert_mlp_forward(
+        x, weights, w_in, b_in, w_out, b_out, plan, activation, /*save_pre=*/true);
+    variable_list saved{
+        x, weights, w_in, w_out, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row, pre};
+    if (b_out) {
+      saved.push_back(*b_out);
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["has_b_in"] = b_in.has_value();
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const bool has_b_out = saved.size() == 9;
+    const auto b_out = has_b_out ? std::optional(saved[8]) : std::nullopt;
+    NeededGradients needed(ctx);
+    std::array<bool, 6> mask{};
+    mask[0] = needed.next();  // x
+    needed.next();            // indices
+    mask[1] = needed.next();  // weights
+    mask[2] = needed.next();  // w_in
+    mask[3] = needed.next(ctx->saved_data["has_b_in"].toBool());
+    mask[4] = needed.next();  // w_out
+    mask[5] = needed.next(has_b_out);
+    const auto [x, weights, w_in, b_in, w_out, grad_b_out] =
+        expert_mlp_backward(grads[0],
+                            saved[0],
+                            saved[1],
+                            saved[2],
+                            saved[3],
+                            b_out,
+                            saved_plan(saved, 4),
+                            saved[7],
+                            ctx->saved_data["activation"].toStringRef(),
+                            mask);
+    return {gradient_if(mask[0], x),
+            at::Tensor(),
+            gradient_if(mask[1], weights),
+            gradient_if(mask[2], w_in),
+            gradient_if(mask[3], b_in),
+            gradient_if(mask[4], w_out),
+            gradient_if(mask[5], grad_b_out),
+            at::Tensor()};
+  }
+};
+
+at::Tensor expert_mlp_autograd(const at::Tensor& x,
+                               const at::Tensor& indices,
+                               const at::Tensor& weights,
+                               const at::Tensor& w_in,
+                               const std::optional<at::Tensor>& b_in,
+                               const at::Tensor& w_out,
+                               const std::optional<at::Tensor>& b_out,
+                               std::string_view activation) {
+  return ExpertMlp::apply(x, indices, weights, w_in, b_in, w_out, b_out, activation);
+}
+
+ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
+                                                const at::Tensor& x,
+                                                const at::Tensor& weights,
+                                                const at::Tensor& w_in,
+                                                const at::Tensor& w_out,
+                                                const std::optional<at::Tensor>& b_out,
+                                                const at::Tensor& expert_offsets,
+                                                const at::Tensor& row_to_slot,
+                                                const at::Tensor& slot_to_row,
+                                                const at::Tensor& pre,
+                                                std::string_view activation,
+                                                std::array<bool, 6> output_mask) {
+  variable_list inputs{grad, x, weights, w_in, w_out, pre};
+  if (b_out) {
+    inputs.push_back(*b_out);
+  }
+  const auto grads = OnceDifferentiable::apply(
+      at::TensorList(inputs),
+      [&] {
+        const auto [grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out] =
+            expert_mlp_backward(grad,
+                                x,
+                                weights,
+                                w_in,
+                                w_out,
+                                b_out,
+                                {expert_offsets, row_to_slot, slot_to_row},
+                                pre,
+                                activation,
+                                output_mask);
+        return variable_list{grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out};
+      },
+      "expert_mlp: double backward must not be requested, got a gradient of the gradient; compose "
+      "permute, grouped_linear and unpermute, which support it");
+  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
+  m.impl("expert_mlp", &expert_mlp_autograd);
+  m.impl("_expert_mlp_backward", &expert_mlp_backward_autograd);
+}
+
+}  // namespace torchmoe

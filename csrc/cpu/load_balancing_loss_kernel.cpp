@@ -1,0 +1,164 @@
+#include <vector>
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/accumulate.h>
+#include <torch/library.h>
+
+#include "common/choices.h"
+#include "common/dtypes.h"
+#include "cpu/score.h"
+#include "cpu/tensors.h"
+#include "cpu/token_blocks.h"
+#include "ops/load_balancing_loss.h"
+
+namespace torchmoe {
+
+namespace {
+
+template <typename T>
+T sum_of(const T* values, int64_t size) {
+  T sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+/// E * sum_i fraction_i * P_i of one sequence.
+template <typename T>
+double sequence_loss(ScoreFunction score_function,
+                     const T* logits,
+                     const T* fraction,
+                     const bool* token_mask,
+                     int64_t num_tokens,
+                     int64_t num_experts) {
+  const auto shares =
+      cpu::sum_over_tokens(num_tokens, token_mask, num_experts, [&](int64_t t, double* sums) {
+        thread_local std::vector<T> probs;
+        probs.resize(num_experts);
+        cpu::score_row(score_function, logits + t * num_experts, num_experts, probs.data());
+        const T total = sum_of(probs.data(), num_experts);
+        for (int64_t e = 0; e < num_experts; ++e) {
+          sums[e] += total == T(0) ? 0.0 : static_cast<double>(probs[e] / total);
+        }
+      });
+  if (shares.count == 0) {
+    return 0.0;
+  }
+  double loss = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    loss += static_cast<double>(fraction[e]) * shares.sums[e];
+  }
+  return loss * static_cast<double>(num_experts) / static_cast<double>(shares.count);
+}
+
+/// grad_logits of one sequence. With q = p / sum p the loss is scale * sum_t <fraction, q_t>, and
+/// d<f, q>/dp_i = (f_i - <f, q>) / sum p.
+template <typename T>
+void sequence_loss_backward(ScoreFunction score_function,
+                            T scale,
+                            const T* logits,
+                            const T* fraction,
+                            const bool* token_mask,
+                            int64_t num_tokens,
+                            int64_t num_experts,
+                            T* grad_logits) {
+  cpu::parallel_items(num_tokens, num_experts, [&](int64_t begin, int64_t end) {
+    std::vector<T> probs(num_experts);
+    std::vector<T> grad_probs(num_experts);
+    for (int64_t t = begin; t < end; ++t) {
+      T* out = grad_logits + t * num_experts;
+      if (token_mask != nullptr && !token_mask[t]) {
+        std::fill(out, out + num_experts, T(0));
+        continue;
+      }
+      cpu::score_row(score_function, logits + t * num_experts, num_experts, probs.data());
+      const T total = sum_of(probs.data(), num_experts);
+      T mean = 0;
+      for (int64_t e = 0; e < num_experts; ++e) {
+        mean += total == T(0) ? T(0) : fraction[e] * probs[e] / total;
+      }
+      for (int64_t e = 0; e < num_experts; ++e) {
+        grad_probs[e] = total == T(0) ? T(0) : scale * (fraction[e] - mean) / total;
+      }
+      cpu::score_row_backward(score_function, probs.data(), grad_probs.data(), num_experts, out);
+    }
+  });
+}
+
+at::Tensor load_balancing_loss_kernel(const at::Tensor& logits,
+                                      const at::Tensor& fraction,
+                                      std::string_view score_function,
+                                      const std::optional<at::Tensor>& token_mask) {
+  check_load_balancing_loss(logits, fraction, score_function, token_mask);
+  const auto acc = accumulate_dtype(logits.scalar_type());
+  const auto logits_acc = cpu::contiguous_as(logits, acc);
+  const auto fraction_acc = cpu::contiguous_as(fraction, acc);
+  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const int64_t num_experts = logits.size(-1);
+  const int64_t num_tokens = logits.size(-2);
+  const int64_t num_sequences = c10::multiply_integers(logits.sizes().slice(0, logits.dim() - 2));
+  auto loss = at::empty({}, logits.options().dtype(acc));
+  AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss", [&] {
+    const bool* mask_data = cpu::data_or_null<bool>(mask);
+    double sum = 0;
+    for (int64_t s = 0; s < num_sequences; ++s) {
+      sum += sequence_loss(choose_score_function("load_balancing_loss", score_function),
+                           logits_acc.const_data_ptr<scalar_t>() + s * num_tokens * num_experts,
+                           fraction_acc.const_data_ptr<scalar_t>() + s * num_experts,
+                           mask_data == nullptr ? nullptr : mask_data + s * num_tokens,
+                           num_tokens,
+                           num_experts);
+    }
+    *loss.mutable_data_ptr<scalar_t>() =
+        static_cast<scalar_t>(num_sequences == 0 ? 0.0 : sum / static_cast<double>(num_sequences));
+  });
+  return loss;
+}
+
+at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
+                                               const at::Tensor& logits,
+                                               const at::Tensor& fraction,
+                                               std::string_view score_function,
+                                               const std::optional<at::Tensor>& token_mask) {
+  check_load_balancing_loss_backward(grad, logits, fraction, score_function, token_mask);
+  const auto acc = accumulate_dtype(logits.scalar_type());
+  const auto grad_acc = grad.to(acc);
+  const auto logits_acc = cpu::contiguous_as(logits, acc);
+  const auto fraction_acc = cpu::contiguous_as(fraction, acc);
+  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const int64_t num_experts = logits.size(-1);
+  const int64_t num_tokens = logits.size(-2);
+  const int64_t num_sequences = c10::multiply_integers(logits.sizes().slice(0, logits.dim() - 2));
+  auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
+  AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss_backward", [&] {
+    const bool* mask_data = cpu::data_or_null<bool>(mask);
+    for (int64_t s = 0; s < num_sequences; ++s) {
+      const bool* sequence_mask = mask_data == nullptr ? nullptr : mask_data + s * num_tokens;
+      const auto count = static_cast<double>(cpu::count_tokens(num_tokens, sequence_mask));
+      const double scale = static_cast<double>(*grad_acc.const_data_ptr<scalar_t>()) *
+                           static_cast<double>(num_experts) /
+                           (count * static_cast<double>(num_sequences));
+      sequence_loss_backward(
+          choose_score_function("load_balancing_loss", score_function),
+          static_cast<scalar_t>(scale),
+          logits_acc.const_data_ptr<scalar_t>() + s * num_tokens * num_experts,
+          fraction_acc.const_data_ptr<scalar_t>() + s * num_experts,
+          sequence_mask,
+          num_tokens,
+          num_experts,
+          grad_logits.mutable_data_ptr<scalar_t>() + s * num_tokens * num_experts);
+    }
+  });
+  return grad_logits.to(logits.scalar_type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchmoe, CPU, m) {
+  m.impl("load_balancing_loss", &load_balancing_loss_kernel);
+  m.impl("_load_balancing_loss_backward", &load_balancing_loss_backward_kernel);
+}
+
+}  // namespace torchmoe

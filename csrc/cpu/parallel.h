@@ -1,0 +1,39 @@
+// Parallel loops whose results do not depend on the number of threads.
+//
+// Two rules: work is cut into tasks by sizes alone, never by the thread count, and every sum
+// belongs to one task or is formed over the tasks in their order.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include <ATen/Parallel.h>
+
+namespace torchmoe::cpu {
+
+/// Runs task(i) for i in [0, num_tasks).
+///
+/// A library's matrix product chooses its own split, and with it its rounding, from the threads it
+/// may use. Inside a parallel region it runs on one; a region needs two tasks, hence the empty
+/// second one.
+template <typename Task>
+void parallel_tasks(int64_t num_tasks, const Task& task) {
+  at::parallel_for(0, std::max<int64_t>(num_tasks, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < std::min(end, num_tasks); ++i) {
+      task(i);
+    }
+  });
+}
+
+/// Runs body(begin, end) over pieces of [0, size): for loops whose items share no sum. A piece is
+/// worth starting a thread for when it touches about 32,768 numbers (torch's own grain for cheap
+/// element-wise loops).
+template <typename Body>
+void parallel_items(int64_t size, int64_t numbers_per_item, const Body& body) {
+  constexpr int64_t kNumbersPerThread = 32768;
+  const int64_t grain =
+      std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, numbers_per_item));
+  at::parallel_for(0, size, grain, body);
+}
+
+}  // namespace torchmoe::cpu

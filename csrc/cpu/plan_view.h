@@ -1,0 +1,38 @@
+// From the plan's tensors to what kernels read.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/gemm/grouped_product.h"
+#include "cpu/rows.h"
+
+namespace torchmoe::cpu {
+
+/// Holds contiguous plan tensors and the views over them.
+class PlanReader {
+ public:
+  PlanReader(const at::Tensor& expert_offsets,
+             const at::Tensor& row_to_slot,
+             const at::Tensor& slot_to_row)
+      : row_to_slot_(row_to_slot.contiguous()),
+        slot_to_row_(slot_to_row.contiguous()),
+        offsets_(read_offsets(expert_offsets, row_to_slot.numel())) {}
+
+  /// Expert e's rows are offsets()[e] .. offsets()[e + 1].
+  const Offsets& offsets() const { return offsets_; }
+
+  PlanView view() const {
+    return {row_to_slot_.const_data_ptr<int64_t>(),
+            slot_to_row_.const_data_ptr<int64_t>(),
+            slot_to_row_.size(0),
+            slot_to_row_.size(1),
+            offsets_.back()};
+  }
+
+ private:
+  at::Tensor row_to_slot_;
+  at::Tensor slot_to_row_;
+  Offsets offsets_;
+};
+
+}  // namespace torchmoe::cpu

@@ -1,0 +1,78 @@
+// The score functions and their derivatives over one token's logits, shared by gate_weights and
+// load_balancing_loss.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "common/choices.h"
+#include "common/sigmoid.h"
+
+namespace torchmoe::cpu {
+
+/// The largest of values(0) .. values(size - 1), -inf for none; a NaN among them is the result, so
+/// that it is not lost.
+template <typename T, typename Values>
+T largest(int64_t size, const Values& values) {
+  T result = -std::numeric_limits<T>::infinity();
+  for (int64_t i = 0; i < size; ++i) {
+    const T value = values(i);
+    if (value > result || std::isnan(value)) {
+      result = value;
+    }
+  }
+  return result;
+}
+
+/// out[i] = exp(value(i)) / sum of exp, 0 where every value is -inf; the largest is subtracted
+/// first.
+template <typename T, typename Values>
+void softmax(int64_t size, const Values& values, T* out) {
+  const T top = largest<T>(size, values);
+  const bool empty = top == -std::numeric_limits<T>::infinity();
+  T sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] = empty ? T(0) : std::exp(values(i) - top);
+    sum += out[i];
+  }
+  for (int64_t i = 0; !empty && i < size; ++i) {
+    out[i] /= sum;
+  }
+}
+
+/// probs = score_function(logits)
+template <typename T>
+void score_row(ScoreFunction score_function, const T* logits, int64_t num_experts, T* probs) {
+  if (score_function == ScoreFunction::softmax) {
+    softmax(num_experts, [&](int64_t e) { return logits[e]; }, probs);
+    return;
+  }
+  for (int64_t e = 0; e < num_experts; ++e) {
+    probs[e] = sigmoid(logits[e]);
+  }
+}
+
+/// grad_logits = J^T grad_probs, J being the derivative of score_function at probs.
+template <typename T>
+void score_row_backward(ScoreFunction score_function,
+                        const T* probs,
+                        const T* grad_probs,
+                        int64_t num_experts,
+                        T* grad_logits) {
+  if (score_function == ScoreFunction::sigmoid) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      grad_logits[e] = grad_probs[e] * probs[e] * (T(1) - probs[e]);
+    }
+    return;
+  }
+  T mean = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    mean += probs[e] * grad_probs[e];
+  }
+  for (int64_t e = 0; e < num_experts; ++e) {
+    grad_logits[e] = probs[e] * (grad_probs[e] - mean);
+  }
+}
+
+}  // namespace torchmoe::cpu

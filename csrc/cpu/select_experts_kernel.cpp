@@ -1,0 +1,94 @@
+#include <cmath>
+
+#include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "cpu/parallel.h"
+#include "cpu/tensors.h"
+#include "ops/select_experts.h"
+
+namespace torchmoe {
+
+namespace {
+
+/// Whether score a ranks strictly before b: larger first, NaN after everything. Equal scores rank
+/// by expert id, which scanning the experts in ascending order with this strict comparison gives
+/// for free.
+template <typename T>
+bool ranks_before(T a, T b) {
+  return a > b || (std::isnan(b) && !std::isnan(a));
+}
+
+/// The top_k of one token's scores, best first, by insertion into a sorted list: linear in the
+/// number of experts for the small top_k of routing, since most scores fail the first comparison.
+template <typename T>
+void select_row(
+    const T* scores, const T* bias, int64_t num_experts, int64_t top_k, T* best, int64_t* indices) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const T score = bias == nullptr ? scores[e] : scores[e] + bias[e];
+    if (count == top_k && !ranks_before(score, best[top_k - 1])) {
+      continue;
+    }
+    int64_t place = count < top_k ? count++ : top_k - 1;
+    for (; place > 0 && ranks_before(score, best[place - 1]); --place) {
+      best[place] = best[place - 1];
+      indices[place] = indices[place - 1];
+    }
+    best[place] = score;
+    indices[place] = e;
+  }
+}
+
+template <typename T>
+void select_experts_kernel_impl(const T* scores,
+                                const T* bias,
+                                const bool* token_mask,
+                                int64_t num_tokens,
+                                int64_t num_experts,
+                                int64_t top_k,
+                                int64_t* indices) {
+  cpu::parallel_items(num_tokens, num_experts, [&](int64_t begin, int64_t end) {
+    std::vector<T> best(top_k);
+    for (int64_t t = begin; t < end; ++t) {
+      if (token_mask != nullptr && !token_mask[t]) {
+        std::fill(indices + t * top_k, indices + (t + 1) * top_k, -1);
+      } else {
+        select_row(
+            scores + t * num_experts, bias, num_experts, top_k, best.data(), indices + t * top_k);
+      }
+    }
+  });
+}
+
+at::Tensor select_experts_kernel(const at::Tensor& scores,
+                                 int64_t top_k,
+                                 const std::optional<at::Tensor>& selection_bias,
+                                 const std::optional<at::Tensor>& token_mask) {
+  check_select_experts(scores, top_k, selection_bias, token_mask);
+  const auto acc = accumulate_dtype(scores.scalar_type());
+  const auto scores_acc = cpu::contiguous_as(scores, acc);
+  const auto bias_acc = cpu::contiguous_as(selection_bias, acc);
+  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  auto indices = at::empty({scores.size(0), top_k}, scores.options().dtype(at::kLong));
+  AT_DISPATCH_FLOATING_TYPES(acc, "select_experts", [&] {
+    select_experts_kernel_impl(scores_acc.const_data_ptr<scalar_t>(),
+                               cpu::data_or_null<scalar_t>(bias_acc),
+                               cpu::data_or_null<bool>(mask),
+                               scores.size(0),
+                               scores.size(1),
+                               top_k,
+                               indices.mutable_data_ptr<int64_t>());
+  });
+  return indices;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchmoe, CPU, m) {
+  m.impl("select_experts", &select_experts_kernel);
+}
+
+}  // namespace torchmoe

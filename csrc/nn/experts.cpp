@@ -1,0 +1,74 @@
+#include "nn/experts.h"
+
+#include <cmath>
+#include <ostream>
+#include <string>
+
+#include <torch/nn/init.h>
+
+#include "common/activation.h"
+#include "nn/checks.h"
+#include "ops/expert_mlp.h"
+
+namespace torchmoe::nn {
+namespace {
+
+std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
+}
+
+}  // namespace
+
+ExpertsImpl::ExpertsImpl(const ExpertsOptions& settings) : options(settings) {
+  check_at_least("Experts", "hidden_size", options.hidden_size(), 1);
+  check_at_least("Experts", "intermediate_size", options.intermediate_size(), 1);
+  check_at_least("Experts", "num_experts", options.num_experts(), 1);
+  choose_activation("Experts", options.activation());
+  reset();
+}
+
+void ExpertsImpl::reset() {
+  const bool gated = is_gated(choose_activation("Experts", options.activation()));
+  const std::string name_in = gated ? "gate_up_proj" : "up_proj";
+  const int64_t experts = options.num_experts();
+  const int64_t hidden = options.hidden_size();
+  const int64_t inner = options.intermediate_size();
+  const int64_t rows_in = gated ? 2 * inner : inner;
+  w_in = register_parameter(name_in, at::empty({experts, rows_in, hidden}));
+  if (options.bias()) {
+    b_in = register_parameter(name_in + "_bias", at::empty({experts, rows_in}));
+  }
+  w_out = register_parameter("down_proj", at::empty({experts, hidden, inner}));
+  if (options.bias()) {
+    b_out = register_parameter("down_proj_bias", at::empty({experts, hidden}));
+  }
+  reset_parameters();
+}
+
+void ExpertsImpl::reset_parameters() {
+  const auto initialize = [](const at::Tensor& weight, const at::Tensor& bias) {
+    const double bound = 1.0 / std::sqrt(static_cast<double>(weight.size(2)));
+    torch::nn::init::uniform_(weight, -bound, bound);
+    if (bias.defined()) {
+      torch::nn::init::uniform_(bias, -bound, bound);
+    }
+  };
+  initialize(w_in, b_in);
+  initialize(w_out, b_out);
+}
+
+void ExpertsImpl::pretty_print(std::ostream& stream) const {
+  stream << "torchmoe::nn::Experts(hidden_size=" << options.hidden_size()
+         << ", intermediate_size=" << options.intermediate_size()
+         << ", num_experts=" << options.num_experts() << ", activation=" << options.activation()
+         << (options.bias() ? ", bias=true)" : ")");
+}
+
+at::Tensor ExpertsImpl::forward(const at::Tensor& x,
+                                const at::Tensor& indices,
+                                const at::Tensor& weights) {
+  return expert_mlp(
+      x, indices, weights, w_in, if_defined(b_in), w_out, if_defined(b_out), options.activation());
+}
+
+}  // namespace torchmoe::nn

@@ -1,0 +1,88 @@
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+#include "dispatch_plan.h"
+
+namespace torchmoe {
+
+/// The chosen experts' feed-forward networks and their weighted combine, in one op per direction:
+///
+///     y[t] = sum over routed slots j of weights[t, j] * (w_out[i] a + b_out[i]),  i = indices[t, j]
+///     a    = activation(w_in[i] x[t] + b_in[i])
+///
+/// P is the width of the pre-activation: I for the plain activations gelu, gelu_tanh, relu and
+/// silu; 2I for the gated swiglu, geglu and reglu, whose first I rows of w_in are the gate: a =
+/// f(gate) * up.
+///
+/// x [T, H], w_in [E, P, H], b_in [E, P], w_out [E, H, I], b_out [E, H], of one floating dtype;
+/// indices [T, K] int64, an id outside [0, E) is not routed; weights [T, K] float32, float64 or
+/// that dtype -> y [T, H] in x's dtype. A token that names an expert twice gets both slots.
+///
+/// Differentiable once in x, weights, w_in, b_in, w_out and b_out. Saves x, the pre-activation [N,
+/// P], weights and integers, and nothing of size [N, H]: with dA' = dL/dy w_out the gradient of a
+/// weight is <dA', a> + <dL/dy, b_out>, which needs no expert's output. permute, grouped_linear and
+/// unpermute do the same in pieces, twice differentiable.
+at::Tensor expert_mlp(const at::Tensor& x,
+                      const at::Tensor& indices,
+                      const at::Tensor& weights,
+                      const at::Tensor& w_in,
+                      const std::optional<at::Tensor>& b_in,
+                      const at::Tensor& w_out,
+                      const std::optional<at::Tensor>& b_out,
+                      std::string_view activation);
+
+/// y and, where save_pre asks for it, the pre-activation [N, P] in row order (rows past
+/// expert_offsets[E] are 0), else [0, P].
+std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
+                                                      const at::Tensor& weights,
+                                                      const at::Tensor& w_in,
+                                                      const std::optional<at::Tensor>& b_in,
+                                                      const at::Tensor& w_out,
+                                                      const std::optional<at::Tensor>& b_out,
+                                                      const DispatchPlan& plan,
+                                                      std::string_view activation,
+                                                      bool save_pre);
+
+using ExpertMlpGradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+/// Gradients of x, weights, w_in, b_in, w_out and b_out for `grad` [T, H]; one that output_mask
+/// leaves out is an empty tensor of shape [0].
+ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
+                                       const at::Tensor& x,
+                                       const at::Tensor& weights,
+                                       const at::Tensor& w_in,
+                                       const at::Tensor& w_out,
+                                       const std::optional<at::Tensor>& b_out,
+                                       const DispatchPlan& plan,
+                                       const at::Tensor& pre,
+                                       std::string_view activation,
+                                       std::array<bool, 6> output_mask);
+
+/// What the op and its private parts share; `slots` is indices or slot_to_row.
+void check_expert_mlp(const at::Tensor& x,
+                      const at::Tensor& slots,
+                      std::string_view slots_name,
+                      const at::Tensor& weights,
+                      const at::Tensor& w_in,
+                      const std::optional<at::Tensor>& b_in,
+                      const at::Tensor& w_out,
+                      const std::optional<at::Tensor>& b_out,
+                      std::string_view activation);
+void check_expert_mlp_backward(const at::Tensor& grad,
+                               const at::Tensor& x,
+                               const at::Tensor& slot_to_row,
+                               const at::Tensor& weights,
+                               const at::Tensor& w_in,
+                               const at::Tensor& w_out,
+                               const std::optional<at::Tensor>& b_out,
+                               const at::Tensor& pre,
+                               std::string_view activation);
+
+}  // namespace torchmoe

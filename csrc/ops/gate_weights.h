@@ -1,0 +1,58 @@
+#pragma once
+
+#include <string_view>
+
+#include <ATen/core/Tensor.h>
+
+namespace torchmoe {
+
+/// The combine weight of each slot, given the choice of experts. With p = score_function(logits)
+/// ("softmax" over all experts, or "sigmoid") and i_j the expert of slot j:
+///
+///     normalize "none"      w_j = p[t, i_j]
+///     normalize "topk"      w_j = p[t, i_j] / sum over the token's routed slots of p; for softmax
+///                           computed as the softmax of those slots' logits with their own maximum,
+///                           since p itself underflows; a sum of 0 gives 0
+///     normalize "uniform"   w_j = 1 / number of the token's routed slots
+///
+/// A slot whose id lies outside [0, E) is not routed: weight 0. A softmax over logits that are all
+/// -inf is 0. logits [T, E] floating, indices [T, K] int64 -> weights [T, K], float32 (float64 for
+/// float64). Computed in that type.
+///
+/// Differentiable in logits, once. `estimator` chooses the gradient; g_j is the gradient arriving
+/// at slot j:
+///
+///     "exact"               the derivative of the forward formula
+///     "straight_through"    selection and normalisation count as the identity: dL/dp_i = sum of
+///                           g_j over routed slots with i_j = i, 0 for experts the token did not
+///                           choose; dL/dlogits = J_score^T dL/dp
+///
+/// Refused when logits require a gradient and it is zero everywhere: "exact" with "uniform", or
+/// with "topk" and K = 1.
+at::Tensor gate_weights(const at::Tensor& logits,
+                        const at::Tensor& indices,
+                        std::string_view score_function,
+                        std::string_view normalize,
+                        std::string_view estimator);
+
+/// Gradient of logits [T, E] for `grad` [T, K].
+at::Tensor gate_weights_backward(const at::Tensor& grad,
+                                 const at::Tensor& logits,
+                                 const at::Tensor& indices,
+                                 std::string_view score_function,
+                                 std::string_view normalize,
+                                 std::string_view estimator);
+
+void check_gate_weights(const at::Tensor& logits,
+                        const at::Tensor& indices,
+                        std::string_view score_function,
+                        std::string_view normalize,
+                        std::string_view estimator);
+void check_gate_weights_backward(const at::Tensor& grad,
+                                 const at::Tensor& logits,
+                                 const at::Tensor& indices,
+                                 std::string_view score_function,
+                                 std::string_view normalize,
+                                 std::string_view estimator);
+
+}  // namespace torchmoe

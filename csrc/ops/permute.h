@@ -1,0 +1,28 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "dispatch_plan.h"
+
+namespace torchmoe {
+
+/// Tokens copied into expert order: rows[r] = x[row_to_slot[r] / K] for r < expert_offsets[E], 0
+/// for the rows after.
+///
+/// x [T, H] floating, a plan over [T, K] slots -> rows [N, H] in x's dtype. Differentiable in x,
+/// twice.
+at::Tensor permute(const at::Tensor& x, const DispatchPlan& plan);
+
+/// Gradient of x [T, H] for `grad` [N, H]: the sum of a token's routed rows, in slot order.
+at::Tensor permute_backward(const at::Tensor& grad, const DispatchPlan& plan);
+
+void check_permute(const at::Tensor& x,
+                   const at::Tensor& expert_offsets,
+                   const at::Tensor& row_to_slot,
+                   const at::Tensor& slot_to_row);
+void check_permute_backward(const at::Tensor& grad,
+                            const at::Tensor& expert_offsets,
+                            const at::Tensor& row_to_slot,
+                            const at::Tensor& slot_to_row);
+
+}  // namespace torchmoe

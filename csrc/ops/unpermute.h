@@ -1,0 +1,46 @@
+#pragma once
+
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+#include "dispatch_plan.h"
+
+namespace torchmoe {
+
+/// The weighted combine, each token's slots summed in slot order with wide accumulation, rounded
+/// once:
+///
+///     y[t] = sum over routed slots j of weights[t, j] * rows[slot_to_row[t, j]]
+///
+/// rows [N, H] floating, weights [T, K] float32, float64 or the dtype of rows -> y [T, H] in the
+/// dtype of rows. The weight and the row of an unrouted slot are not read. Differentiable in rows
+/// and weights, twice.
+at::Tensor unpermute(const at::Tensor& rows, const at::Tensor& weights, const DispatchPlan& plan);
+
+/// Gradients of rows and weights for `grad` [T, H]; 0 for unrouted slots.
+std::tuple<at::Tensor, at::Tensor> unpermute_backward(const at::Tensor& grad,
+                                                      const at::Tensor& rows,
+                                                      const at::Tensor& weights,
+                                                      const DispatchPlan& plan);
+
+void check_unpermute(const at::Tensor& rows,
+                     const at::Tensor& weights,
+                     const at::Tensor& expert_offsets,
+                     const at::Tensor& row_to_slot,
+                     const at::Tensor& slot_to_row);
+void check_unpermute_backward(const at::Tensor& grad,
+                              const at::Tensor& rows,
+                              const at::Tensor& weights,
+                              const at::Tensor& expert_offsets,
+                              const at::Tensor& row_to_slot,
+                              const at::Tensor& slot_to_row);
+
+/// What every op that weighs slots asks of `weights`; `like` is the tensor they scale.
+void check_weights(std::string_view op,
+                   const at::Tensor& weights,
+                   const at::Tensor& slots,
+                   std::string_view like_name,
+                   const at::Tensor& like);
+
+}  // namespace torchmoe

@@ -1,0 +1,40 @@
+// torchmoe._C: what is not a tensor op.
+#include <map>
+#include <string>
+
+#include <pybind11/pybind11.h>
+#include <torch/version.h>
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#else
+  return "GCC " __VERSION__;
+#endif
+}
+
+/// How this library was built, for bug reports.
+std::map<std::string, std::string> build_info() {
+  return {
+      {"torchmoe", TORCHMOE_VERSION},
+      {"torch", TORCH_VERSION},
+      {"compiler", compiler()},
+      {"cuda", "none"},
+      {"openmp", std::to_string(_OPENMP)},
+      {"git_revision", TORCHMOE_GIT_REVISION},
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] {
+    pybind11::dict result;
+    for (const auto& [name, value] : build_info()) {
+      result[name.c_str()] = value;
+    }
+    return result;
+  });
+}
