@@ -1,0 +1,41 @@
+"""Mixture-of-experts layers for PyTorch: ops in C++ with their gradients, and modules.
+
+`torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions they compose, and
+`torchmoe.testing` the gradient check for routers and estimators of your own. `python -m torchmoe`
+prints what a bug report needs.
+"""
+
+from torchmoe import _library
+
+_BUILD_INFO = _library.load()
+
+# The ops must be registered before any module that names them is imported.
+from torchmoe import nn, ops, testing  # noqa: E402
+from torchmoe.capacity import expert_capacity  # noqa: E402
+
+__version__ = _BUILD_INFO["torchmoe"]
+
+#: Folder for CMAKE_PREFIX_PATH, so that a C++ program finds `find_package(torchmoe)` inside an
+#: installed wheel.
+cmake_prefix_path = str(_library.PACKAGE / "share" / "cmake")
+
+
+def build_info() -> dict[str, str]:
+    """How this copy was built.
+
+    Returns:
+        The keys torchmoe, torch, compiler, cuda, openmp and git_revision; a value is "none" or
+        "unknown" where there is nothing to say.
+    """
+    return dict(_BUILD_INFO)
+
+
+__all__ = [
+    "__version__",
+    "build_info",
+    "cmake_prefix_path",
+    "expert_capacity",
+    "nn",
+    "ops",
+    "testing",
+]

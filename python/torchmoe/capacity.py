@@ -1,0 +1,165 @@
+"""How many slots an expert keeps, in integers.
+
+A float product rounds 1.1 * 2 * 200 / 4 up past 110, and a ceiling then gives 111. So a capacity
+factor is taken as the decimal number its author wrote (1.1 is 11/10) and everything after that is
+integer arithmetic, which is exact, is the same in Python and C++, and traces with a symbolic number
+of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from decimal import Decimal
+from fractions import Fraction
+from typing import overload
+
+import torch
+from torch import Tensor
+
+# Most tokens that an int64 tensor may count, and the largest denominator it is multiplied with: the
+# product, and with it every intermediate, stays below 2^63.
+_MOST_TOKENS = 2**31
+
+
+def capacity_ratio(
+    factor: float | Fraction | Decimal,
+    *,
+    op: str = "expert_capacity",
+    argument: str = "capacity_factor",
+) -> tuple[int, int]:
+    """The capacity factor as two integers, exactly the decimal number that was written.
+
+    Args:
+        factor: a finite number >= 0. A float counts as its shortest decimal form, so 1.1 is 11/10.
+        op: the name that error messages start with.
+        argument: the argument's name in error messages.
+
+    Returns:
+        Numerator and denominator in lowest terms.
+
+    Raises:
+        TypeError: factor is not a real number.
+        ValueError: factor is negative, NaN or infinite.
+    """
+    if isinstance(factor, bool) or not isinstance(factor, numbers.Real | Decimal):
+        raise TypeError(f"{op}: {argument} must be a number, got {factor!r}")
+    if not math.isfinite(factor) or factor < 0:
+        raise ValueError(f"{op}: {argument} must be a finite number >= 0, got {factor}")
+    exact = isinstance(factor, int | Fraction | Decimal)
+    ratio = Fraction(factor) if exact else Fraction(str(factor))
+    return ratio.numerator, ratio.denominator
+
+
+@overload
+def expert_capacity(
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    capacity_factor: float | Fraction | Decimal,
+    min_capacity: int = 0,
+) -> int: ...
+@overload
+def expert_capacity(
+    num_tokens: Tensor,
+    num_experts: int,
+    top_k: int,
+    capacity_factor: float | Fraction | Decimal,
+    min_capacity: int = 0,
+) -> Tensor: ...
+def expert_capacity(
+    num_tokens: int | Tensor,
+    num_experts: int,
+    top_k: int,
+    capacity_factor: float | Fraction | Decimal,
+    min_capacity: int = 0,
+) -> int | Tensor:
+    """The most slots an expert keeps: ceil(capacity_factor * top_k * num_tokens / num_experts).
+
+    Then at least `min_capacity`, and at most `num_tokens`, since no expert gets more than one slot
+    of a token. The formula is that of GShard (arXiv 2006.16668) and Switch Transformer (arXiv
+    2101.03961), here without rounding: 1.1 means 11/10.
+
+    Args:
+        num_tokens: how many tokens count: an int, a symbolic int under torch.compile, or an integer
+            tensor with values up to 2^31 (then the result is an int64 tensor of its shape,
+            computed on its device without a sync).
+        num_experts: E.
+        top_k: K, slots per token.
+        capacity_factor: 1 is just enough room when the tokens spread evenly. int, float, Fraction
+            or Decimal.
+        min_capacity: lower bound, for batches of very few tokens.
+
+    Returns:
+        The capacity, 0 for no tokens.
+
+    Raises:
+        TypeError: capacity_factor is not a number.
+        ValueError: an argument is out of range, or num_tokens is a tensor that is not of an integer
+            dtype.
+    """
+    if num_experts < 1:
+        raise ValueError(f"expert_capacity: num_experts must be >= 1, got {num_experts}")
+    if top_k < 1:
+        raise ValueError(f"expert_capacity: top_k must be >= 1, got {top_k}")
+    ratio = capacity_ratio(capacity_factor)
+    return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, min_capacity)
+
+
+def capacity_from_ratio(
+    num_tokens: int | Tensor,
+    num_experts: int,
+    top_k: int,
+    ratio: tuple[int, int],
+    min_capacity: int,
+) -> int | Tensor:
+    """`expert_capacity` for a factor that is two integers already; see there."""
+    if min_capacity < 0:
+        raise ValueError(f"expert_capacity: min_capacity must be >= 0, got {min_capacity}")
+    numerator, denominator = ratio[0] * top_k, ratio[1] * num_experts
+    # A capacity above num_tokens means nothing, so a larger factor is cut here, before it can
+    # overflow an int64 tensor.
+    numerator = min(numerator, denominator)
+
+    if isinstance(num_tokens, Tensor):
+        if num_tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                "expert_capacity: num_tokens must be an int or an int64 tensor, "
+                f"got a tensor of {num_tokens.dtype}"
+            )
+        numerator, denominator = _round_up(numerator, denominator)
+        tokens = num_tokens.to(torch.int64)
+        slots = (tokens * numerator + (denominator - 1)) // denominator
+        return torch.minimum(slots.clamp(min=min_capacity), tokens)
+
+    if isinstance(num_tokens, int) and num_tokens < 0:
+        raise ValueError(f"expert_capacity: num_tokens must be >= 0, got {num_tokens}")
+    slots_int = (num_tokens * numerator + (denominator - 1)) // denominator
+    # torch.sym_max and sym_min, unlike max and min, put no guard on a symbolic number of tokens.
+    at_least = torch.sym_max(slots_int, min_capacity)  # type: ignore[no-untyped-call]
+    capacity: int = torch.sym_min(at_least, num_tokens)  # type: ignore[no-untyped-call]
+    return capacity
+
+
+def _round_up(numerator: int, denominator: int) -> tuple[int, int]:
+    """The smallest fraction >= numerator / denominator with a denominator up to _MOST_TOKENS.
+
+    The given one is in [0, 1]. No m / n with n <= _MOST_TOKENS lies between the two, so that
+    ceil(n * fraction) is the same for both: a walk down the Stern-Brocot tree.
+    """
+    common = math.gcd(numerator, denominator)
+    a, b = numerator // common, denominator // common
+    if b <= _MOST_TOKENS:
+        return a, b
+    low, low_parts, high, high_parts = 0, 1, 1, 1
+    while low_parts + high_parts <= _MOST_TOKENS:
+        # The distances to a / b, times b and their own denominator: positive and never equal, since
+        # a mediant that hits a / b would need the denominator b.
+        below, above = a * low_parts - low * b, high * b - a * high_parts
+        if below > above:
+            steps = min(below // above, (_MOST_TOKENS - low_parts) // high_parts)
+            low, low_parts = low + steps * high, low_parts + steps * high_parts
+        else:
+            steps = min((above - 1) // below, (_MOST_TOKENS - high_parts) // low_parts)
+            high, high_parts = high + steps * low, high_parts + steps * low_parts
+    return high, high_parts

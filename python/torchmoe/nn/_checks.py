@@ -1,0 +1,54 @@
+"""The constructors' checks. A message reads `Class: argument must ..., got ...`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import overload
+
+from torch import nn
+
+
+def check_choice(owner: str, argument: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError unless value is one of choices."""
+    names = tuple(choices)
+    if value not in names:
+        listed = ", ".join(f'"{name}"' for name in names)
+        raise ValueError(f'{owner}: {argument} must be one of {listed}, got "{value}"')
+
+
+def check_at_least(owner: str, argument: str, value: int, least: int) -> None:
+    """Raises ValueError unless value >= least."""
+    if value < least:
+        raise ValueError(f"{owner}: {argument} must be >= {least}, got {value}")
+
+
+def check_not_negative(owner: str, argument: str, value: float) -> None:
+    """Raises ValueError unless value is finite and >= 0."""
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{owner}: {argument} must be a finite number >= 0, got {value}")
+
+
+class Level:
+    """A module's float attribute that is >= 0, kept as None in `_name` while it is 0.
+
+    Under torch.compile(dynamic=True) a float is symbolic, and asking whether it is above 0 compiles
+    the graph twice; asking whether it is None does not.
+    """
+
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, module: None, owner: type[nn.Module]) -> Level: ...
+    @overload
+    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> float: ...
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> float | Level:
+        if module is None:
+            return self
+        level: float | None = module.__dict__["_" + self._name]
+        return 0.0 if level is None else level
+
+    def __set__(self, module: nn.Module, value: float) -> None:
+        check_not_negative(type(module).__name__, self._name, value)
+        module.__dict__["_" + self._name] = value or None

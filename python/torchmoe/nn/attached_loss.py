@@ -1,0 +1,39 @@
+"""The layer for places that pass on one tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn.moe import MoE
+from torchmoe.nn.routing import MoEOutput
+
+
+class WithAttachedLoss(nn.Module):
+    """A layer that returns only its hidden states, with its auxiliary loss attached to their graph.
+
+    For nn.Sequential, and for models one does not want to edit. The parameters get the gradients
+    that adding aux_loss to the task loss would give them. A forward hook on `moe` sees the whole
+    `MoEOutput`, for `moe.update` and for logs.
+
+    Args:
+        moe: the layer.
+        scale: the gradient that the auxiliary loss receives. The task loss's own factor, where it
+            has one: 1 / steps for gradient accumulation by division, the scaler's factor in mixed
+            precision. May be changed at any time.
+
+    Attributes:
+        moe: the layer.
+        scale: see above.
+    """
+
+    def __init__(self, moe: MoE, *, scale: float = 1.0) -> None:
+        super().__init__()
+        self.moe = moe
+        self.scale = scale
+
+    def forward(self, x: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+        """The layer's hidden states; arguments as for MoE."""
+        output: MoEOutput = self.moe(x, token_mask=token_mask)
+        # As a factor of the loss, not as the op's argument: a changed scale then compiles nothing.
+        return ops.attach_loss(output.hidden_states, self.scale * output.aux_loss)

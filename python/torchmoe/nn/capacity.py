@@ -1,0 +1,68 @@
+"""How much an expert may take, and what happens to the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from torchmoe.capacity import capacity_from_ratio, capacity_ratio
+from torchmoe.nn._checks import check_at_least, check_choice
+
+_ORDERS = ("choice", "token")
+_OVERFLOWS = ("drop",)
+_NORMALIZES = ("before_drop", "after_drop")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts).
+
+    The arithmetic is that of `torchmoe.expert_capacity`.
+
+    Attributes:
+        factor: capacity factor in training; 1 is just enough room when tokens spread evenly. Taken
+            as the decimal number that was written, so 1.1 is 11/10.
+        eval_factor: the factor in evaluation mode; None uses `factor`.
+        minimum: an expert keeps at least this many slots.
+        order: who is served first, see `torchmoe.ops.limit_capacity`. "choice" (all first choices,
+            then all second ones) lets a later token's first choice displace an earlier token's
+            second, so it is not causal; "token" is.
+        overflow: "drop": a slot that finds its expert full is dropped.
+        normalize: "before_drop": weights are formed before slots are dropped, so a token that loses
+            a slot keeps the other's weight and its router a gradient. "after_drop": over the slots
+            that are left, so that they sum to 1 again.
+
+    Raises:
+        TypeError: a factor is not a number.
+        ValueError: a value is out of range or unknown.
+    """
+
+    factor: float
+    eval_factor: float | None = None
+    minimum: int = 0
+    order: str = "choice"
+    overflow: str = "drop"
+    normalize: str = "before_drop"
+    _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
+    _eval_ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Checks every field and turns the factors into integers, once."""
+        check_at_least("Capacity", "minimum", self.minimum, 0)
+        check_choice("Capacity", "order", self.order, _ORDERS)
+        check_choice("Capacity", "overflow", self.overflow, _OVERFLOWS)
+        check_choice("Capacity", "normalize", self.normalize, _NORMALIZES)
+        ratio = capacity_ratio(self.factor, op="Capacity", argument="factor")
+        eval_ratio = ratio
+        if self.eval_factor is not None:
+            eval_ratio = capacity_ratio(self.eval_factor, op="Capacity", argument="eval_factor")
+        object.__setattr__(self, "_ratio", ratio)
+        object.__setattr__(self, "_eval_ratio", eval_ratio)
+
+    def slots(
+        self, num_tokens: int | Tensor, num_experts: int, top_k: int, *, training: bool
+    ) -> int | Tensor:
+        """The most slots an expert keeps of num_tokens counted tokens; a tensor for a tensor."""
+        ratio = self._ratio if training else self._eval_ratio
+        return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, self.minimum)

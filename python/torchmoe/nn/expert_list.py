@@ -1,0 +1,73 @@
+"""Experts of any shape: one module each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+
+
+class ExpertList(nn.Module):
+    """Any modules as experts, one each, called on their own tokens [n, H] and returning [n, H].
+
+    Every expert runs in every forward pass, on no rows if it must, so that each parameter always
+    gets a gradient and DistributedDataParallel never waits for one. An expert must therefore accept
+    an input of shape [0, H].
+
+    The number of rows of each expert is read back from the device: unlike `Experts` this waits for
+    the GPU, and torch.compile(fullgraph=True) refuses it.
+
+    Args:
+        modules: the experts, in the order of their ids.
+
+    Attributes:
+        experts: the nn.ModuleList of them.
+
+    Raises:
+        ValueError: there is none.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(modules)
+        if not self.experts:
+            raise ValueError("ExpertList: modules must hold at least one module, got none")
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.experts)
+
+    def reset_parameters(self) -> None:
+        """Calls reset_parameters of every module inside that has one."""
+        for module in self.experts.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: [T, H].
+            indices: [T, K] int64; an id outside [0, E) is not routed.
+            weights: [T, K].
+
+        Returns:
+            y [T, H] in the dtype that the experts return.
+        """
+        # 1. Sort the tokens by expert; rows of unrouted slots are zero and come last.
+        plan = ops.dispatch_plan(indices, self.num_experts)
+        rows = ops.permute(x, plan)  # [N, H]
+        # 2. Each expert on its own rows.
+        offsets = plan.expert_offsets.tolist()
+        outputs = [
+            expert(rows[begin:end])
+            for expert, (begin, end) in zip(self.experts, pairwise(offsets), strict=True)
+        ]
+        rest = outputs[0].new_zeros(rows.shape[0] - offsets[-1], *outputs[0].shape[1:])
+        # 3. Bring the rows back and add them up.
+        return ops.unpermute(torch.cat([*outputs, rest]), weights, plan)

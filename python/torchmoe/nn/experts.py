@@ -1,0 +1,125 @@
+"""The stacked experts: one tensor per matrix of all experts, one op for the lot."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._checks import check_at_least, check_choice
+
+GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
+PLAIN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+class Experts(nn.Module):
+    """E feed-forward networks of one shape, in the layout of Hugging Face Transformers v5.
+
+    A gated expert is down_proj(act(gate) * up), a plain one down_proj(act(up)); see
+    `torchmoe.ops.expert_mlp`.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I.
+        num_experts: E.
+        activation: "swiglu", "geglu" or "reglu" (gated), "gelu", "gelu_tanh", "relu" or "silu"
+            (plain).
+        bias: gives both projections a learned bias.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Attributes:
+        gate_up_proj: [E, 2 * I, H], the gate's rows first (gated activations).
+        gate_up_proj_bias: [E, 2 * I] or None.
+        up_proj: [E, I, H] (plain activations).
+        up_proj_bias: [E, I] or None.
+        down_proj: [E, H, I].
+        down_proj_bias: [E, H] or None.
+
+    Raises:
+        ValueError: a size is below 1 or the activation is unknown.
+    """
+
+    down_proj: nn.Parameter
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("Experts", "hidden_size", hidden_size, 1)
+        check_at_least("Experts", "intermediate_size", intermediate_size, 1)
+        check_at_least("Experts", "num_experts", num_experts, 1)
+        check_choice("Experts", "activation", activation, GATED_ACTIVATIONS + PLAIN_ACTIVATIONS)
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_experts = num_experts
+        self.activation = activation
+
+        gated = activation in GATED_ACTIVATIONS
+        inner = 2 * intermediate_size if gated else intermediate_size
+        shapes: dict[str, tuple[int, ...] | None] = {
+            self._in_name: (num_experts, inner, hidden_size),
+            self._in_name + "_bias": (num_experts, inner) if bias else None,
+            "down_proj": (num_experts, hidden_size, intermediate_size),
+            "down_proj_bias": (num_experts, hidden_size) if bias else None,
+        }
+        for name, shape in shapes.items():
+            parameter = None
+            if shape is not None:
+                parameter = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @property
+    def _in_name(self) -> str:
+        return "gate_up_proj" if self.activation in GATED_ACTIVATIONS else "up_proj"
+
+    def reset_parameters(self) -> None:
+        """Draws every expert as nn.Linear does: uniform within 1 / sqrt(fan_in)."""
+        for name, parameter in self.named_parameters():
+            fan_in = self.intermediate_size if name.startswith("down_proj") else self.hidden_size
+            bound = 1.0 / math.sqrt(fan_in)
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts.
+
+        Args:
+            x: [T, H] in the dtype of the parameters.
+            indices: [T, K] int64; an id outside [0, E) is not routed.
+            weights: [T, K].
+
+        Returns:
+            y [T, H] in the dtype of x (under autocast, in the autocast dtype).
+        """
+        w_in: Tensor = getattr(self, self._in_name)
+        b_in: Tensor | None = getattr(self, self._in_name + "_bias")
+        return ops.expert_mlp(
+            x,
+            indices,
+            weights,
+            w_in,
+            b_in,
+            self.down_proj,
+            self.down_proj_bias,
+            self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        """The sizes and the activation."""
+        text = (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"num_experts={self.num_experts}, activation={self.activation!r}"
+        )
+        return text if self.down_proj_bias is None else text + ", bias=True"

@@ -1,0 +1,161 @@
+"""The router: from tokens to logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._checks import Level, check_at_least
+
+# Weight of the past in the running average of usage: a memory of about a hundred steps.
+_USAGE_DECAY = 0.99
+
+
+class Router(nn.Module):
+    """A linear map to one logit per expert, with noise for exploration if wanted.
+
+    The noise is drawn in training mode only, from torch's default generator, so that activation
+    checkpointing replays it.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        bias: adds a learned bias to the logits.
+        input_jitter: eps; the router sees x times a factor drawn uniformly from [1 - eps, 1 + eps]
+            per entry (Switch Transformer, arXiv 2101.03961). The experts see x itself.
+        logit_noise: standard deviation of Gaussian noise added to the logits (after Shazeer et al.,
+            arXiv 1701.06538). The noisy logits are the layer's logits: they rank, weigh and enter
+            the losses.
+        usage_scaling: multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that
+            experts in frequent use learn to attract tokens more slowly. `MoE.update` keeps `usage`.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Attributes:
+        weight: [E, H] parameter.
+        bias: [E] parameter, or None.
+        usage: [E] buffer, float32 or wider, or None: running average of each expert's share of the
+            slots, 1 / E at first.
+        usage_decay: weight of the past in that average, 0.99.
+
+    Raises:
+        ValueError: a size is below 1, or a noise level negative or not finite.
+    """
+
+    input_jitter = Level()
+    logit_noise = Level()
+    usage: Tensor | None
+    _input_jitter: float | None
+    _logit_noise: float | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        bias: bool = False,
+        input_jitter: float = 0.0,
+        logit_noise: float = 0.0,
+        usage_scaling: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("Router", "hidden_size", hidden_size, 1)
+        check_at_least("Router", "num_experts", num_experts, 1)
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.input_jitter = input_jitter
+        self.logit_noise = logit_noise
+        self.usage_decay = _USAGE_DECAY
+
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
+        )
+        if bias:
+            self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        usage = None
+        if usage_scaling:
+            usage_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            usage = torch.empty(num_experts, device=device, dtype=usage_dtype)
+        self.register_buffer("usage", usage)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as nn.Linear does, within 1 / sqrt(H); sets usage to 1 / E."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.usage is not None:
+            nn.init.constant_(self.usage, 1.0 / self.num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of each token.
+
+        Args:
+            x: [T, H] in the dtype of weight.
+
+        Returns:
+            logits [T, E], float32 (float64 for float64), also under autocast.
+        """
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if self.usage is not None:
+            weight = ops.scale_gradient(weight, (1 - self.usage).unsqueeze(-1))
+        if self.training and (eps := self._input_jitter) is not None:
+            # In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside
+            # anyway.
+            wide = torch.promote_types(x.dtype, torch.float32)
+            jitter = torch.empty_like(x, dtype=wide)
+            x = x * jitter.uniform_(1 - eps, 1 + eps)
+            weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+        logits = ops.router_logits(x, weight, bias)
+        if self.training and (deviation := self._logit_noise) is not None:
+            logits = logits + deviation * torch.randn_like(logits)
+        return logits
+
+    @torch.no_grad()
+    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
+        """Moves usage towards the shares of one step.
+
+        Changes nothing without usage_scaling, or when no token was counted.
+
+        Args:
+            tokens_per_expert: [E] integers: slots per expert, summed over micro-batches and
+                processes.
+            num_slots: integer scalar: slots of all counted tokens, K times their number.
+        """
+        if self.usage is None:
+            return
+        share = tokens_per_expert.to(self.usage.dtype) / num_slots.clamp(min=1)
+        moved = self.usage_decay * self.usage + (1 - self.usage_decay) * share
+        self.usage.copy_(torch.where(num_slots > 0, moved, self.usage))
+
+    def extra_repr(self) -> str:
+        """The sizes and whatever differs from the defaults."""
+        parts = [f"hidden_size={self.hidden_size}", f"num_experts={self.num_experts}"]
+        if self.bias is not None:
+            parts.append("bias=True")
+        if self.input_jitter:
+            parts.append(f"input_jitter={self.input_jitter}")
+        if self.logit_noise:
+            parts.append(f"logit_noise={self.logit_noise}")
+        if self.usage is not None:
+            parts.append("usage_scaling=True")
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        # A 16-bit average would stop moving: at 0.99 its steps are smaller than half a unit in the
+        # last place.
+        before = self.usage
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.usage is not None and self.usage.itemsize < 4:
+            self.usage = before.to(self.usage.device)
+        return self

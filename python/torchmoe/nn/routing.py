@@ -1,0 +1,48 @@
+"""What a layer returns: values, never state."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What the layer decided and how it accounts for it; T counts the flattened tokens.
+
+    `logits`, `weights` and `losses` are the graph's own tensors, not detached: a loss of your own
+    may be formed from them.
+    """
+
+    logits: Tensor
+    """[T, E], float32 or wider; of no meaning where token_mask is False."""
+    weights: Tensor
+    """[T, K], float32 or wider; the weight of a slot that was dropped is ignored."""
+    selected: Tensor
+    """[T, K] int64: ids as selected, before capacity; -1 for masked tokens."""
+    indices: Tensor
+    """[T, K] int64: ids as routed; -1 also for dropped slots."""
+    token_mask: Tensor | None
+    """[T] bool, True = the token counts; None if all do."""
+    tokens_per_expert: Tensor
+    """[E] int64: slots per expert before any dropping."""
+    kept_per_expert: Tensor
+    """[E] int64: slots per expert after dropping."""
+    losses: dict[str, Tensor]
+    """The unweighted terms of aux_loss under their op names.
+
+    "load_balancing_loss" always, "router_z_loss" when z_loss_weight is above 0.
+    """
+    statistics: Any
+    """What the estimator's combine returned next to the output, or None."""
+
+
+class MoEOutput(NamedTuple):
+    """The result of a layer."""
+
+    hidden_states: Tensor
+    """The shape of the layer's input and its dtype (under autocast, the autocast dtype)."""
+    aux_loss: Tensor
+    """Weighted sum of the losses: a scalar, float32 or wider, ready to add to the task loss."""
+    routing: Routing
+    """Decisions, counts and unweighted losses."""

@@ -1,0 +1,415 @@
+"""The ops as typed functions: `torchmoe.ops.NAME` is `torch.ops.torchmoe.NAME`, documented.
+
+Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts per token, N = T * K
+rows. Floating tensors are float32, float64, bfloat16 or float16 with any strides. Everything runs
+under torch.compile(fullgraph=True), gives the same bits for any number of threads, and returns
+shapes that do not depend on data. Wrong shapes and dtypes raise RuntimeError, values out of range
+ValueError, always as `op: argument must requirement, got actual`.
+
+An id outside [0, E) means "not routed": no output, its weight is ignored, its gradient is exactly
+0. The ops write -1.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.torchmoe
+
+
+class DispatchPlan(NamedTuple):
+    """Where each slot goes, sorted by expert; slot t * K + j is token t's j-th choice."""
+
+    expert_offsets: Tensor
+    """[E + 1] int64: expert e owns rows expert_offsets[e] up to expert_offsets[e + 1]."""
+    row_to_slot: Tensor
+    """[N] int64: routed slots by expert, in slot order within one, then the unrouted ones."""
+    slot_to_row: Tensor
+    """[T, K] int64: the inverse of row_to_slot."""
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The router's linear map x weight^T + bias, accumulated in float32 whatever the input type.
+
+    Differentiable, twice, in all three. Under autocast it stays in float32: Switch Transformer
+    (arXiv 2101.03961, section 2.4) shows that a router in bfloat16 diverges.
+
+    Args:
+        x: [T, H] floating.
+        weight: [E, H], the dtype of x.
+        bias: [E], the dtype of x.
+
+    Returns:
+        logits [T, E], float32 (float64 for float64 input).
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.router_logits.default(x, weight, bias))
+
+
+def select_experts(
+    scores: Tensor,
+    top_k: int,
+    *,
+    selection_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """The top_k experts of each token, best first (Shazeer et al., arXiv 1701.06538).
+
+    Ties go to the lower expert id. NaN ranks last, after -inf; every expert may be chosen, also at
+    -inf, so that top_k ids always come out. Not differentiable.
+
+    Args:
+        scores: [T, E] floating: whatever ranks the experts.
+        top_k: K, in [1, E].
+        selection_bias: [E] floating, added to the scores for ranking only (Wang et al., arXiv
+            2408.15664).
+        token_mask: [T] bool, True = the token counts; the others get -1 in every slot.
+
+    Returns:
+        indices [T, K] int64.
+
+    Raises:
+        ValueError: top_k is out of range.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(
+        Tensor,
+        _ops.select_experts.default(
+            scores, top_k, selection_bias=selection_bias, token_mask=token_mask
+        ),
+    )
+
+
+def limit_capacity(
+    indices: Tensor,
+    capacity: Tensor | int,
+    *,
+    order: str = "choice",
+    priority: Tensor | None = None,
+    overflow: str = "drop",
+    num_experts: int | None = None,
+) -> Tensor:
+    """Drops what an expert cannot take.
+
+    Serves the slots in an order; an expert keeps the first `capacity` that ask for it, every later
+    one becomes -1. Not differentiable. `torchmoe.expert_capacity` computes the usual capacity.
+
+    Args:
+        indices: [T, K] int64. Ids outside [0, E) take no room and come out as -1.
+        capacity: [E] int64, one per expert (a negative entry keeps nothing); or one int >= 0 for
+            all, with num_experts.
+        order: "choice": every token's first choice in token order, then all second choices, and so
+            on (GShard, arXiv 2006.16668; ST-MoE, arXiv 2202.08906). "token": token by token, first
+            choice before second; the only order in which a token's fate never depends on later
+            tokens, so the only causal one.
+        priority: [T, K] floating, replaces the order: larger first over all slots, NaN last, equal
+            ones by `order` (V-MoE, arXiv 2106.05974).
+        overflow: "drop".
+        num_experts: E; required when capacity is an int, not allowed to differ from its size when
+            it is a tensor.
+
+    Returns:
+        indices [T, K] int64.
+
+    Raises:
+        ValueError: an unknown order or overflow, a negative int capacity, or an int capacity
+            without num_experts.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    if isinstance(capacity, Tensor):
+        if num_experts is not None and capacity.shape != (num_experts,):
+            raise RuntimeError(
+                f"limit_capacity: capacity must be [num_experts] = [{num_experts}], "
+                f"got shape {list(capacity.shape)}"
+            )
+    else:
+        if num_experts is None:
+            raise ValueError(
+                "limit_capacity: num_experts must be given when capacity is an int, got None"
+            )
+        if isinstance(capacity, int) and capacity < 0:
+            raise ValueError(f"limit_capacity: capacity must be >= 0, got {capacity}")
+        capacity = torch.full((num_experts,), capacity, dtype=torch.int64, device=indices.device)
+    return cast(
+        Tensor,
+        _ops.limit_capacity.default(
+            indices, capacity, order=order, priority=priority, overflow=overflow
+        ),
+    )
+
+
+def gate_weights(
+    logits: Tensor, indices: Tensor, *, score_function: str, normalize: str, estimator: str
+) -> Tensor:
+    """The combine weight of each slot, given the choice of experts.
+
+    With p = score_function(logits) over all E experts and i_j the expert of slot j:
+
+    - normalize "none": w_j = p[t, i_j] (Switch Transformer, arXiv 2101.03961)
+    - normalize "topk": w_j = p[t, i_j] / sum of p over the token's routed slots (Shazeer et al.,
+      arXiv 1701.06538: softmax over the chosen logits is the same number); a sum of 0 gives weights
+      0
+    - normalize "uniform": w_j = 1 / number of the token's routed slots
+
+    Differentiable in logits, once; double backward is refused.
+
+    Args:
+        logits: [T, E] floating.
+        indices: [T, K] int64. A slot whose id lies outside [0, E) gets weight 0.
+        score_function: "softmax" or "sigmoid" (DeepSeek-V3, arXiv 2412.19437).
+        normalize: "none", "topk" or "uniform".
+        estimator: "exact": the derivative of the formula. "straight_through": selection and
+            normalisation count as the identity (Bengio et al., arXiv 1308.3432), so dL/dp_i is the
+            sum of the gradients at the slots of expert i, and 0 for experts that the token did not
+            choose.
+
+    Returns:
+        weights [T, K], float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: an unknown name; or an "exact" gradient is wanted that is zero everywhere
+            (normalize "uniform", or "topk" with K = 1): the router could never learn.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(
+        Tensor,
+        _ops.gate_weights.default(
+            logits,
+            indices,
+            score_function=score_function,
+            normalize=normalize,
+            estimator=estimator,
+        ),
+    )
+
+
+def dispatch_plan(indices: Tensor, num_experts: int) -> DispatchPlan:
+    """The stable counting sort of the slots by expert: a full permutation, whatever the ids.
+
+    Slots per expert are `plan.expert_offsets.diff()`. Not differentiable.
+
+    Args:
+        indices: [T, K] int64.
+        num_experts: E >= 0.
+
+    Returns:
+        The plan. Slots with an id outside [0, E) lie in the rows from expert_offsets[E] on.
+
+    Raises:
+        ValueError: num_experts is negative.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return DispatchPlan(*_ops.dispatch_plan.default(indices, num_experts))
+
+
+def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
+    """Copies each token to the rows of its experts, sorted by expert.
+
+    Rows of unrouted slots are zero. Differentiable in x, twice.
+
+    Args:
+        x: [T, H] floating.
+        plan: from dispatch_plan.
+
+    Returns:
+        rows [N, H] in the dtype of x.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.permute.default(x, *plan))
+
+
+def unpermute(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
+    """Brings the rows back to their tokens: the weighted sum of each token's rows.
+
+    y[t] = sum over routed slots j of weights[t, j] * rows[slot_to_row[t, j]].
+
+    Differentiable in rows and weights, twice. Accumulates in float32 or wider. The weights of
+    unrouted slots are ignored.
+
+    Args:
+        rows: [N, H] floating.
+        weights: [T, K], float32 or wider, or the dtype of rows.
+        plan: from dispatch_plan.
+
+    Returns:
+        y [T, H] in the dtype of rows.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.unpermute.default(rows, weights, *plan))
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: Tensor
+) -> Tensor:
+    """One linear map per expert, over its own rows.
+
+    rows[a:b] weight[e]^T + bias[e] with a, b = expert_offsets[e], expert_offsets[e + 1].
+
+    Rows from expert_offsets[E] on come out zero. Differentiable, twice, in rows, weight and bias;
+    an expert without rows gets a gradient of zeros. Under autocast all three are cast to the
+    autocast type.
+
+    Args:
+        rows: [N, H] floating, sorted by expert.
+        weight: [E, O, H], the dtype of rows.
+        bias: [E, O], the dtype of rows, or None.
+        expert_offsets: [E + 1] int64, from dispatch_plan.
+
+    Returns:
+        [N, O] in the dtype of rows.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.grouped_linear.default(rows, weight, bias, expert_offsets))
+
+
+def expert_mlp(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Gather, W_in, activation, W_out and the weighted sum in one op.
+
+    y[t] = sum over routed slots j of weights[t, j] * expert_{indices[t, j]}(x[t]).
+
+    Activations "gelu", "gelu_tanh", "relu" and "silu" are plain; "swiglu" (SiLU), "geglu" (exact
+    GELU) and "reglu" (ReLU) are gated, act(gate) * up (Shazeer, arXiv 2002.05202). Layouts are
+    those of Hugging Face Transformers v5, so its checkpoints fit without a copy.
+
+    Differentiable, once, in x, weights and the four parameters. The backward pass keeps x, the
+    pre-activation, the weights and integers, nothing of size [N, H]. Double backward is refused:
+    use permute, grouped_linear and unpermute for it. Under autocast x and the four parameters are
+    cast to the autocast type.
+
+    Args:
+        x: [T, H] floating.
+        indices: [T, K] int64.
+        weights: [T, K], float32, float64 or the dtype of x.
+        w_in: [E, I, H]; for gated activations [E, 2 * I, H], the gate's rows first. The dtype of x,
+            as all that follow.
+        b_in: [E, I] or [E, 2 * I], or None.
+        w_out: [E, H, I].
+        b_out: [E, H], or None.
+        activation: a name from above.
+
+    Returns:
+        y [T, H] in the dtype of x; 0 for a token without a routed slot.
+
+    Raises:
+        ValueError: an unknown activation.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(
+        Tensor,
+        _ops.expert_mlp.default(x, indices, weights, w_in, b_in, w_out, b_out, activation),
+    )
+
+
+def load_balancing_loss(
+    logits: Tensor,
+    fraction: Tensor,
+    *,
+    score_function: str,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """How unevenly the experts are used: E * sum_i fraction_i * P_i.
+
+    P_i is the mean over counted tokens of expert i's share of the scores.
+
+    Switch Transformer (arXiv 2101.03961, section 2.2) with GShard's differentiable P (arXiv
+    2006.16668). Exactly 1 when either factor is uniform. The gradient flows through P only, once.
+    The coefficient belongs to the caller.
+
+    Args:
+        logits: [..., T, E] floating; leading dimensions are independent and the losses are averaged
+            over them.
+        fraction: [..., E]: each expert's share of the slots. Gets no gradient.
+        score_function: "softmax" or "sigmoid"; the scores are divided by their sum over the
+            experts.
+        token_mask: [..., T] bool, True = the token counts.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits). 0 when no token counts.
+
+    Raises:
+        ValueError: an unknown score function.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(
+        Tensor,
+        _ops.load_balancing_loss.default(
+            logits, fraction, score_function=score_function, token_mask=token_mask
+        ),
+    )
+
+
+def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """The mean over counted tokens of logsumexp(logits)^2, which keeps logits small.
+
+    ST-MoE (arXiv 2202.08906), section 3.3. Differentiable in logits, once.
+
+    Args:
+        logits: [..., E] floating.
+        token_mask: logits' shape without the last dimension, bool, True = the token counts.
+
+    Returns:
+        A scalar, float32 (float64 for float64 logits). 0 when no token counts.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.router_z_loss.default(logits, token_mask=token_mask))
+
+
+def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
+    """A copy of x whose gradient is multiplied by `scale` on the way back.
+
+    Args:
+        x: floating, any shape.
+        scale: floating, broadcastable to x's shape. Gets no gradient.
+
+    Returns:
+        x's values, in a tensor of its own.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.scale_gradient.default(x, scale))
+
+
+# The default is an integer because torch.compile(dynamic=True) traces a float one as symbolic.
+def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
+    """A copy of x that carries `loss` in its graph.
+
+    When x's gradient is computed, the loss receives the gradient `scale`, whatever arrives at x. So
+    a model that passes on one tensor per layer still trains with an auxiliary loss, whatever is
+    done with x later. With a loss scaled for mixed precision, or divided for gradient accumulation,
+    `scale` must be that same factor.
+
+    Args:
+        x: floating, any shape.
+        loss: floating scalar.
+        scale: the gradient that the loss receives.
+
+    Returns:
+        x's values, in a tensor of its own.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.attach_loss.default(x, loss, scale))
