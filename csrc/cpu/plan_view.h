@@ -16,7 +16,11 @@ class PlanReader {
              const at::Tensor& slot_to_row)
       : row_to_slot_(row_to_slot.contiguous()),
         slot_to_row_(slot_to_row.contiguous()),
-        offsets_(read_offsets(expert_offsets, row_to_slot.numel())) {}
+        offsets_(read_offsets(expert_offsets, row_to_slot.numel())) {
+    // A plan's first expert starts at row 0. Were it to start later, rows before it would count as
+    // routed and be read without having been written.
+    offsets_.front() = 0;
+  }
 
   /// Expert e's rows are offsets()[e] .. offsets()[e + 1].
   const Offsets& offsets() const { return offsets_; }

@@ -49,8 +49,10 @@ void check_plan(std::string_view op,
 
 namespace {
 
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes a SymInt by value.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dispatch_plan_meta(const at::Tensor& indices,
                                                                   c10::SymInt num_experts) {
+  // NOLINTEND(performance-unnecessary-value-param)
   check_dispatch_plan(indices, num_experts);
   return {at::empty_symint({num_experts + 1}, indices.options()),
           at::empty_symint({indices.sym_size(0) * indices.sym_size(1)}, indices.options()),

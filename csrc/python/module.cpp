@@ -15,6 +15,15 @@ std::string compiler() {
 #endif
 }
 
+/// The date of the OpenMP specification that at::parallel_for was compiled against.
+std::string openmp() {
+#ifdef _OPENMP
+  return std::to_string(_OPENMP);
+#else
+  return "none";
+#endif
+}
+
 /// How this library was built, for bug reports.
 std::map<std::string, std::string> build_info() {
   return {
@@ -22,7 +31,7 @@ std::map<std::string, std::string> build_info() {
       {"torch", TORCH_VERSION},
       {"compiler", compiler()},
       {"cuda", "none"},
-      {"openmp", std::to_string(_OPENMP)},
+      {"openmp", openmp()},
       {"git_revision", TORCHMOE_GIT_REVISION},
   };
 }

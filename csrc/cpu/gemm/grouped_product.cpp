@@ -143,6 +143,7 @@ void grouped_linear_grad_bias(const Offsets& offsets,
   });
 }
 
+// NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
 #define TORCHMOE_INSTANTIATE(T)                                            \
   template void grouped_linear(                                            \
       const Offsets&, const T*, const T*, const T*, T*, int64_t, int64_t); \
@@ -154,5 +155,6 @@ void grouped_linear_grad_bias(const Offsets& offsets,
 TORCHMOE_INSTANTIATE(float)
 TORCHMOE_INSTANTIATE(double)
 #undef TORCHMOE_INSTANTIATE
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace torchmoe::cpu

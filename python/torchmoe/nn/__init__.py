@@ -2,7 +2,13 @@
 
 from torchmoe.nn.attached_loss import WithAttachedLoss
 from torchmoe.nn.capacity import Capacity
-from torchmoe.nn.estimator import Estimator, Exact, StraightThrough, register_estimator
+from torchmoe.nn.estimator import (
+    Estimator,
+    Exact,
+    StraightThrough,
+    known_estimators,
+    register_estimator,
+)
 from torchmoe.nn.expert_list import ExpertList
 from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
@@ -23,5 +29,6 @@ __all__ = [
     "Routing",
     "StraightThrough",
     "WithAttachedLoss",
+    "known_estimators",
     "register_estimator",
 ]
