@@ -1,0 +1,64 @@
+// Inputs and comparisons that several tests use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "catch2.h"
+#include "ops/dispatch_plan.h"
+#include "testing.h"
+
+namespace torchmoe::test {
+
+using at::Tensor;
+using torchmoe::testing::gradcheck;
+using torchmoe::testing::gradgradcheck;
+using torchmoe::testing::Tensors;
+
+// A sum of n terms is off by less than n eps times the sum of their magnitudes (Higham, Accuracy
+// and Stability of Numerical Algorithms, section 4.2) and, as roundings differ in sign, by about
+// sqrt(n) eps as a rule. n eps times the result lies between; the factor is for what is around it.
+constexpr double kToleranceFactor = 4;
+
+// Empty when |actual - expected| <= c * terms * eps * scale + roundings * eps' * |expected| in
+// every entry, else the worst one. `terms` is the longest sum on the way; eps belongs to the type
+// accumulated in (float64 for float64, else float32) and eps' to the type stored; scale is the
+// largest |expected|, at least 1; `roundings` says how often a stored value lies on the way.
+std::string difference(const Tensor& actual,
+                       const Tensor& expected,
+                       int64_t terms,
+                       int64_t roundings = 1);
+
+// Equal up to the rounding of a few float64 operations, or of a number written down shorter.
+inline Approx near(double value, double relative = 1e-12) {
+  return Approx(value).epsilon(relative);
+}
+
+// Values in [-scale, scale], all different, without a random generator.
+Tensor wave(at::IntArrayRef sizes,
+            double phase = 0,
+            double scale = 1,
+            at::ScalarType dtype = torch::kFloat64);
+
+// The same as a leaf that requires grad.
+Tensor leaf(at::IntArrayRef sizes, double phase = 0, double scale = 1);
+
+// The same values in other memory: every entry followed by a gap, the first two dimensions swapped.
+Tensor strided(const Tensor& x);
+
+// The numbers that every implementation of torchmoe is checked against: 12 tokens, 4 experts.
+Tensor fixture_logits();
+Tensor fixture_indices();
+
+Tensor ids(const std::vector<std::vector<int64_t>>& rows);
+
+// Choices among 4 experts for 5 tokens, in each situation that a kernel may get wrong.
+struct Choice {
+  const char* name;
+  Tensor indices;
+};
+std::vector<Choice> choices();
+
+bool same_plan(const DispatchPlan& a, const DispatchPlan& b);
+
+}  // namespace torchmoe::test

@@ -1,0 +1,6 @@
+"""Lets tests import what the examples import."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))

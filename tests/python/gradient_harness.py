@@ -1,0 +1,195 @@
+"""The rest of the checklist, for an op with a gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from op_case import (
+    Inputs,
+    Outputs,
+    assert_close,
+    assert_same,
+    by_position,
+    cotangents,
+    expected_gradients,
+    id_names,
+    leaves,
+    overload,
+    run,
+    strided,
+    tolerance,
+    wide_dtype,
+)
+from op_harness import OpTests
+from situations import COMPILED_TOKENS, GRADIENT, SITUATIONS, Situation
+
+# In float64 a central difference over steps of 1e-6 errs by some 1e-12 (the step squared) plus
+# 1e-10 (rounding over the step); the default tolerances would let a wrong fourth digit pass.
+GRADCHECK = {"atol": 1e-6, "rtol": 1e-6}
+
+
+class DifferentiableOpTests(OpTests):
+    """What an op with a gradient keeps besides."""
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        super().pytest_generate_tests(metafunc)
+        case = self.case
+        if "checked" in metafunc.fixturenames:
+            situations = [SITUATIONS[n] for n in GRADIENT if n in case.situations]
+            chosen = [
+                (situation, variant, names)
+                for i, variant in enumerate(case.variants)
+                for situation in situations
+                for names in self._subsets(variant, every=i == 0)
+            ]
+            ids = [f"{s.name}-{id_names([v])[0]}-{'+'.join(names)}" for s, v, names in chosen]
+            metafunc.parametrize("checked", chosen, ids=ids)
+
+    def _subsets(self, variant: Inputs, *, every: bool) -> list[tuple[str, ...]]:
+        """Each differentiable input alone, and all together (only that unless `every`)."""
+        inputs = self.case.make(SITUATIONS["plain"], torch.float64, **variant)
+        names = self.case.names(inputs)
+        alone = [(name,) for name in names] if every and len(names) > 1 else []
+        return [*alone, names] if names else []
+
+    def test_gradients_are_the_reference(
+        self, situation: Situation, dtype: torch.dtype, variant: Inputs
+    ) -> None:
+        case = self.case
+        inputs = case.make(situation, dtype, **variant)
+        names = case.names(inputs)
+        _, grads = run(case, inputs, names)
+        for name, actual, expected in zip(
+            names, grads, expected_gradients(case, inputs, names), strict=True
+        ):
+            assert actual.dtype == inputs[name].dtype
+            assert actual.shape == inputs[name].shape
+            atol = tolerance(
+                expected,
+                n=situation.longest,
+                wide=wide_dtype(dtype),
+                stored=dtype,
+                roundings=case.gradient_roundings,
+            )
+            assert_close(actual, expected, atol)
+
+    @pytest.fixture
+    def _one_thread(self) -> None:
+        """Finite differences make thousands of tiny calls; waking threads would be all they do."""
+        torch.set_num_threads(1)
+
+    @pytest.mark.usefixtures("_one_thread")
+    def test_gradcheck(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
+        situation, variant, names = checked
+        inputs = leaves(self.case.make(situation, torch.float64, **variant), names)
+        if not self.case.names(inputs) or not self.case.is_derivative(inputs):
+            return
+        assert torch.autograd.gradcheck(
+            lambda *values: self.case(inputs | dict(zip(names, values, strict=True))),
+            [inputs[n] for n in names],
+            **GRADCHECK,
+        )
+
+    @pytest.mark.usefixtures("_one_thread")
+    def test_double_backward(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
+        situation, variant, names = checked
+        inputs = leaves(self.case.make(situation, torch.float64, **variant), names)
+        values = [inputs[n] for n in names]
+        if not self.case.names(inputs):
+            return
+        if self.case.double_backward == "right":
+            assert torch.autograd.gradgradcheck(
+                lambda *v: self.case(inputs | dict(zip(names, v, strict=True))),
+                values,
+                **GRADCHECK,
+            )
+            return
+        outputs = self.case(inputs)
+        cotangent = [g.requires_grad_() for g in cotangents(outputs)]
+        first = torch.autograd.grad(outputs, values, cotangent, create_graph=True)
+        assert_same(tuple(g.detach() for g in first), run(self.case, inputs, names)[1])
+        with pytest.raises(RuntimeError, match=f"^{self.case.name}: double backward must not be"):
+            torch.autograd.grad([g.sum() for g in first], values + cotangent, allow_unused=True)
+
+    def test_any_strides_of_the_gradient(self, variant: Inputs) -> None:
+        """A sum's gradient arrives with strides of 0."""
+        inputs = self.case.make(SITUATIONS["dropped"], torch.float32, **variant)
+        names = self.case.names(inputs)
+        if not names:
+            return
+        leaf = leaves(inputs, names)
+        outputs = self.case(leaf)
+        values = [leaf[n] for n in names]
+        ones = [torch.ones_like(y) for y in outputs]
+        expected = torch.autograd.grad(outputs, values, ones, retain_graph=True)
+        for style in ("expanded", "transposed", "sliced"):
+            views = [strided(g, style) for g in ones]
+            actual = torch.autograd.grad(outputs, values, views, retain_graph=True)
+            for a, e in zip(actual, expected, strict=True):
+                n = SITUATIONS["dropped"].longest
+                assert_close(a, e, tolerance(e, n=n, wide=a.dtype, stored=a.dtype))
+
+    def test_strides_of_differentiable_inputs(self, variant: Inputs) -> None:
+        inputs = self.case.make(SITUATIONS["dropped"], torch.float32, **variant)
+        names = self.case.names(inputs)
+        if not names:
+            return
+        expected = run(self.case, inputs, names)[1]
+        for style in ("transposed", "sliced"):
+            views = {n: strided(inputs[n], style).requires_grad_() for n in names}
+            outputs = self.case(inputs | views)
+            actual = torch.autograd.grad(outputs, list(views.values()), cotangents(outputs))
+            for a, e in zip(actual, expected, strict=True):
+                n = SITUATIONS["dropped"].longest
+                assert_close(a, e, tolerance(e, n=n, wide=a.dtype, stored=a.dtype))
+
+    def test_opcheck_with_gradients(self, variant: Inputs) -> None:
+        for name in ("dropped", "no_tokens"):
+            if name in self.case.situations:
+                inputs = self.case.make(SITUATIONS[name], torch.float32, **variant)
+                inputs = leaves(inputs, self.case.names(inputs))
+                args = by_position(self.case.name, inputs)
+                torch.library.opcheck(overload(self.case.name), *args)
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpointing_gives_equal_gradients(
+        self, variant: Inputs, use_reentrant: bool
+    ) -> None:
+        inputs = self.case.make(SITUATIONS["dropped"], torch.float32, **variant)
+        names = self.case.names(inputs)
+        if not names:
+            return
+
+        def function(inputs: Inputs) -> Outputs:
+            return checkpoint(
+                lambda *values: self.case(inputs | dict(zip(names, values, strict=True))),
+                *[inputs[n] for n in names],
+                use_reentrant=use_reentrant,
+            )
+
+        actual, expected = run(function, inputs, names), run(self.case, inputs, names)
+        assert_same(actual[0] + actual[1], expected[0] + expected[1])
+
+    def test_autocast_gradients_keep_their_types(self) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = self.plain(dtype)
+            names = self.case.names(inputs)
+            leaf = leaves(inputs, names)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs = self.case(leaf)
+            grads = torch.autograd.grad(
+                outputs, [leaf[n] for n in names], [torch.ones_like(y) for y in outputs]
+            )
+            assert [g.dtype for g in grads] == [leaf[n].dtype for n in names]
+
+    @pytest.mark.slow
+    def test_inductor(self) -> None:
+        function = self.compiled("inductor", self.plain())
+        for tokens in COMPILED_TOKENS[:2]:
+            situation = Situation("compiled", T=tokens)
+            inputs = self.case.make(situation, torch.float32, **self.case.variants[0])
+            names = self.case.names(inputs)
+            actual, expected = run(function, inputs, names), run(self.case, inputs, names)
+            assert_same(actual[0] + actual[1], expected[0] + expected[1])

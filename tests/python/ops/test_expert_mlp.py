@@ -1,0 +1,254 @@
+"""expert_mlp: gather, experts and combine in one op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+import torchmoe
+from gradient_harness import DifferentiableOpTests
+from op_case import (
+    Autocast,
+    ErrorCase,
+    Inputs,
+    OpCase,
+    altered,
+    assert_close,
+    call,
+    leaves,
+    run,
+    tolerance,
+    wide_dtype,
+)
+from situations import SITUATIONS, Situation, normal
+
+PARAMETERS = ("w_in", "b_in", "w_out", "b_out")
+
+
+def make(s: Situation, dtype: torch.dtype, activation: str, bias: bool) -> Inputs:
+    width = s.I * (2 if activation in reference.GATED else 1)
+    # Scaled as a trained layer is, so that every intermediate is of order one.
+    return {
+        "x": normal(s.T, s.H, dtype=dtype),
+        "indices": s.indices(),
+        "weights": normal(s.T, s.K, dtype=wide_dtype(dtype)),
+        "w_in": (normal(s.E, width, s.H) / max(s.H, 1) ** 0.5).to(dtype),
+        "b_in": normal(s.E, width, dtype=dtype) if bias else None,
+        "w_out": (normal(s.E, s.H, s.I) / max(s.I, 1) ** 0.5).to(dtype),
+        "b_out": normal(s.E, s.H, dtype=dtype) if bias else None,
+        "activation": activation,
+    }
+
+
+def private(inputs: Inputs) -> list[tuple[str, Inputs]]:
+    plan = reference.dispatch_plan(inputs["indices"], len(inputs["w_in"]))
+    names = dict(zip(("expert_offsets", "row_to_slot", "slot_to_row"), plan, strict=True))
+    rest = {k: v for k, v in inputs.items() if k != "indices"} | names
+    _, pre = call("_expert_mlp", rest | {"save_pre": True})
+    biased = inputs["b_in"] is not None
+    backward = {k: v for k, v in rest.items() if k != "b_in"} | {
+        "grad": normal(*inputs["x"].shape, dtype=inputs["x"].dtype),
+        "pre": pre,
+    }
+    masks = [[True, True, True, biased, True, biased], [False, True, False, False, False, False]]
+    return [
+        ("_expert_mlp", rest | {"save_pre": True}),
+        ("_expert_mlp", rest | {"save_pre": False}),
+        *(("_expert_mlp_backward", backward | {"output_mask": mask}) for mask in masks),
+    ]
+
+
+def poison(inputs: Inputs) -> Inputs:
+    unrouted = (inputs["indices"] < 0) | (inputs["indices"] >= len(inputs["w_in"]))
+    return inputs | {
+        "weights": inputs["weights"].masked_fill(unrouted, torch.nan),
+        "x": inputs["x"].masked_fill(unrouted.all(1, keepdim=True), torch.nan),
+    }
+
+
+class TestExpertMlp(DifferentiableOpTests):
+    case = OpCase(
+        name="expert_mlp",
+        schema=(
+            "expert_mlp(Tensor x, Tensor indices, Tensor weights, Tensor w_in, Tensor? b_in, "
+            "Tensor w_out, Tensor? b_out, str activation) -> Tensor"
+        ),
+        make=make,
+        reference=reference.expert_mlp,
+        wrapper=lambda inputs: torchmoe.ops.expert_mlp(**inputs),
+        variants=(
+            {"activation": "swiglu", "bias": True},
+            {"activation": "gelu", "bias": False},
+        ),
+        differentiable=("x", "weights", *PARAMETERS),
+        double_backward="refused",
+        # The pre-activation is saved in the storage type, and the slope and the value both come
+        # from it.
+        gradient_roundings=2,
+        token_input="x",
+        private=private,
+        poison=poison,
+        autocast=Autocast(torch.bfloat16, ("x", *PARAMETERS)),
+        errors=(
+            ErrorCase("x", altered("x", lambda x: x[0]), r"\[5\]"),
+            ErrorCase("x", altered("x", lambda x: x.int()), "Int"),
+            ErrorCase("indices", altered("indices", lambda i: i[0]), r"\[2\]"),
+            ErrorCase("indices", altered("indices", lambda i: i[1:]), r"\[5, 2\]"),
+            ErrorCase("indices", altered("indices", lambda i: i.int()), "Int"),
+            ErrorCase("weights", altered("weights", lambda w: w[:, 1:]), r"\[6, 1\]"),
+            ErrorCase("weights", altered("weights", lambda w: w.half()), "Half"),
+            ErrorCase("weights", altered("weights", lambda w: w.long()), "Long"),
+            ErrorCase("w_in", altered("w_in", lambda w: w[0]), r"\[6, 5\]"),
+            ErrorCase("w_in", altered("w_in", lambda w: w[:, 1:]), r"\[4, 5, 5\]"),
+            ErrorCase("w_in", altered("w_in", lambda w: w[:, :3]), r"\[4, 3, 5\]"),
+            ErrorCase("w_in", altered("w_in", lambda w: w[1:]), r"\[3, 6, 5\]"),
+            ErrorCase("w_in", altered("w_in", lambda w: w.double()), "Double"),
+            ErrorCase("b_in", altered("b_in", lambda b: b[:, 1:]), r"\[4, 5\]"),
+            ErrorCase("b_in", altered("b_in", lambda b: b.double()), "Double"),
+            ErrorCase("w_out", altered("w_out", lambda w: w[0]), r"\[5, 3\]"),
+            ErrorCase("w_out", altered("w_out", lambda w: w[:, 1:]), r"\[4, 4, 3\]"),
+            ErrorCase("w_out", altered("w_out", lambda w: w.double()), "Double"),
+            ErrorCase("b_out", altered("b_out", lambda b: b[:, 1:]), r"\[4, 4\]"),
+            ErrorCase("b_out", altered("b_out", lambda b: b.double()), "Double"),
+            ErrorCase("activation", altered("activation", lambda a: "mish"), '"mish"', ValueError),
+        ),
+    )
+
+    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("activation", [*reference.PLAIN, *reference.GATED])
+    def test_every_activation(self, activation: str, bias: bool) -> None:
+        case = self.case
+        inputs = make(SITUATIONS["dropped"], torch.float64, activation, bias)
+        (actual,), (expected,) = case(inputs), case.expect(inputs)
+        n = SITUATIONS["dropped"].longest
+        atol = tolerance(expected, n=n, wide=torch.float64, stored=torch.float64)
+        assert_close(actual, expected, atol)
+        names = case.names(inputs)
+        inputs = leaves(inputs, names)
+        assert torch.autograd.gradcheck(
+            lambda *values: case(inputs | dict(zip(names, values, strict=True))),
+            [inputs[n] for n in names],
+        )
+
+    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.parametrize("which", ["b_in", "b_out"])
+    def test_one_bias_without_the_other(self, which: str) -> None:
+        """An absent optional shifts what needs a gradient; each subset must land in its place."""
+        inputs = make(SITUATIONS["dropped"], torch.float64, "silu", bias=True) | {which: None}
+        for names in [(name,) for name in self.case.names(inputs)] + [self.case.names(inputs)]:
+            leaf = leaves(inputs, names)
+            assert torch.autograd.gradcheck(
+                lambda *v, leaf=leaf, names=names: self.case(
+                    leaf | dict(zip(names, v, strict=True))
+                ),
+                [leaf[n] for n in names],
+            )
+
+    @pytest.mark.parametrize("own", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("wide", [torch.float32, torch.float64, None])
+    def test_types_of_weights(self, own: torch.dtype, wide: torch.dtype | None) -> None:
+        inputs = make(SITUATIONS["dropped"], own, "swiglu", bias=True)
+        inputs["weights"] = inputs["weights"].to(wide or own)
+        (y,), grads = run(self.case, inputs, self.case.names(inputs))
+        (expected,) = self.case.expect(inputs)
+        atol = tolerance(expected, n=12, wide=torch.float32, stored=own)
+        assert y.dtype == own
+        assert_close(y, expected, atol)
+        for name, grad in zip(self.case.names(inputs), grads, strict=True):
+            assert grad.dtype == inputs[name].dtype
+
+    def test_the_bias_of_dropped_slots_adds_nothing(self) -> None:
+        inputs = make(SITUATIONS["all_dropped"], torch.float32, "gelu", bias=True)
+        (y,), grads = run(self.case, inputs, self.case.names(inputs))
+        assert bool((y == 0).all())
+        assert all(bool((grad == 0).all()) for grad in grads)
+
+    def test_gradients_of_dropped_slots_are_exactly_zero(self) -> None:
+        inputs = make(SITUATIONS["dropped"], torch.float32, "swiglu", bias=True)
+        _, grads = run(self.case, inputs, ("x", "weights"))
+        dropped = inputs["indices"] < 0
+        assert bool((grads[1][dropped] == 0).all())
+        assert bool((grads[1][~dropped] != 0).all())
+        assert bool((grads[0][dropped.all(1)] == 0).all())
+        assert bool((grads[0][~dropped.all(1)] != 0).all())
+
+    def test_a_gradient_at_unrouted_tokens_does_not_leak(self) -> None:
+        inputs = make(SITUATIONS["dropped"], torch.float32, "swiglu", bias=True)
+        names = self.case.names(inputs)
+        leaf = leaves(inputs, names)
+        values = [leaf[n] for n in names]
+        (y,) = self.case(leaf)
+        clean = torch.ones_like(y)
+        spoiled = clean.masked_fill((inputs["indices"] < 0).all(1, keepdim=True), torch.nan)
+        expected = torch.autograd.grad(y, values, clean, retain_graph=True)
+        actual = torch.autograd.grad(y, values, spoiled)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+    def test_an_idle_expert_has_a_dense_gradient_of_zeros(self) -> None:
+        inputs = make(SITUATIONS["empty_expert"], torch.float32, "swiglu", bias=True)
+        _, grads = run(self.case, inputs, PARAMETERS)
+        for grad in grads:
+            assert (grad == 0).flatten(1).all(1).tolist() == [False, True, False, False]
+
+    @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+    def test_saves_nothing_of_rows_times_hidden_size(self, activation: str) -> None:
+        """For backward: x, the pre-activation, weights, integers and the parameters."""
+        situation = Situation("memory", T=16, H=11, I=3, E=5, K=3)
+        inputs = make(situation, torch.float32, activation, bias=True)
+        inputs = leaves(inputs, self.case.names(inputs))
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.case(inputs)
+        given = {v.data_ptr() for v in inputs.values() if isinstance(v, Tensor)}
+        own = [t for t in saved if t.data_ptr() not in given]
+        floating = [t.shape for t in own if t.is_floating_point()]
+        width = inputs["w_in"].size(1)
+        assert floating == [(16 * 3, width)]
+        assert sum(t.numel() for t in own if not t.is_floating_point()) <= 6 + 3 * 16 * 3
+
+    def test_the_pieces_give_the_same(self) -> None:
+        """Permute, grouped_linear and unpermute, the way to second derivatives."""
+        inputs = make(SITUATIONS["dropped"], torch.float64, "silu", bias=True)
+        ops = torchmoe.ops
+
+        def pieces(inputs: Inputs) -> tuple[Tensor, ...]:
+            plan = ops.dispatch_plan(inputs["indices"], len(inputs["w_in"]))
+            offsets = plan.expert_offsets
+            rows = ops.permute(inputs["x"], plan)
+            rows = ops.grouped_linear(rows, inputs["w_in"], inputs["b_in"], offsets)
+            rows = torch.nn.functional.silu(rows)
+            rows = ops.grouped_linear(rows, inputs["w_out"], inputs["b_out"], offsets)
+            return (ops.unpermute(rows, inputs["weights"], plan),)
+
+        names = self.case.names(inputs)
+        fused, split = run(self.case, inputs, names), run(pieces, inputs, names)
+        for a, e in zip(fused[0] + fused[1], split[0] + split[1], strict=True):
+            assert_close(a, e, tolerance(e, n=12, wide=torch.float64, stored=torch.float64))
+
+    def test_shapes_past_2_to_the_31_elements(self) -> None:
+        def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.empty(
+                shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point
+            )
+
+        x = on_meta(2**20, 2**12)
+        y = torchmoe.ops.expert_mlp(
+            x,
+            on_meta(2**20, 2, dtype=torch.int64),
+            on_meta(2**20, 2, dtype=torch.float32),
+            on_meta(8, 2**13, 2**12),
+            None,
+            on_meta(8, 2**12, 2**12),
+            None,
+            "swiglu",
+        )
+        (grad,) = torch.autograd.grad(y, x, torch.empty_like(y))
+        assert y.shape == grad.shape == (2**20, 2**12)

@@ -1,0 +1,102 @@
+"""What the backward ops refuse: they can be called alone, so they check what only they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from op_case import Inputs, call, map_tensors
+from situations import SITUATIONS, normal
+
+SITUATION = SITUATIONS["dropped"]
+
+
+def inputs_of(op: str) -> Inputs:
+    s, plan = SITUATION, SITUATION.plan()
+    rows, n = s.T * s.K, torch.float32
+    x, logits = normal(s.T, s.H, dtype=n), normal(s.T, s.E, dtype=n)
+    names = {"score_function": "softmax", "normalize": "topk", "estimator": "exact"}
+    offsets = plan["expert_offsets"]
+    mlp = {
+        "x": x,
+        "weights": normal(s.T, s.K, dtype=n),
+        "w_in": normal(s.E, s.I, s.H, dtype=n),
+        "w_out": normal(s.E, s.H, s.I, dtype=n),
+        "b_out": None,
+        **plan,
+        "pre": normal(rows, s.I, dtype=n),
+        "activation": "gelu",
+        "output_mask": [True] * 6,
+    }
+    inputs: dict[str, Inputs] = {
+        "_router_logits_backward": {
+            "grad": logits,
+            "x": x,
+            "weight": normal(s.E, s.H, dtype=n),
+            "output_mask": [True] * 3,
+        },
+        "_gate_weights_backward": {
+            "grad": normal(s.T, s.K, dtype=n),
+            "logits": logits,
+            "indices": s.indices(),
+            **names,
+        },
+        "_permute_backward": {"grad": normal(rows, s.H, dtype=n), **plan},
+        "_unpermute_backward": {
+            "grad": x,
+            "rows": normal(rows, s.H, dtype=n),
+            "weights": normal(s.T, s.K, dtype=n),
+            **plan,
+        },
+        "_grouped_linear_backward": {
+            "grad": normal(rows, s.I, dtype=n),
+            "rows": normal(rows, s.H, dtype=n),
+            "weight": normal(s.E, s.I, s.H, dtype=n),
+            "expert_offsets": offsets,
+            "output_mask": [True] * 3,
+        },
+        "_expert_mlp_backward": {"grad": x, **mlp},
+        "_load_balancing_loss_backward": {
+            "grad": normal(dtype=n),
+            "logits": logits,
+            "fraction": normal(s.E, dtype=n),
+            "score_function": "softmax",
+        },
+        "_router_z_loss_backward": {"grad": normal(dtype=n), "logits": logits},
+    }
+    return inputs[op]
+
+
+OPS = (
+    "_router_logits_backward",
+    "_gate_weights_backward",
+    "_permute_backward",
+    "_unpermute_backward",
+    "_grouped_linear_backward",
+    "_expert_mlp_backward",
+    "_load_balancing_loss_backward",
+    "_router_z_loss_backward",
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", OPS)
+def test_a_gradient_of_another_shape(op: str, device: str) -> None:
+    inputs = map_tensors(inputs_of(op), lambda t: t.to(device))
+    call(op, inputs)
+    changes: list[Callable[[Tensor], Tensor]] = [lambda g: g[None]]
+    if inputs["grad"].dim():
+        changes += [lambda g: g[1:], lambda g: g[0]]
+    for change in changes:
+        with pytest.raises(RuntimeError, match=rf"^{op}: grad must [\s\S]*, got shape \["):
+            call(op, inputs | {"grad": change(inputs["grad"])})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_pre_activation_of_another_shape(device: str) -> None:
+    inputs = map_tensors(inputs_of("_expert_mlp_backward"), lambda t: t.to(device))
+    with pytest.raises(RuntimeError, match=r"^_expert_mlp_backward: pre must .*, got shape"):
+        call("_expert_mlp_backward", inputs | {"pre": inputs["pre"][:0]})

@@ -1,0 +1,382 @@
+"""Slow, obvious answers for every op: loops over tokens, slots and experts, in float64.
+
+Each function takes its op's arguments under the op's names. Autograd through a reference gives
+the reference gradient; where an op's gradient is by definition not the derivative of its value
+(straight_through, scale_gradient, attach_loss), the definition stands here in closed form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_routed(expert: int, num_experts: int) -> bool:
+    """An id outside [0, num_experts) means: this slot goes nowhere."""
+    return 0 <= expert < num_experts
+
+
+def _stack(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if not parts:
+        return torch.zeros(shape, dtype=torch.float64, device=like.device)
+    return torch.stack(parts).reshape(shape)
+
+
+# --- decide -------------------------------------------------------------------------------------
+
+
+def select_experts(
+    scores: Tensor,
+    top_k: int,
+    *,
+    selection_bias: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """Sort each token's experts by (NaN last, score descending, id ascending), keep top_k."""
+    num_tokens, num_experts = scores.shape
+    ranked = scores.double()
+    if selection_bias is not None:
+        ranked = ranked + selection_bias.double()
+    result = torch.full((num_tokens, top_k), -1, dtype=torch.int64)
+    for token in range(num_tokens):
+        if token_mask is not None and not token_mask[token]:
+            continue
+        row = ranked[token].tolist()
+        order = sorted(
+            range(num_experts),
+            key=lambda e: (math.isnan(row[e]), 0.0 if math.isnan(row[e]) else -row[e], e),
+        )
+        result[token] = torch.tensor(order[:top_k])
+    return result
+
+
+def slot_order(num_tokens: int, top_k: int, order: str) -> list[tuple[int, int]]:
+    """The (token, choice) pairs in the order in which they ask for a place."""
+    if order == "choice":
+        return [(t, j) for j in range(top_k) for t in range(num_tokens)]
+    return [(t, j) for t in range(num_tokens) for j in range(top_k)]
+
+
+def limit_capacity(
+    indices: Tensor,
+    capacity: Tensor,
+    *,
+    order: str = "choice",
+    priority: Tensor | None = None,
+    overflow: str = "drop",
+) -> Tensor:
+    """Serve slots one after another; an expert keeps the first `capacity` it is asked for."""
+    assert overflow == "drop"
+    num_experts = capacity.numel()
+    queue = slot_order(*indices.shape, order)
+    if priority is not None:
+
+        def rank(slot: tuple[int, int]) -> tuple[bool, float]:
+            value = float(priority[slot])
+            return math.isnan(value), 0.0 if math.isnan(value) else -value
+
+        queue.sort(key=rank)
+    left = capacity.tolist()
+    result = torch.full_like(indices, -1)
+    for slot in queue:
+        expert = int(indices[slot])
+        if is_routed(expert, num_experts) and left[expert] > 0:
+            left[expert] -= 1
+            result[slot] = expert
+    return result
+
+
+# --- weigh --------------------------------------------------------------------------------------
+
+
+def softmax(row: Tensor) -> Tensor:
+    """Softmax of one row; a row of nothing but -inf has no expert, so every probability is 0."""
+    if row.numel() == 0 or bool((row == -math.inf).all()):
+        return row * 0.0 if row.numel() == 0 else torch.zeros_like(row)
+    exponentials = torch.exp(row - row.max().detach())
+    return exponentials / exponentials.sum()
+
+
+def probabilities(row: Tensor, score_function: str) -> Tensor:
+    """One token's p over all experts."""
+    return softmax(row) if score_function == "softmax" else torch.sigmoid(row)
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The linear map x W^T + b."""
+    logits = (x.double()[:, None, :] * weight.double()[None, :, :]).sum(-1)
+    return logits if bias is None else logits + bias.double()
+
+
+def _token_weights(row: Tensor, experts: list[int], score_function: str, normalize: str) -> Tensor:
+    """Weights of one token's routed slots, which name `experts`."""
+    if normalize == "uniform":
+        return row.new_full((len(experts),), 1.0 / max(len(experts), 1))
+    if normalize == "topk" and score_function == "softmax":
+        return softmax(row[experts])
+    chosen = probabilities(row, score_function)[experts]
+    if normalize == "none":
+        return chosen
+    total = chosen.sum()
+    return torch.zeros_like(chosen) if bool(total == 0) else chosen / total
+
+
+def gate_weights(
+    logits: Tensor, indices: Tensor, *, score_function: str, normalize: str, estimator: str
+) -> Tensor:
+    """The weight of every slot; 0 for a slot that is not routed."""
+    num_tokens, num_experts = logits.shape
+    weights = []
+    for token in range(num_tokens):
+        row = logits[token].double()
+        ids = indices[token].tolist()
+        routed = [e for e in ids if is_routed(e, num_experts)]
+        value = _token_weights(row, routed, score_function, normalize)
+        if estimator == "straight_through" and row.requires_grad:
+            # The selection and the normalisation count as the identity: the value is w, the
+            # gradient is that of p at the slot's expert.
+            chosen = probabilities(row, score_function)[routed]
+            value = value.detach() + (chosen - chosen.detach())
+        position = 0
+        for expert in ids:
+            if is_routed(expert, num_experts):
+                weights.append(value[position])
+                position += 1
+            else:
+                weights.append(row.new_zeros(()))
+    return _stack(weights, tuple(indices.shape), logits)
+
+
+def straight_through_gradient(
+    grad: Tensor, logits: Tensor, indices: Tensor, score_function: str
+) -> Tensor:
+    """J_score^T dL/dp, with dL/dp_i the sum of g_j over the slots that name expert i."""
+    num_tokens, num_experts = logits.shape
+    result = torch.zeros(num_tokens, num_experts, dtype=torch.float64)
+    for token in range(num_tokens):
+        grad_p = [0.0] * num_experts
+        for j, expert in enumerate(indices[token].tolist()):
+            if is_routed(expert, num_experts):
+                grad_p[expert] += float(grad[token, j])
+        p = probabilities(logits[token].detach().double(), score_function).tolist()
+        for e in range(num_experts):
+            for i in range(num_experts):
+                if score_function == "softmax":
+                    derivative = p[i] * ((i == e) - p[e])
+                else:
+                    derivative = p[i] * (1.0 - p[i]) * (i == e)
+                result[token, e] += grad_p[i] * derivative
+    return result
+
+
+# --- dispatch -----------------------------------------------------------------------------------
+
+
+def dispatch_plan(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots by expert, in slot order within an expert; the unrouted ones last, in slot order."""
+    ids = indices.flatten().tolist()
+    row_to_slot = []
+    offsets = [0]
+    for expert in range(num_experts):
+        row_to_slot += [slot for slot, e in enumerate(ids) if e == expert]
+        offsets.append(len(row_to_slot))
+    row_to_slot += [slot for slot, e in enumerate(ids) if not is_routed(e, num_experts)]
+    slot_to_row = [0] * len(ids)
+    for row, slot in enumerate(row_to_slot):
+        slot_to_row[slot] = row
+    return (
+        torch.tensor(offsets, dtype=torch.int64),
+        torch.tensor(row_to_slot, dtype=torch.int64),
+        torch.tensor(slot_to_row, dtype=torch.int64).reshape(indices.shape),
+    )
+
+
+def permute(x: Tensor, expert_offsets: Tensor, row_to_slot: Tensor, slot_to_row: Tensor) -> Tensor:
+    """Row r is the token of its slot; rows past the last offset are zero."""
+    top_k = slot_to_row.size(1)
+    kept = int(expert_offsets[-1])
+    rows = [
+        x[slot // top_k].double() if row < kept else x.new_zeros(x.size(1)).double()
+        for row, slot in enumerate(row_to_slot.tolist())
+    ]
+    return _stack(rows, (row_to_slot.numel(), x.size(1)), x)
+
+
+def unpermute(
+    rows: Tensor,
+    weights: Tensor,
+    expert_offsets: Tensor,
+    row_to_slot: Tensor,
+    slot_to_row: Tensor,
+) -> Tensor:
+    """y_t = the sum of weight * row over the token's routed slots."""
+    del row_to_slot
+    kept = int(expert_offsets[-1])
+    tokens = []
+    for token in range(slot_to_row.size(0)):
+        y = torch.zeros(rows.size(1), dtype=torch.float64)
+        for j, row in enumerate(slot_to_row[token].tolist()):
+            if row < kept:
+                y = y + weights[token, j].double() * rows[row].double()
+        tokens.append(y)
+    return _stack(tokens, (slot_to_row.size(0), rows.size(1)), rows)
+
+
+# --- compute ------------------------------------------------------------------------------------
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: Tensor
+) -> Tensor:
+    """Row r of expert e becomes W_e r + b_e; rows past the last offset are zero."""
+    offsets = expert_offsets.tolist()
+    result = []
+    for row in range(rows.size(0)):
+        expert = sum(row >= end for end in offsets[1:])
+        if expert == weight.size(0):
+            result.append(torch.zeros(weight.size(1), dtype=torch.float64))
+            continue
+        value = weight[expert].double() @ rows[row].double()
+        result.append(value if bias is None else value + bias[expert].double())
+    return _stack(result, (rows.size(0), weight.size(1)), rows)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The exact x Phi(x)."""
+    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of gelu."""
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Tensor) -> Tensor:
+    """The product x sigmoid(x)."""
+    return x * torch.sigmoid(x)
+
+
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": torch.relu,
+    "silu": silu,
+}
+GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": silu,
+    "geglu": gelu,
+    "reglu": torch.relu,
+}
+
+
+def activate(pre: Tensor, activation: str) -> Tensor:
+    """A(pre) of one row; gated ones take act(first half) * second half."""
+    if activation in PLAIN:
+        return PLAIN[activation](pre)
+    gate, up = pre.chunk(2)
+    return GATED[activation](gate) * up
+
+
+def expert_mlp(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y_t = sum over routed slots of w * (W_out A(W_in x + b_in) + b_out)."""
+    num_tokens, hidden = x.shape
+    xs, w_ins, w_outs = (t.double().unbind() for t in (x, w_in, w_out))
+    tokens = []
+    for token in range(num_tokens):
+        y = torch.zeros(hidden, dtype=torch.float64)
+        for j, expert in enumerate(indices[token].tolist()):
+            if not is_routed(expert, len(w_ins)):
+                continue
+            pre = w_ins[expert] @ xs[token]
+            if b_in is not None:
+                pre = pre + b_in[expert].double()
+            out = w_outs[expert] @ activate(pre, activation)
+            if b_out is not None:
+                out = out + b_out[expert].double()
+            y = y + weights[token, j].double() * out
+        tokens.append(y)
+    return _stack(tokens, (num_tokens, hidden), x)
+
+
+# --- account ------------------------------------------------------------------------------------
+
+
+def load_balancing_loss(
+    logits: Tensor, fraction: Tensor, *, score_function: str, token_mask: Tensor | None = None
+) -> Tensor:
+    """Mean over the leading dimensions of E * sum_i fraction_i * P_i."""
+    num_tokens, num_experts = logits.shape[-2:]
+    groups = math.prod(logits.shape[:-2])
+    logits = logits.reshape(groups, num_tokens, num_experts).double()
+    fraction = fraction.reshape(groups, num_experts).double()
+    mask = torch.ones(groups, num_tokens, dtype=torch.bool)
+    if token_mask is not None:
+        mask = token_mask.reshape(groups, num_tokens)
+    total = torch.zeros((), dtype=torch.float64)
+    for group in range(groups):
+        shares = []
+        for token in range(num_tokens):
+            if mask[group, token]:
+                p = probabilities(logits[group, token], score_function)
+                mass = p.sum()
+                shares.append(torch.zeros_like(p) if bool(mass == 0) else p / mass)
+        if shares:
+            mean = torch.stack(shares).sum(0) / len(shares)
+            total = total + num_experts * (fraction[group] * mean).sum()
+    return total / groups if groups else total
+
+
+def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Mean over counted tokens of logsumexp(logits)^2."""
+    rows = logits.reshape(-1, logits.size(-1)).double()
+    if token_mask is not None:
+        rows = rows[token_mask.reshape(-1)]
+    if rows.size(0) == 0:
+        return torch.zeros((), dtype=torch.float64) * logits.double().sum()
+    return torch.logsumexp(rows, -1).square().sum() / rows.size(0)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grad * scale.double(), None
+
+
+def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
+    """A copy of x forward; the gradient times scale backward."""
+    return _ScaleGradient.apply(x.double(), scale)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.loss, ctx.scale = loss, scale
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad, torch.full_like(ctx.loss, ctx.scale), None
+
+
+def attach_loss(x: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
+    """A copy of x forward; backward the loss gets the gradient `scale`, whatever reaches x."""
+    return _AttachLoss.apply(x.double(), loss.double(), scale)

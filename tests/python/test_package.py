@@ -1,0 +1,132 @@
+"""Loading the package, and what it says when it cannot be loaded."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchmoe
+from torchmoe import _library
+
+PACKAGE = Path(torchmoe.__file__).parent
+
+
+def run(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python, with `path` in front of everything else it imports from."""
+    code = f"import sys; sys.path.insert(0, {str(path)!r}); " if path else ""
+    return subprocess.run(
+        [sys.executable, *arguments[:-1], code + arguments[-1]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A copy of the package's Python files, without anything compiled."""
+    shutil.copytree(
+        PACKAGE,
+        tmp_path / "torchmoe",
+        ignore=lambda folder, names: {
+            name
+            for name in names
+            if not name.endswith(".py") and not (Path(folder) / name / "__init__.py").is_file()
+        },
+    )
+    return tmp_path
+
+
+def import_error(path: Path) -> str:
+    result = run("-c", "import torchmoe", path=path)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: torchmoe cannot load ")
+    assert str(path / "torchmoe" / "libtorchmoe.so") in last
+    assert f"this is torch {torch.__version__}" in last
+    assert "`pip install --no-build-isolation .`" in last
+    return last
+
+
+def test_build_info() -> None:
+    info = torchmoe.build_info()
+    keys = {"torchmoe", "torch", "compiler", "cuda", "openmp", "git_revision"}
+    assert info.keys() == keys
+    assert all(isinstance(value, str) and value for value in info.values())
+    assert info["torchmoe"] == torchmoe.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", torchmoe.__version__)
+    assert info["torch"].split(".")[:2] == torch.__version__.split(".")[:2]
+    info["torch"] = "changed"
+    assert torchmoe.build_info()["torch"] != "changed"
+
+
+def test_version_file() -> None:
+    version = Path(__file__).parents[2] / "VERSION.txt"
+    assert torchmoe.__version__ == version.read_text().strip()
+
+
+def test_the_library_lies_in_the_package() -> None:
+    assert (PACKAGE / "libtorchmoe.so").is_file()
+    assert (PACKAGE / "py.typed").is_file()
+    assert torchmoe.cmake_prefix_path == str(PACKAGE / "share" / "cmake")
+
+
+def test_the_public_names_are_there() -> None:
+    for module in (torchmoe, torchmoe.nn, torchmoe.testing):
+        assert list(module.__all__) == sorted(module.__all__)
+        for name in module.__all__:
+            assert hasattr(module, name)
+
+
+def test_main_prints_the_build_information() -> None:
+    result = run("-m", "torchmoe")
+    assert result.returncode == 0, result.stderr
+    info = torchmoe.build_info()
+    facts = [torchmoe.__version__, torch.__version__, str(PACKAGE / "libtorchmoe.so")]
+    facts += [info["git_revision"], info["compiler"], info["openmp"], info["cuda"], info["torch"]]
+    for fact in (*facts, sys.version.split()[0]):
+        assert fact in result.stdout
+
+
+def test_missing_library(bare: Path) -> None:
+    message = import_error(bare)
+    assert "there is no such file" in message
+    assert f"built for torch {_library.built_torch_version()}" in message
+
+
+def test_broken_library(bare: Path) -> None:
+    (bare / "torchmoe" / "libtorchmoe.so").write_text("not a library")
+    assert f"built for torch {_library.built_torch_version()}" in import_error(bare)
+
+
+def test_missing_extension_module(bare: Path) -> None:
+    shutil.copy(PACKAGE / "libtorchmoe.so", bare / "torchmoe")
+    assert "torchmoe._C" in import_error(bare)
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "99.0.0+cu130"])
+def test_library_for_another_torch(bare: Path, version: str) -> None:
+    (bare / "torchmoe" / "_build.py").write_text(f'TORCH_VERSION = "{version}"\n')
+    # The library is there and would load; the versions alone must be enough to refuse it.
+    shutil.copy(PACKAGE / "libtorchmoe.so", bare / "torchmoe")
+    message = import_error(bare)
+    assert "the versions of torch differ" in message
+    assert f"built for torch {version} " in message
+
+
+def test_another_patch_release_of_torch_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    minor = ".".join(torch.__version__.split(".")[:2])
+    monkeypatch.setattr(_library, "built_torch_version", lambda: f"{minor}.99+cu130")
+    assert _library.load()["torchmoe"] == torchmoe.__version__
+
+
+def test_not_built(bare: Path) -> None:
+    (bare / "torchmoe" / "_build.py").unlink()
+    assert "the package has not been built" in import_error(bare)
