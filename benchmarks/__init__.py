@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, each run as `python -m benchmarks.NAME`."""

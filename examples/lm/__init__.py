@@ -1,0 +1,1 @@
+"""What examples/train_lm.py is made of: settings, corpus, model, checkpoint."""

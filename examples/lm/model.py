@@ -1,0 +1,165 @@
+"""A decoder-only transformer over bytes with a mixture of experts in place of the feed-forward.
+
+Shapes: B sequences, S bytes each, H hidden size, N heads, D head size, E experts, K experts a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchmoe.nn import Capacity, Gate, MoE, MoEOutput, Routing
+
+VOCABULARY = 256  # a token is a byte
+HEAD_SIZE = 32
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the model's parameters and computation depend on."""
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    experts: int
+    top_k: int
+    capacity_factor: float | None
+    estimator: str
+    context: int
+
+
+class LMOutput(NamedTuple):
+    """What one forward pass gives."""
+
+    logits: Tensor  # [B, S, VOCABULARY]
+    aux_loss: Tensor  # scalar, summed over the layers, ready to add to the task loss
+    routings: list[Routing]  # one per layer
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Makes the two projections and the table of rotations."""
+        super().__init__()
+        self.heads = config.hidden_size // HEAD_SIZE
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        frequency = 10_000 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)  # [D/2]
+        angle = torch.arange(config.context)[:, None] * frequency  # [context, D/2]
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        nn.init.zeros_(self.out.weight)  # starts by adding nothing to the residual stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Lets each byte look at itself and those before it, [B, S, H] to the same."""
+        batch, length, hidden_size = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, HEAD_SIZE)  # [B, S, 3, N, D]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, N, S, D] each
+        q, k = self.rotate(q), self.rotate(k)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, N, S, D]
+        y = y.transpose(1, 2).reshape(batch, length, hidden_size)  # [B, S, H]
+        return cast(Tensor, self.out(y))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turns each pair of features by an angle that grows with the position, [B, N, S, D]."""
+        cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]  # [S, D/2]
+        a, b = x.chunk(2, dim=-1)  # [B, N, S, D/2] each
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # [B, N, S, D]
+
+
+class Block(nn.Module):
+    """Attention, then experts, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Makes the two halves and their norms."""
+        super().__init__()
+        factor = config.capacity_factor
+        self.attention_norm = nn.RMSNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.hidden_size)
+        self.moe = MoE(
+            config.hidden_size,
+            config.intermediate_size,
+            config.experts,
+            config.top_k,
+            gate=Gate(estimator=config.estimator),
+            # In evaluation an expert takes all that it is asked for. Which bytes it drops in
+            # training depends on later bytes, and a held-out loss must not know those.
+            capacity=None if factor is None else Capacity(factor, eval_factor=config.experts),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEOutput]:
+        """Gives the new residual stream [B, S, H] and what the experts' layer reports."""
+        x = x + self.attention(self.attention_norm(x))
+        output = self.moe(self.moe_norm(x))
+        return x + output.hidden_states, output
+
+
+class ByteLM(nn.Module):
+    """Predicts each next byte from up to `context` bytes before it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Makes the layers and draws their parameters from torch's default generator."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
+        nn.init.zeros_(self.head.weight)  # starts with even odds, 8 bits per byte
+
+    @property
+    def moes(self) -> list[MoE]:
+        """The experts' layer of each block."""
+        return [cast(Block, block).moe for block in self.blocks]
+
+    def forward(self, tokens: Tensor) -> LMOutput:
+        """Scores every next byte; `tokens` is int64 [B, S] with S at most `context`."""
+        x = self.embedding(tokens)  # [B, S, H]
+        outputs = []
+        for block in self.blocks:
+            x, output = block(x)
+            outputs.append(output)
+        logits = self.head(self.norm(x))  # [B, S, VOCABULARY]
+        aux_loss = torch.stack([output.aux_loss for output in outputs]).sum()
+        return LMOutput(logits, aux_loss, [output.routing for output in outputs])
+
+    def update(self, routings: list[Routing]) -> None:
+        """Lets each layer renew its running averages, once per optimizer step."""
+        for moe, routing in zip(self.moes, routings, strict=True):
+            moe.update(routing)
+
+    def count_parameters(self) -> tuple[int, int]:
+        """All parameters, and those that work on one byte."""
+        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
+        total = sum(sizes.values())
+        experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+        return total, total - experts + experts * self.config.top_k // self.config.experts
+
+
+def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats per byte; logits [B, S, VOCABULARY], targets [B, S]."""
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def generate(
+    model: ByteLM, prompt: Tensor, length: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Continues each row of `prompt` [B, S] by `length` drawn bytes: [B, S + length]."""
+    model.eval()
+    text = prompt
+    for _ in range(length):
+        logits = model(text[:, -model.config.context :]).logits[:, -1]  # [B, VOCABULARY]
+        probabilities = (logits / temperature).softmax(dim=-1)
+        drawn = torch.multinomial(probabilities, 1, generator=generator)  # [B, 1]
+        text = torch.cat((text, drawn), dim=1)
+    return text
