@@ -8,13 +8,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build
 JOBS ?= $(shell nproc)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash -o pipefail
 
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp')
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train test test-cpp test-python lint lint-python lint-format lint-tidy format bench clean
+.PHONY: help develop library system train test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,12 +26,14 @@ develop: $(VENV)/.complete library  ## Set up .venv: pinned torch, every extra, 
 
 # Everything but the library; made again when what it installs changes.
 $(VENV)/.complete: pyproject.toml setup.py Makefile | system
-	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"make: PYTHON must be 3.10 or later, got {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'setuptools>=77' cmake ninja
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[train,bench,dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"make: PYTHON must be 3.10 or later, got {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
+	@echo "make: setting up $(VENV) with $(TORCH), the extras and the tools (once, two minutes or so)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)'
+	@$(PIP) 'setuptools>=77' cmake ninja
+	@echo "make: building the library (three minutes or so on two cores)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[train,bench,dev]'
+	@touch $@
 
 # The library follows its sources at every command; nothing changed costs a second.
 library: $(VENV)/.complete
@@ -67,13 +70,17 @@ bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--
 
 test: test-cpp test-python  ## Run every test, C++ and Python
 
-test-cpp: develop
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(BUILD) -DTORCHMOE_BUILD_TESTS=ON > $(BUILD)/configure-tests.log || { cat $(BUILD)/configure-tests.log; exit 1; }
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(BUILD) -j $(JOBS)
+test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
-test-python: develop
+test-python: build-tests
 	$(BIN)/python -m pytest
+
+# pytest needs them too: it runs a C++ program beside the Python layer.
+build-tests: develop
+	@echo "make: building the C++ tests"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(BUILD) -DTORCHMOE_BUILD_TESTS=ON > $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(BUILD) -j $(JOBS) >> $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }
 
 lint: lint-format lint-python lint-tidy  ## Check formatting, types and the analysers' findings
 

@@ -1,5 +1,6 @@
 // The same bits for every number of threads, forward and backward, in every op.
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <iterator>
 #include <string>
@@ -105,6 +106,7 @@ int threads_of_this_process() {
 // region, so that a fresh thread shows what the call itself asks for.
 template <typename Call>
 int threads_started_by(const Call& call) {
+  const int idle = threads_of_this_process();
   int started = 0;
   std::thread([&] {
     at::set_num_threads(2);
@@ -112,6 +114,11 @@ int threads_started_by(const Call& call) {
     call();
     started = threads_of_this_process() - before;
   }).join();
+  // The pool ends after its owner; a thread of it that still lives would be counted into the next
+  // call's `before`.
+  for (int wait = 0; wait < 5000 && threads_of_this_process() > idle; ++wait) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
   return started;
 }
 
