@@ -72,7 +72,7 @@ class Settings:
         metavar="PATH",
         shown="Python, English and C++ that every machine has",
     )
-    steps: int | None = option(2500, "optimizer steps", type=number(int, 0, 10**9))
+    steps: int | None = option(3200, "optimizer steps", type=number(int, 0, 10**9))
     minutes: float | None = option(
         None,
         "train for this time, or until --steps where that is given too",
