@@ -85,7 +85,7 @@ build-tests: develop
 lint: lint-format lint-python lint-tidy  ## Check formatting, types and the analysers' findings
 
 lint-format: $(VENV)/.complete
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	@echo "clang-format --dry-run -Werror"; $(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 
 lint-python: develop
 	$(BIN)/ruff check
@@ -95,13 +95,13 @@ lint-python: develop
 # clang-tidy spends its time on torch's headers, so that it reads our sources a dozen to the unit. It knows neither gcc's
 # precompiled header nor its OpenMP header.
 lint-tidy: develop
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(TIDY_BUILD) -GNinja \
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(TIDY_BUILD) -GNinja \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
 	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DTORCHMOE_BUILD_PYTHON=ON \
 	  -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 \
 	  > $(TIDY_BUILD).log 2>&1 || { cat $(TIDY_BUILD).log; exit 1; }
-	find $(TIDY_BUILD) -name 'unity_*.cxx' | xargs -n 1 -P $(JOBS) \
-	  $(BIN)/clang-tidy -p $(TIDY_BUILD) --quiet --extra-arg=-fno-openmp
+	@echo "clang-tidy"; find $(TIDY_BUILD) -name 'unity_*.cxx' | xargs -n 1 -P $(JOBS) \
+	  $(BIN)/clang-tidy -p $(TIDY_BUILD) --quiet --extra-arg=-fno-openmp 2> >(grep -v 'warnings generated' >&2)
 
 format: $(VENV)/.complete  ## Format everything
 	$(BIN)/clang-format -i $(CPP_FILES)
