@@ -74,7 +74,7 @@ test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: build-tests
-	$(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 # pytest needs them too: it runs a C++ program beside the Python layer.
 build-tests: develop

@@ -31,19 +31,23 @@ class CMakeBuild(build_ext):
         package = (ROOT / "python" if in_place else Path(self.build_lib).resolve()) / "torchmoe"
         build = ROOT / "build"
         jobs = str(self.parallel or os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        torch_cmake = torch.utils.cmake_prefix_path
+        cache = build / "CMakeCache.txt"
         configure = [
             "cmake",
             f"-S{ROOT}",
             f"-B{build}",
             "-DCMAKE_BUILD_TYPE=Release",
-            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+            f"-DCMAKE_PREFIX_PATH={torch_cmake}",
             f"-DPython_EXECUTABLE={sys.executable}",
             "-DTORCHMOE_BUILD_PYTHON=ON",
             # The wheel's layout: libraries beside the Python files, where the loader looks.
             "-DCMAKE_INSTALL_LIBDIR=.",
             "-DCMAKE_INSTALL_INCLUDEDIR=include",
         ]
-        if shutil.which("ninja") and not (build / "CMakeCache.txt").exists():
+        if cache.exists() and f"Torch_DIR:PATH={torch_cmake}/Torch\n" not in cache.read_text():
+            configure.append("--fresh")  # it remembers the libraries of another environment's torch
+        if shutil.which("ninja") and not cache.exists():
             configure.append("-GNinja")
         subprocess.run(configure, check=True)
         subprocess.run(

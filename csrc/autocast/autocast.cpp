@@ -70,7 +70,7 @@ struct Autocast {
     const Below below;
     return torchmoe::expert_mlp(narrow(x),
                                 indices,
-                                weights,
+                                wide(weights),
                                 narrow(w_in),
                                 narrow(b_in),
                                 narrow(w_out),

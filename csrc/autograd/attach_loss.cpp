@@ -21,13 +21,16 @@ class AttachLoss : public torch::autograd::Function<AttachLoss> {
                             const at::Tensor& loss,
                             double scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({loss});
+    // Not the loss itself: what its owner does to it in place afterwards is no concern of ours.
+    ctx->saved_data["dtype"] = loss.scalar_type();
+    ctx->saved_data["device"] = loss.device();
     ctx->saved_data["scale"] = scale;
     return attach_loss(x, loss, scale);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto options = ctx->get_saved_variables()[0].options();
+    const auto options = at::TensorOptions(ctx->saved_data["device"].toDevice())
+                             .dtype(ctx->saved_data["dtype"].toScalarType());
     return {grads[0], at::full({}, ctx->saved_data["scale"].toDouble(), options), at::Tensor()};
   }
 };

@@ -1,6 +1,7 @@
 #include "ops/expert_mlp.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "autograd/needed_gradients.h"
@@ -86,6 +87,17 @@ at::Tensor expert_mlp_autograd(const at::Tensor& x,
                                const at::Tensor& w_out,
                                const std::optional<at::Tensor>& b_out,
                                std::string_view activation) {
+  const auto wants_gradient = [](const std::optional<at::Tensor>& tensor) {
+    return tensor && tensor->requires_grad();
+  };
+  const bool differentiates =
+      at::GradMode::is_enabled() &&
+      (wants_gradient(x) || wants_gradient(weights) || wants_gradient(w_in) ||
+       wants_gradient(b_in) || wants_gradient(w_out) || wants_gradient(b_out));
+  if (!differentiates) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return expert_mlp(x, indices, weights, w_in, b_in, w_out, b_out, activation);
+  }
   return ExpertMlp::apply(x, indices, weights, w_in, b_in, w_out, b_out, activation);
 }
 

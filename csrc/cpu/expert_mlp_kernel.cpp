@@ -138,7 +138,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      bool save_pre) {
   check_expert_mlp(
       x, slot_to_row, "slot_to_row", weights, w_in, b_in, w_out, b_out, activation_name);
-  check_plan("expert_mlp", expert_offsets, row_to_slot, slot_to_row, "x", x);
+  check_expert_mlp_plan("expert_mlp", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
   const auto shape = shape_of(w_in, w_out);
@@ -204,7 +204,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               std::array<bool, 6> output_mask) {
   check_expert_mlp_backward(
       grad, x, slot_to_row, weights, w_in, w_out, b_out, pre, activation_name);
-  check_plan("_expert_mlp_backward", expert_offsets, row_to_slot, slot_to_row, "x", x);
+  check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   const auto [want_x, want_weights, want_w_in, want_b_in, want_w_out, want_b_out] = output_mask;
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);

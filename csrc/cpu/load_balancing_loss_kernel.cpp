@@ -33,12 +33,10 @@ double sequence_loss(ScoreFunction score_function,
                      const bool* token_mask,
                      int64_t num_tokens,
                      int64_t num_experts) {
-  const auto shares =
-      cpu::sum_over_tokens(num_tokens, token_mask, num_experts, [&](int64_t t, double* sums) {
-        thread_local std::vector<T> probs;
-        probs.resize(num_experts);
-        cpu::score_row(score_function, logits + t * num_experts, num_experts, probs.data());
-        const T total = sum_of(probs.data(), num_experts);
+  const auto shares = cpu::sum_over_tokens<T>(
+      num_tokens, token_mask, num_experts, [&](int64_t t, double* sums, T* probs) {
+        cpu::score_row(score_function, logits + t * num_experts, num_experts, probs);
+        const T total = sum_of(probs, num_experts);
         for (int64_t e = 0; e < num_experts; ++e) {
           sums[e] += total == T(0) ? 0.0 : static_cast<double>(probs[e] / total);
         }
@@ -54,7 +52,8 @@ double sequence_loss(ScoreFunction score_function,
 }
 
 /// grad_logits of one sequence. With q = p / sum p the loss is scale * sum_t <fraction, q_t>, and
-/// d<f, q>/dp_i = (f_i - <f, q>) / sum p.
+/// d<f, q>/dlogit_i = q_i (f_i - <f, q>), times 1 - p_i for a sigmoid. In this form nothing is
+/// divided by a small sum of p.
 template <typename T>
 void sequence_loss_backward(ScoreFunction score_function,
                             T scale,
@@ -66,7 +65,6 @@ void sequence_loss_backward(ScoreFunction score_function,
                             T* grad_logits) {
   cpu::parallel_items(num_tokens, num_experts, [&](int64_t begin, int64_t end) {
     std::vector<T> probs(num_experts);
-    std::vector<T> grad_probs(num_experts);
     for (int64_t t = begin; t < end; ++t) {
       T* out = grad_logits + t * num_experts;
       if (token_mask != nullptr && !token_mask[t]) {
@@ -77,12 +75,13 @@ void sequence_loss_backward(ScoreFunction score_function,
       const T total = sum_of(probs.data(), num_experts);
       T mean = 0;
       for (int64_t e = 0; e < num_experts; ++e) {
-        mean += total == T(0) ? T(0) : fraction[e] * probs[e] / total;
+        out[e] = total == T(0) ? T(0) : probs[e] / total;
+        mean += fraction[e] * out[e];
       }
       for (int64_t e = 0; e < num_experts; ++e) {
-        grad_probs[e] = total == T(0) ? T(0) : scale * (fraction[e] - mean) / total;
+        const T slope = score_function == ScoreFunction::sigmoid ? T(1) - probs[e] : T(1);
+        out[e] *= scale * (fraction[e] - mean) * slope;
       }
-      cpu::score_row_backward(score_function, probs.data(), grad_probs.data(), num_experts, out);
     }
   });
 }

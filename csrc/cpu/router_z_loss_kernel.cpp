@@ -38,8 +38,11 @@ at::Tensor router_z_loss_kernel(const at::Tensor& logits,
   auto loss = at::empty({}, logits.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "router_z_loss", [&] {
     const auto* data = logits_acc.const_data_ptr<scalar_t>();
-    const auto squares = cpu::sum_over_tokens(
-        num_tokens, cpu::data_or_null<bool>(mask), 1, [&](int64_t t, double* sum) {
+    const auto squares = cpu::sum_over_tokens<scalar_t>(
+        num_tokens,
+        cpu::data_or_null<bool>(mask),
+        1,
+        [&](int64_t t, double* sum, scalar_t* /*scratch*/) {
           const double z = logsumexp(data + t * num_experts, num_experts);
           *sum += z * z;
         });
@@ -76,8 +79,10 @@ at::Tensor router_z_loss_backward_kernel(const at::Tensor& grad,
           std::fill(out, out + num_experts, scalar_t(0));
           continue;
         }
+        const scalar_t lse = logsumexp(row, num_experts);
         cpu::softmax(num_experts, [&](int64_t e) { return row[e]; }, out);
-        const scalar_t factor = scale * logsumexp(row, num_experts);
+        // Logits that are all -inf have softmax 0 and cannot be moved: no gradient, instead of inf * 0.
+        const scalar_t factor = std::isinf(lse) && lse < 0 ? scalar_t(0) : scale * lse;
         std::transform(out, out + num_experts, out, [factor](scalar_t p) { return factor * p; });
       }
     });

@@ -22,15 +22,16 @@ struct PlanView {
   int64_t num_routed;
 
   int64_t num_rows() const { return num_tokens * top_k; }
-  /// The slot of a routed row, or -1.
+  /// The slot of a routed row, or -1. A slot that names another row is not this row's: two rows
+  /// never share one, and no two threads write to it.
   int64_t slot_of(int64_t row) const {
     const int64_t slot = row < num_routed ? row_to_slot[row] : -1;
-    return slot < num_rows() ? slot : -1;
+    return slot >= 0 && slot < num_rows() && slot_to_row[slot] == row ? slot : -1;
   }
   /// The row of a routed slot, or -1.
   int64_t row_of(int64_t slot) const {
     const int64_t row = slot_to_row[slot];
-    return row < num_routed ? row : -1;
+    return row >= 0 && row < num_routed && row_to_slot[row] == slot ? row : -1;
   }
 };
 

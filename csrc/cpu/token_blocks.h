@@ -15,9 +15,10 @@ struct TokenSums {
   int64_t count = 0;
 };
 
-/// sums[i] = sum over tokens with token_mask (null: all) of terms(token, block_sums), which adds
-/// `width` terms of a token to its block's sums. Sums are float64 whatever the terms are.
-template <typename AddTerms>
+/// The sums over the tokens with token_mask (null: all) of `width` terms each. add_terms(token,
+/// sums, scratch) adds a token's terms to its block's sums, in float64 whatever T is; scratch has
+/// room for `width` numbers.
+template <typename T, typename AddTerms>
 TokenSums sum_over_tokens(int64_t num_tokens,
                           const bool* token_mask,
                           int64_t width,
@@ -28,11 +29,12 @@ TokenSums sum_over_tokens(int64_t num_tokens,
   parallel_tasks(num_blocks, [&](int64_t i) {
     auto& block = blocks[i];
     block.sums.assign(width, 0.0);
+    std::vector<T> scratch(width);
     const int64_t end = std::min((i + 1) * kBlockTokens, num_tokens);
     for (int64_t t = i * kBlockTokens; t < end; ++t) {
       if (token_mask == nullptr || token_mask[t]) {
         ++block.count;
-        add_terms(t, block.sums.data());
+        add_terms(t, block.sums.data(), scratch.data());
       }
     }
   });

@@ -1,4 +1,5 @@
-// What a layer is built from. Names and defaults are those of the Python layer.
+// What a layer is built from. Names and defaults are those of the Python layer, which also has
+// usage scaling, replaceable routers and experts, and estimators of one's own.
 #pragma once
 
 #include <cstdint>

@@ -141,6 +141,16 @@ void check_expert_mlp(const at::Tensor& x,
   }
 }
 
+void check_expert_mlp_plan(std::string_view op,
+                           const at::Tensor& x,
+                           const at::Tensor& w_in,
+                           const at::Tensor& expert_offsets,
+                           const at::Tensor& row_to_slot,
+                           const at::Tensor& slot_to_row) {
+  check_plan(op, expert_offsets, row_to_slot, slot_to_row, "x", x);
+  check_shape(op, "expert_offsets", expert_offsets, {w_in.sym_size(0) + 1}, "[num_experts + 1]");
+}
+
 void check_expert_mlp_backward(const at::Tensor& grad,
                                const at::Tensor& x,
                                const at::Tensor& slot_to_row,
@@ -190,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_meta(const at::Tensor& x,
                                                    std::string_view activation,
                                                    bool save_pre) {
   check_expert_mlp(x, slot_to_row, "slot_to_row", weights, w_in, b_in, w_out, b_out, activation);
-  check_plan("expert_mlp", expert_offsets, row_to_slot, slot_to_row, "x", x);
+  check_expert_mlp_plan("expert_mlp", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   const auto saved_rows = save_pre ? row_to_slot.sym_size(0) : c10::SymInt(0);
   return {at::empty_symint(x.sym_sizes(), x.options()),
           at::empty_symint({saved_rows, w_in.sym_size(1)}, x.options())};
@@ -209,7 +219,7 @@ ExpertMlpGradients expert_mlp_backward_meta(const at::Tensor& grad,
                                             std::string_view activation,
                                             std::array<bool, 6> output_mask) {
   check_expert_mlp_backward(grad, x, slot_to_row, weights, w_in, w_out, b_out, pre, activation);
-  check_plan("_expert_mlp_backward", expert_offsets, row_to_slot, slot_to_row, "x", x);
+  check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   return {empty_if(output_mask[0], x.sym_sizes(), x.options()),
           empty_if(output_mask[1], weights.sym_sizes(), weights.options()),
           empty_if(output_mask[2], w_in.sym_sizes(), w_in.options()),

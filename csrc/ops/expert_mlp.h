@@ -75,6 +75,13 @@ void check_expert_mlp(const at::Tensor& x,
                       const at::Tensor& w_out,
                       const std::optional<at::Tensor>& b_out,
                       std::string_view activation);
+/// The plan of the private parts: over as many experts as there are weights.
+void check_expert_mlp_plan(std::string_view op,
+                           const at::Tensor& x,
+                           const at::Tensor& w_in,
+                           const at::Tensor& expert_offsets,
+                           const at::Tensor& row_to_slot,
+                           const at::Tensor& slot_to_row);
 void check_expert_mlp_backward(const at::Tensor& grad,
                                const at::Tensor& x,
                                const at::Tensor& slot_to_row,

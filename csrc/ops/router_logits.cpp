@@ -48,10 +48,10 @@ void check_router_logits(const at::Tensor& x,
 void check_router_logits_backward(const at::Tensor& grad,
                                   const at::Tensor& x,
                                   const at::Tensor& weight) {
+  check_router_logits(x, weight, std::nullopt);
   constexpr auto op = "_router_logits_backward";
-  check_dim(op, "x", x, 2, "[num_tokens, hidden_size]");
-  check_dim(op, "weight", weight, 2, "[num_experts, hidden_size]");
   check_shape(op, "grad", grad, {x.sym_size(0), weight.sym_size(0)}, "[num_tokens, num_experts]");
+  check_same_device(op, "grad", grad, "x", x);
 }
 
 namespace {

@@ -134,7 +134,7 @@ class Settings:
             value = values[item.name]
             if item.name == "data":
                 values["data"] = tuple(str(path) for path in value)
-            elif value is not None or item.default is not None:
+            elif value is not None or item.name not in OPTIONAL:
                 values[item.name] = check_value(item.metadata, str(value))
         settings = cls(**values)
         settings.check()
@@ -146,6 +146,7 @@ class Settings:
 
 
 MODEL_FIELDS = tuple(field.name for field in fields(ModelConfig))
+OPTIONAL = ("steps", "minutes", "capacity_factor", "load")  # None says that there is none
 
 
 class Parser(argparse.ArgumentParser):

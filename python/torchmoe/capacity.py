@@ -17,8 +17,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-# Most tokens that an int64 tensor may count, and the largest denominator it is multiplied with: the
-# product, and with it every intermediate, stays below 2^63.
+# Most tokens that int64 arithmetic may count, and the largest denominator it multiplies them with:
+# the product, and with it every intermediate, stays below 2^63.
 _MOST_TOKENS = 2**31
 
 
@@ -98,6 +98,8 @@ def expert_capacity(
         ValueError: an argument is out of range, or num_tokens is a tensor that is not of an integer
             dtype.
     """
+    if not isinstance(num_tokens, int | torch.SymInt | Tensor):
+        raise TypeError(f"expert_capacity: num_tokens must be an int or tensor, got {num_tokens!r}")
     if num_experts < 1:
         raise ValueError(f"expert_capacity: num_experts must be >= 1, got {num_experts}")
     if top_k < 1:
@@ -121,13 +123,16 @@ def capacity_from_ratio(
     # overflow an int64 tensor.
     numerator = min(numerator, denominator)
 
+    # Compiled code computes in int64, as tensors do. Python's own integers need no rounding.
+    if isinstance(num_tokens, Tensor | torch.SymInt) or torch.compiler.is_compiling():
+        numerator, denominator = _round_up(numerator, denominator)
+
     if isinstance(num_tokens, Tensor):
         if num_tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 "expert_capacity: num_tokens must be an int or an int64 tensor, "
                 f"got a tensor of {num_tokens.dtype}"
             )
-        numerator, denominator = _round_up(numerator, denominator)
         tokens = num_tokens.to(torch.int64)
         slots = (tokens * numerator + (denominator - 1)) // denominator
         return torch.minimum(slots.clamp(min=min_capacity), tokens)

@@ -117,8 +117,9 @@ def limit_capacity(
         indices [T, K] int64.
 
     Raises:
-        ValueError: an unknown order or overflow, a negative int capacity, or an int capacity
-            without num_experts.
+        TypeError: capacity is neither an int nor a tensor.
+        ValueError: an unknown order or overflow, a negative num_experts or int capacity, or an int
+            capacity without num_experts.
         RuntimeError: a shape, dtype or device does not fit.
     """
     if isinstance(capacity, Tensor):
@@ -132,6 +133,10 @@ def limit_capacity(
             raise ValueError(
                 "limit_capacity: num_experts must be given when capacity is an int, got None"
             )
+        if not isinstance(capacity, int | torch.SymInt) or isinstance(capacity, bool):
+            raise TypeError(f"limit_capacity: capacity must be an int or tensor, got {capacity!r}")
+        if num_experts < 0:
+            raise ValueError(f"limit_capacity: num_experts must be >= 0, got {num_experts}")
         if isinstance(capacity, int) and capacity < 0:
             raise ValueError(f"limit_capacity: capacity must be >= 0, got {capacity}")
         capacity = torch.full((num_experts,), capacity, dtype=torch.int64, device=indices.device)
@@ -410,6 +415,6 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
         x's values, in a tensor of its own.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit.
+        RuntimeError: a shape or dtype does not fit.
     """
     return cast(Tensor, _ops.attach_loss.default(x, loss, scale))

@@ -118,3 +118,16 @@ def test_a_tensor_gives_what_an_int_gives_whatever_the_decimals(
 ) -> None:
     expected = expert_capacity(num_tokens, num_experts, top_k, factor)
     assert expert_capacity(torch.tensor(num_tokens), num_experts, top_k, factor) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [1 / 3, 4 / 3])
+def test_many_decimals_are_exact_when_compiled(factor: float) -> None:
+    """Generated code computes in int64, which 17 digits times a token count overflow."""
+
+    def capacities(x: torch.Tensor) -> torch.Tensor:
+        return torch.full((1,), expert_capacity(x.shape[0], 8, 2, factor))
+
+    compiled = torch.compile(capacities, fullgraph=True, dynamic=True)
+    for num_tokens in (4096, 65537, 3):
+        assert compiled(torch.empty(num_tokens)) == expert_capacity(num_tokens, 8, 2, factor)

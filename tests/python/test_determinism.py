@@ -64,7 +64,7 @@ def test_two_processes_agree(pytestconfig: pytest.Config) -> None:
 
 
 def test_tokens_without_competition_do_not_see_each_other() -> None:
-    """With room for all, a token's y is the same bits in any batch."""
+    """With room for all, a token's y does not depend on its batch, up to rounding."""
     layer = Layer.make(24, 16, 5, 2, 10_000)
     x = normal(40, 24, dtype=torch.float32)
     whole = layer.forward(x)

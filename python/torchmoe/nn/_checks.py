@@ -17,8 +17,15 @@ def check_choice(owner: str, argument: str, value: str, choices: Iterable[str]) 
         raise ValueError(f'{owner}: {argument} must be one of {listed}, got "{value}"')
 
 
+def check_integer(owner: str, argument: str, value: int) -> None:
+    """Raises TypeError unless value is an int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {argument} must be an int, got {value!r}")
+
+
 def check_at_least(owner: str, argument: str, value: int, least: int) -> None:
-    """Raises ValueError unless value >= least."""
+    """Raises unless value is an int (TypeError) and >= least (ValueError)."""
+    check_integer(owner, argument, value)
     if value < least:
         raise ValueError(f"{owner}: {argument} must be >= {least}, got {value}")
 

@@ -25,10 +25,16 @@ def total(parts: Sequence[Statistics], group: ProcessGroup | None) -> Statistics
     """
 
     def total_leaf(*leaves: Tensor | None) -> Tensor | None:
-        first = leaves[0]
-        if not isinstance(first, Tensor):
-            return first
-        value: Tensor = reduce(add, (leaf.detach() for leaf in leaves if leaf is not None)).clone()
+        given = [leaf.detach() for leaf in leaves if leaf is not None]
+        if not given:
+            return None
+        if len(given) < len(leaves):
+            # Were it skipped, the processes would wait for each other in the reduction.
+            raise ValueError(
+                "MoE: routing must hold the estimator's statistics in all micro-batches or none, "
+                f"got them in {len(given)} of {len(leaves)}"
+            )
+        value = reduce(add, given).clone()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(value, group=group)
         return value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn import _reduce
-from torchmoe.nn._checks import Level, check_at_least, check_not_negative
+from torchmoe.nn._checks import Level, check_at_least, check_integer, check_not_negative
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.estimator import ExpertFunction, build_estimator
 from torchmoe.nn.experts import Experts
@@ -65,7 +65,7 @@ class MoE(nn.Module):
             selection_bias. It never enters the weights.
 
     Raises:
-        TypeError: gate or capacity has another type.
+        TypeError: a size is not an int, or gate or capacity has another type.
         ValueError: a value is out of range, or a replaced part has another number of experts.
     """
 
@@ -94,6 +94,7 @@ class MoE(nn.Module):
         super().__init__()
         check_at_least("MoE", "hidden_size", hidden_size, 1)
         check_at_least("MoE", "num_experts", num_experts, 1)
+        check_integer("MoE", "top_k", top_k)
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"MoE: top_k must be in [1, {num_experts}], got {top_k}")
         check_not_negative("MoE", "balance_weight", balance_weight)
@@ -223,9 +224,16 @@ class MoE(nn.Module):
             group: the processes that hold this layer; None is all.
 
         Raises:
-            ValueError: the list is empty.
+            TypeError: an item is not a Routing.
+            ValueError: the list is empty, or only some hold the estimator's statistics.
         """
         routings = [routing] if isinstance(routing, Routing) else list(routing)
+        for item in routings:
+            if not isinstance(item, Routing):
+                raise TypeError(
+                    "MoE: routing must be a Routing, such as moe(x).routing, or a list of them, "
+                    f"got {type(item).__name__}"
+                )
         if not routings:
             raise ValueError("MoE: routing must hold at least one Routing, got an empty list")
         if isinstance(self.router, Router) and self.router.usage is not None:
@@ -268,7 +276,8 @@ class MoE(nn.Module):
                 "MoE: router must return [num_tokens, num_experts] = "
                 f"[{tokens.shape[0]}, {self.num_experts}], got shape {list(logits.shape)}"
             )
-        return logits
+        # A router of the user's own may return a 16-bit type, under autocast at the latest.
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _limit(self, selected: Tensor, num_tokens: int | Tensor) -> Tensor:
         if self.capacity is None:

@@ -183,6 +183,7 @@ def test_stops_by_the_clock(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_lm.main([*TINY, "--data", *data, "--minutes", "0.01", "--out", str(tmp_path)]) == 0
+    assert train_lm.main(["--load", str(tmp_path / "model.safetensors")]) == 0
     clock = LINE.findall(capsys.readouterr().out)[-1][5]
     assert clock in ("0:00", "0:01")
 

@@ -289,6 +289,8 @@ def test_all_experts_may_be_chosen() -> None:
         ((H, 0, E, K), {}, ValueError, r"Experts: intermediate_size must be >= 1, got 0"),
         ((H, None, E, K), {}, ValueError, r"MoE: intermediate_size must be given .*, got None"),
         ((H, INNER, 0, 1), {}, ValueError, r"MoE: num_experts must be >= 1, got 0"),
+        ((H, INNER, 8, 2.0), {}, TypeError, r"MoE: top_k must be an int, got 2.0"),
+        ((6.0, INNER, 8, 2), {}, TypeError, r"MoE: hidden_size must be an int, got 6.0"),
         ((H, INNER, 8, 9), {}, ValueError, r"MoE: top_k must be in \[1, 8\], got 9"),
         ((H, INNER, 8, 0), {}, ValueError, r"MoE: top_k must be in \[1, 8\], got 0"),
         (
@@ -346,3 +348,9 @@ def test_forward_and_update_errors() -> None:
         moe(x)
     with pytest.raises(ValueError, match=r"MoE: routing must hold at least one Routing"):
         moe.update([])
+    moe = make()
+    with pytest.raises(TypeError, match=r"MoE: routing must be a Routing, .*, got Tensor"):
+        moe.update(moe(x))
+    routing = moe(x).routing
+    with pytest.raises(ValueError, match=r"routing must hold .*, got them in 1 of 2"):
+        moe.update([routing, routing._replace(statistics=torch.ones(E))])

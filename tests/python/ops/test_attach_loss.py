@@ -74,3 +74,11 @@ class TestAttachLoss(DifferentiableOpTests):
         inputs = leaves(make(SITUATIONS["plain"], torch.float32, 1.0), ("loss",))
         torchmoe.ops.attach_loss(inputs["x"], inputs["loss"]).sum().backward()
         assert inputs["loss"].grad == 1.0
+
+    def test_the_loss_may_be_changed_in_place_afterwards(self) -> None:
+        loss = torch.tensor(2.0, requires_grad=True)
+        x, term = torch.randn(4, requires_grad=True), 3.0 * loss
+        y = torchmoe.ops.attach_loss(x, term)
+        term.detach().zero_()
+        y.sum().backward()
+        assert loss.grad == 3.0

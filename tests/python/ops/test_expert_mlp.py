@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 import torchmoe
@@ -213,6 +214,25 @@ class TestExpertMlp(DifferentiableOpTests):
         width = inputs["w_in"].size(1)
         assert floating == [(16 * 3, width)]
         assert sum(t.numel() for t in own if not t.is_floating_point()) <= 6 + 3 * 16 * 3
+
+    @pytest.mark.parametrize("grad_mode", [False, True])
+    def test_keeps_the_pre_activation_only_for_a_backward(self, grad_mode: bool) -> None:
+        inputs = make(SITUATIONS["plain"], torch.float32, "swiglu", bias=True)
+        inputs = leaves(inputs, self.case.names(inputs) if not grad_mode else ())
+        called: list[object] = []
+
+        class Observe(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+                called.append(op)
+                return op(*args, **(kwargs or {}))
+
+        ops = torch.ops.torchmoe
+        with torch.set_grad_enabled(grad_mode), Observe():
+            self.case(inputs)
+        assert called == [ops.expert_mlp.default]  # whose kernel asks for none
+        with Observe():
+            self.case(leaves(inputs, self.case.names(inputs)))
+        assert ops._expert_mlp.default in called
 
     def test_the_pieces_give_the_same(self) -> None:
         """Permute, grouped_linear and unpermute, the way to second derivatives."""

@@ -120,3 +120,14 @@ class TestLoadBalancingLoss(DifferentiableOpTests):
             torch.zeros(0, 5, 4), torch.zeros(0, 4), score_function="softmax"
         )
         assert loss.item() == 0.0
+
+    def test_small_probabilities_do_not_overflow_the_gradient(self) -> None:
+        """A gradient scaler multiplies the loss, and a sum of sigmoids may be as small as 1e-34."""
+        inputs = make(SITUATIONS["plain"], torch.float32, "sigmoid", (), mask=False)
+        inputs["logits"] = inputs["logits"] - 80.0
+        logits = inputs["logits"].requires_grad_()
+        (grad,) = torch.autograd.grad(65536.0 * self.case(inputs)[0], logits)
+        wide = {k: v.detach().double() if torch.is_tensor(v) else v for k, v in inputs.items()}
+        exact = wide["logits"].requires_grad_()
+        (expected,) = torch.autograd.grad(65536.0 * reference.load_balancing_loss(**wide), exact)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-2)

@@ -100,3 +100,27 @@ def test_a_pre_activation_of_another_shape(device: str) -> None:
     inputs = map_tensors(inputs_of("_expert_mlp_backward"), lambda t: t.to(device))
     with pytest.raises(RuntimeError, match=r"^_expert_mlp_backward: pre must .*, got shape"):
         call("_expert_mlp_backward", inputs | {"pre": inputs["pre"][:0]})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", ["_expert_mlp", "_expert_mlp_backward"])
+def test_a_plan_over_other_experts(op: str, device: str) -> None:
+    """More experts than there are weights would be read past their end."""
+    inputs = inputs_of("_expert_mlp_backward")
+    if op == "_expert_mlp":
+        for name in ("grad", "pre", "output_mask"):
+            del inputs[name]
+        inputs |= {"b_in": None, "save_pre": True}
+    inputs = map_tensors(inputs, lambda t: t.to(device))
+    offsets = inputs["expert_offsets"]
+    message = r"^_?expert_mlp(_backward)?: expert_offsets must .*, got shape"
+    for other in (offsets[:-1], torch.cat((offsets, offsets[-1:]))):
+        with pytest.raises(RuntimeError, match=message):
+            call(op, inputs | {"expert_offsets": other})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_router_of_another_width(device: str) -> None:
+    inputs = map_tensors(inputs_of("_router_logits_backward"), lambda t: t.to(device))
+    with pytest.raises(RuntimeError, match=r"^router_logits: weight must .*, got shape"):
+        call("_router_logits_backward", inputs | {"weight": inputs["weight"][:, :-1]})

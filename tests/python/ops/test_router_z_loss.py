@@ -77,3 +77,11 @@ class TestRouterZLoss(DifferentiableOpTests):
         (grad,) = torch.autograd.grad(loss, logits)
         assert loss.item() == 0.0
         assert torch.equal(grad, torch.zeros(3, 4))
+
+    def test_a_row_of_minus_inf_gets_no_gradient(self) -> None:
+        logits = torch.tensor([[-math.inf] * 4, [0.0] * 4], requires_grad=True)
+        loss = torchmoe.ops.router_z_loss(logits)
+        (grad,) = torch.autograd.grad(loss, logits)
+        assert loss.item() == math.inf
+        assert torch.equal(grad[0], torch.zeros(4))
+        torch.testing.assert_close(grad[1], torch.full((4,), math.log(4.0) / 4))
