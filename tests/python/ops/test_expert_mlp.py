@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 import torchmoe
-from gradient_harness import DifferentiableOpTests
+from gradient_harness import GRADCHECK, DifferentiableOpTests
 from op_case import (
     Autocast,
     ErrorCase,
@@ -132,6 +132,7 @@ class TestExpertMlp(DifferentiableOpTests):
         assert torch.autograd.gradcheck(
             lambda *values: case(inputs | dict(zip(names, values, strict=True))),
             [inputs[n] for n in names],
+            **GRADCHECK,
         )
 
     @pytest.mark.usefixtures("_one_thread")
@@ -146,6 +147,7 @@ class TestExpertMlp(DifferentiableOpTests):
                     leaf | dict(zip(names, v, strict=True))
                 ),
                 [leaf[n] for n in names],
+                **GRADCHECK,
             )
 
     @pytest.mark.parametrize("own", [torch.bfloat16, torch.float32])
