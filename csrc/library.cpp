@@ -56,9 +56,9 @@ TORCH_LIBRARY(torchmoe, m) {
       "Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
       "str activation, bool save_pre) -> (Tensor y, Tensor pre)");
   m.def(
-      "_expert_mlp_backward(Tensor grad, Tensor x, Tensor weights, Tensor w_in, Tensor w_out, "
-      "Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, Tensor pre, "
-      "str activation, bool[6] output_mask) -> (Tensor grad_x, Tensor grad_weights, "
+      "_expert_mlp_backward(Tensor grad, Tensor x, Tensor weights, Tensor w_in, Tensor? b_in, "
+      "Tensor w_out, Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
+      "Tensor pre, str activation, bool[6] output_mask) -> (Tensor grad_x, Tensor grad_weights, "
       "Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)");
 
   // Account

@@ -33,47 +33,51 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
     const auto plan = dispatch_plan(indices, w_in.sym_size(0));
     auto [y, pre] = expert_mlp_forward(
         x, weights, w_in, b_in, w_out, b_out, plan, activation, /*save_pre=*/true);
-    variable_list saved{
-        x, weights, w_in, w_out, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row, pre};
-    if (b_out) {
-      saved.push_back(*b_out);
-    }
-    ctx->save_for_backward(std::move(saved));
+    ctx->save_for_backward({x,
+                            weights,
+                            w_in,
+                            b_in.value_or(at::Tensor()),
+                            w_out,
+                            b_out.value_or(at::Tensor()),
+                            plan.expert_offsets,
+                            plan.row_to_slot,
+                            plan.slot_to_row,
+                            pre});
     ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["has_b_in"] = b_in.has_value();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const bool has_b_out = saved.size() == 9;
-    const auto b_out = has_b_out ? std::optional(saved[8]) : std::nullopt;
+    const auto b_in = saved[3].defined() ? std::optional(saved[3]) : std::nullopt;
+    const auto b_out = saved[5].defined() ? std::optional(saved[5]) : std::nullopt;
     NeededGradients needed(ctx);
     std::array<bool, 6> mask{};
     mask[0] = needed.next();  // x
     needed.next();            // indices
     mask[1] = needed.next();  // weights
     mask[2] = needed.next();  // w_in
-    mask[3] = needed.next(ctx->saved_data["has_b_in"].toBool());
+    mask[3] = needed.next(b_in.has_value());
     mask[4] = needed.next();  // w_out
-    mask[5] = needed.next(has_b_out);
-    const auto [x, weights, w_in, b_in, w_out, grad_b_out] =
+    mask[5] = needed.next(b_out.has_value());
+    const auto [grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out] =
         expert_mlp_backward(grads[0],
                             saved[0],
                             saved[1],
                             saved[2],
-                            saved[3],
+                            b_in,
+                            saved[4],
                             b_out,
-                            saved_plan(saved, 4),
-                            saved[7],
+                            saved_plan(saved, 6),
+                            saved[9],
                             ctx->saved_data["activation"].toStringRef(),
                             mask);
-    return {gradient_if(mask[0], x),
+    return {gradient_if(mask[0], grad_x),
             at::Tensor(),
-            gradient_if(mask[1], weights),
-            gradient_if(mask[2], w_in),
-            gradient_if(mask[3], b_in),
-            gradient_if(mask[4], w_out),
+            gradient_if(mask[1], grad_weights),
+            gradient_if(mask[2], grad_w_in),
+            gradient_if(mask[3], grad_b_in),
+            gradient_if(mask[4], grad_w_out),
             gradient_if(mask[5], grad_b_out),
             at::Tensor()};
   }
@@ -105,6 +109,7 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                                 const at::Tensor& x,
                                                 const at::Tensor& weights,
                                                 const at::Tensor& w_in,
+                                                const std::optional<at::Tensor>& b_in,
                                                 const at::Tensor& w_out,
                                                 const std::optional<at::Tensor>& b_out,
                                                 const at::Tensor& expert_offsets,
@@ -114,8 +119,10 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                                 std::string_view activation,
                                                 std::array<bool, 6> output_mask) {
   variable_list inputs{grad, x, weights, w_in, w_out, pre};
-  if (b_out) {
-    inputs.push_back(*b_out);
+  for (const auto& bias : {b_in, b_out}) {
+    if (bias) {
+      inputs.push_back(*bias);
+    }
   }
   const auto grads = OnceDifferentiable::apply(
       at::TensorList(inputs),
@@ -125,6 +132,7 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                 x,
                                 weights,
                                 w_in,
+                                b_in,
                                 w_out,
                                 b_out,
                                 {expert_offsets, row_to_slot, slot_to_row},

@@ -194,6 +194,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const at::Tensor& x,
                                               const at::Tensor& weights,
                                               const at::Tensor& w_in,
+                                              const std::optional<at::Tensor>& b_in,
                                               const at::Tensor& w_out,
                                               const std::optional<at::Tensor>& b_out,
                                               const at::Tensor& expert_offsets,
@@ -203,7 +204,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               std::string_view activation_name,
                                               std::array<bool, 6> output_mask) {
   check_expert_mlp_backward(
-      grad, x, slot_to_row, weights, w_in, w_out, b_out, pre, activation_name);
+      grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation_name);
   check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   const auto [want_x, want_weights, want_w_in, want_b_in, want_w_out, want_b_out] = output_mask;
   const auto activation = choose_activation("expert_mlp", activation_name);

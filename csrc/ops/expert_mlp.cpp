@@ -61,6 +61,7 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor& x,
                                        const at::Tensor& weights,
                                        const at::Tensor& w_in,
+                                       const std::optional<at::Tensor>& b_in,
                                        const at::Tensor& w_out,
                                        const std::optional<at::Tensor>& b_out,
                                        const DispatchPlan& plan,
@@ -71,6 +72,7 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor&,
                                        const at::Tensor&,
                                        const at::Tensor&,
+                                       const std::optional<at::Tensor>&,
                                        const at::Tensor&,
                                        const std::optional<at::Tensor>&,
                                        const at::Tensor&,
@@ -84,6 +86,7 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                  x,
                  weights,
                  w_in,
+                 b_in,
                  w_out,
                  b_out,
                  plan.expert_offsets,
@@ -156,13 +159,13 @@ void check_expert_mlp_backward(const at::Tensor& grad,
                                const at::Tensor& slot_to_row,
                                const at::Tensor& weights,
                                const at::Tensor& w_in,
+                               const std::optional<at::Tensor>& b_in,
                                const at::Tensor& w_out,
                                const std::optional<at::Tensor>& b_out,
                                const at::Tensor& pre,
                                std::string_view activation) {
   constexpr auto op = "_expert_mlp_backward";
-  check_expert_mlp(
-      x, slot_to_row, "slot_to_row", weights, w_in, std::nullopt, w_out, b_out, activation);
+  check_expert_mlp(x, slot_to_row, "slot_to_row", weights, w_in, b_in, w_out, b_out, activation);
   check_shape(op, "grad", grad, {x.sym_size(0), x.sym_size(1)}, "[num_tokens, hidden_size]");
   check_shape(op,
               "pre",
@@ -210,6 +213,7 @@ ExpertMlpGradients expert_mlp_backward_meta(const at::Tensor& grad,
                                             const at::Tensor& x,
                                             const at::Tensor& weights,
                                             const at::Tensor& w_in,
+                                            const std::optional<at::Tensor>& b_in,
                                             const at::Tensor& w_out,
                                             const std::optional<at::Tensor>& b_out,
                                             const at::Tensor& expert_offsets,
@@ -218,7 +222,8 @@ ExpertMlpGradients expert_mlp_backward_meta(const at::Tensor& grad,
                                             const at::Tensor& pre,
                                             std::string_view activation,
                                             std::array<bool, 6> output_mask) {
-  check_expert_mlp_backward(grad, x, slot_to_row, weights, w_in, w_out, b_out, pre, activation);
+  check_expert_mlp_backward(
+      grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation);
   check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   return {empty_if(output_mask[0], x.sym_sizes(), x.options()),
           empty_if(output_mask[1], weights.sym_sizes(), weights.options()),

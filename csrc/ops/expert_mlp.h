@@ -53,11 +53,13 @@ using ExpertMlpGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 /// Gradients of x, weights, w_in, b_in, w_out and b_out for `grad` [T, H]; one that output_mask
-/// leaves out is an empty tensor of shape [0].
+/// leaves out is an empty tensor of shape [0]. b_in is in `pre` already; it is an argument so that
+/// a second derivative through it is refused and not lost.
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor& x,
                                        const at::Tensor& weights,
                                        const at::Tensor& w_in,
+                                       const std::optional<at::Tensor>& b_in,
                                        const at::Tensor& w_out,
                                        const std::optional<at::Tensor>& b_out,
                                        const DispatchPlan& plan,
@@ -87,6 +89,7 @@ void check_expert_mlp_backward(const at::Tensor& grad,
                                const at::Tensor& slot_to_row,
                                const at::Tensor& weights,
                                const at::Tensor& w_in,
+                               const std::optional<at::Tensor>& b_in,
                                const at::Tensor& w_out,
                                const std::optional<at::Tensor>& b_out,
                                const at::Tensor& pre,

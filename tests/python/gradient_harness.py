@@ -23,7 +23,7 @@ from op_case import (
     wide_dtype,
 )
 from op_harness import OpTests
-from situations import COMPILED_TOKENS, GRADIENT, SITUATIONS, Situation
+from situations import BLOCKS, COMPILED_TOKENS, GRADIENT, SITUATIONS, Situation
 
 # In float64 a central difference over steps of 1e-6 errs by some 1e-12 (the step squared) plus
 # 1e-10 (rounding over the step); the default tolerances would let a wrong fourth digit pass.
@@ -75,6 +75,10 @@ class DifferentiableOpTests(OpTests):
             )
             assert_close(actual, expected, atol)
 
+    def test_more_than_one_block(self, variant: Inputs) -> None:
+        self.test_forward_is_the_reference(BLOCKS, torch.float64, variant)
+        self.test_gradients_are_the_reference(BLOCKS, torch.float64, variant)
+
     @pytest.fixture
     def _one_thread(self) -> None:
         """Finite differences make thousands of tiny calls; waking threads would be all they do."""
@@ -112,6 +116,20 @@ class DifferentiableOpTests(OpTests):
         assert_same(tuple(g.detach() for g in first), run(self.case, inputs, names)[1])
         with pytest.raises(RuntimeError, match=f"^{self.case.name}: double backward must not be"):
             torch.autograd.grad([g.sum() for g in first], values + cotangent, allow_unused=True)
+
+    @pytest.mark.usefixtures("_one_thread")
+    def test_a_refusal_reaches_every_input(self) -> None:
+        """As after backward(create_graph=True), where the arriving gradient itself needs none."""
+        case, variant = self.case, self.case.variants[0]
+        if case.double_backward == "right":
+            return
+        for names in self._subsets(variant, every=True):
+            inputs = leaves(case.make(SITUATIONS["plain"], torch.float64, **variant), names)
+            values = [inputs[n] for n in names]
+            outputs = case(inputs)
+            first = torch.autograd.grad(outputs, values, cotangents(outputs), create_graph=True)
+            with pytest.raises(RuntimeError, match=f"^{case.name}: double backward must not be"):
+                torch.autograd.grad([g.sum() for g in first], values, allow_unused=True)
 
     def test_any_strides_of_the_gradient(self, variant: Inputs) -> None:
         """A sum's gradient arrives with strides of 0."""

@@ -94,6 +94,10 @@ GRADIENT = ("plain", "dropped", "empty_expert", "top1", "all_experts", "out_of_r
 # Large enough that a library product split by threads would show.
 THREADS = Situation("threads", routing="dropped", T=193, H=96, I=72, E=6, K=2)
 
+# Past every block that work is cut into: 256 tokens, 128 rows of an expert, 128 rows of its matrix
+# and 16 experts, none of them a multiple.
+BLOCKS = Situation("blocks", T=1300, H=6, I=131, E=18, K=2)
+
 # Distinct token counts, unlike H, I, E, K and 2 I of the plain situation, as a symbolic size needs.
 COMPILED_TOKENS = (7, 11, 16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -92,6 +93,12 @@ def work(rank: int, kind: str, folder: str) -> None:
             counts = output.routing.tokens_per_expert
             assert counts[mine].sum() == K * T
             assert counts[others].sum() == 0
+        # A group of one process: the counts of the other rank stay out.
+        groups = [dist.new_group([r]) for r in range(RANKS)]
+        alone = copy.deepcopy(moe)
+        alone.router.usage_decay = 0.0
+        alone.update(outputs[-1].routing, group=groups[rank])
+        assert_close(alone.router.usage, outputs[-1].routing.tokens_per_expert.double() / (K * T))
         torch.save(moe.state_dict(), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()

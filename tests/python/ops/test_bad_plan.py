@@ -45,7 +45,8 @@ def inputs_of(op: str) -> tuple[Inputs, tuple[str, ...]]:
     weights = normal(s.T, s.K, dtype=torch.float32)
     w_in = normal(s.E, 2 * s.I, s.H, dtype=torch.float32)
     w_out = normal(s.E, s.H, s.I, dtype=torch.float32)
-    mlp = {"x": x, "weights": weights, "w_in": w_in, "w_out": w_out, "b_out": None}
+    mlp = {"x": x, "weights": weights, "w_in": w_in, "w_out": w_out}
+    mlp |= {"b_in": None, "b_out": None}
     mlp |= plan | {"activation": "swiglu"}
     inputs: dict[str, tuple[Inputs, tuple[str, ...]]] = {
         "permute": ({"x": x, **plan}, ("x",)),

@@ -49,7 +49,7 @@ def private(inputs: Inputs) -> list[tuple[str, Inputs]]:
     rest = {k: v for k, v in inputs.items() if k != "indices"} | names
     _, pre = call("_expert_mlp", rest | {"save_pre": True})
     biased = inputs["b_in"] is not None
-    backward = {k: v for k, v in rest.items() if k != "b_in"} | {
+    backward = rest | {
         "grad": normal(*inputs["x"].shape, dtype=inputs["x"].dtype),
         "pre": pre,
     }
@@ -216,6 +216,14 @@ class TestExpertMlp(DifferentiableOpTests):
         width = inputs["w_in"].size(1)
         assert floating == [(16 * 3, width)]
         assert sum(t.numel() for t in own if not t.is_floating_point()) <= 6 + 3 * 16 * 3
+
+    @pytest.mark.parametrize("activation", [*reference.PLAIN, *reference.GATED])
+    def test_nan_stays_nan_and_in_its_token(self, activation: str) -> None:
+        inputs = make(SITUATIONS["plain"], torch.float32, activation, bias=True)
+        inputs["x"][1] = torch.nan
+        (y,) = self.case(inputs)
+        assert bool(y[1].isnan().all())
+        assert not bool(y[torch.arange(len(y)) != 1].isnan().any())
 
     @pytest.mark.parametrize("grad_mode", [False, True])
     def test_keeps_the_pre_activation_only_for_a_backward(self, grad_mode: bool) -> None:

@@ -131,3 +131,11 @@ class TestLimitCapacity(OpTests):
         for expert in range(num_experts):
             asked, places = int((indices == expert).sum()), max(int(capacity[expert]), 0)
             assert int((kept == expert).sum()) == min(asked, places)
+
+    def test_equal_priorities_keep_their_order(self) -> None:
+        """More slots than the 16 that an unstable sort may order by insertion."""
+        indices = torch.zeros(100, 1, dtype=torch.int64)
+        priority = torch.arange(100).remainder(3).float().unsqueeze(1)
+        capacity = torch.tensor([50])
+        kept = torchmoe.ops.limit_capacity(indices, capacity, priority=priority)
+        assert torch.equal(kept, reference.limit_capacity(indices, capacity, priority=priority))
