@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 import torch
-import torch._functorch.config
-import torch._inductor.config
 
-# The caches of compiled code outlive a build: a graph found there may call the ops of another one.
-# Their configuration may have read the environment already, which serves subprocesses.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
-os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
-torch._inductor.config.force_disable_caches = True
-torch._functorch.config.enable_autograd_cache = False
+# Compiled code that another build left behind may call ops that no longer are: each run starts with
+# a folder of its own for torch's caches, its subprocesses included.
+_CACHES = tempfile.TemporaryDirectory(prefix="torchmoe-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES.name
 
 # The harness asserts on behalf of the test files, so its failures must show values as theirs do.
 pytest.register_assert_rewrite("op_case", "op_harness", "gradient_harness")

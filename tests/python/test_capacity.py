@@ -13,6 +13,7 @@ from hypothesis import given
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from torchmoe import expert_capacity
+from torchmoe.nn import Capacity
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,10 @@ def test_a_tensor_gives_what_an_int_gives_whatever_the_decimals(
 def test_many_decimals_are_exact_when_compiled(factor: float) -> None:
     """Generated code computes in int64, which 17 digits times a token count overflow."""
 
+    capacity = Capacity(factor)
+
     def capacities(x: torch.Tensor) -> torch.Tensor:
-        return torch.full((1,), expert_capacity(x.shape[0], 8, 2, factor))
+        return torch.full((1,), capacity.slots(x.shape[0], 8, 2, training=True))
 
     compiled = torch.compile(capacities, fullgraph=True, dynamic=True)
     for num_tokens in (4096, 65537, 3):
