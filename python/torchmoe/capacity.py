@@ -17,9 +17,10 @@ from typing import overload
 import torch
 from torch import Tensor
 
-# Most tokens that int64 arithmetic may count, and the largest denominator it multiplies them with:
-# the product, and with it every intermediate, stays below 2^63.
-_MOST_TOKENS = 2**31
+# Slots, top_k times tokens, up to which arithmetic in int64 is exact: tensors compute in it, and so
+# does compiled code. With a numerator of at most factor * 2^28 the product of both stays below 2^63
+# for factors up to 128.
+_MOST_SLOTS = 2**28
 
 
 def capacity_ratio(
@@ -82,8 +83,8 @@ def expert_capacity(
 
     Args:
         num_tokens: how many tokens count: an int, a symbolic int under torch.compile, or an integer
-            tensor with values up to 2^31 (then the result is an int64 tensor of its shape,
-            computed on its device without a sync).
+            tensor (then the result is an int64 tensor of its shape, computed on its device without
+            a sync). Symbolic and on a device, exact up to 2^28 slots.
         num_experts: E.
         top_k: K, slots per token.
         capacity_factor: 1 is just enough room when the tokens spread evenly. int, float, Fraction
@@ -105,6 +106,8 @@ def expert_capacity(
     if top_k < 1:
         raise ValueError(f"expert_capacity: top_k must be >= 1, got {top_k}")
     ratio = capacity_ratio(capacity_factor)
+    if computes_in_int64(num_tokens):
+        ratio = int64_ratio(ratio)
     return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, min_capacity)
 
 
@@ -122,10 +125,6 @@ def capacity_from_ratio(
     # A capacity above num_tokens means nothing, so a larger factor is cut here, before it can
     # overflow an int64 tensor.
     numerator = min(numerator, denominator)
-
-    # Compiled code computes in int64, as tensors do. Python's own integers need no rounding.
-    if isinstance(num_tokens, Tensor | torch.SymInt) or torch.compiler.is_compiling():
-        numerator, denominator = _round_up(numerator, denominator)
 
     if isinstance(num_tokens, Tensor):
         if num_tokens.dtype not in (torch.int64, torch.int32):
@@ -146,25 +145,32 @@ def capacity_from_ratio(
     return capacity
 
 
-def _round_up(numerator: int, denominator: int) -> tuple[int, int]:
-    """The smallest fraction >= numerator / denominator with a denominator up to _MOST_TOKENS.
+def computes_in_int64(num_tokens: int | Tensor) -> bool:
+    """Whether the capacity of num_tokens is computed in int64 and not in Python's integers."""
+    return isinstance(num_tokens, Tensor | torch.SymInt) or torch.compiler.is_compiling()
 
-    The given one is in [0, 1]. No m / n with n <= _MOST_TOKENS lies between the two, so that
-    ceil(n * fraction) is the same for both: a walk down the Stern-Brocot tree.
+
+def int64_ratio(ratio: tuple[int, int]) -> tuple[int, int]:
+    """The smallest fraction >= ratio with a denominator up to _MOST_SLOTS.
+
+    For n slots, n at most _MOST_SLOTS, no c * num_experts / n lies between the two, so that the
+    smallest whole c with c * num_experts / n >= ratio, which is the capacity, is the same for both.
+    Found by a walk down the Stern-Brocot tree.
     """
-    common = math.gcd(numerator, denominator)
-    a, b = numerator // common, denominator // common
-    if b <= _MOST_TOKENS:
-        return a, b
+    whole, rest = divmod(ratio[0], ratio[1])
+    common = math.gcd(rest, ratio[1])
+    a, b = rest // common, ratio[1] // common
+    if b <= _MOST_SLOTS:
+        return whole * b + a, b
     low, low_parts, high, high_parts = 0, 1, 1, 1
-    while low_parts + high_parts <= _MOST_TOKENS:
+    while low_parts + high_parts <= _MOST_SLOTS:
         # The distances to a / b, times b and their own denominator: positive and never equal, since
         # a mediant that hits a / b would need the denominator b.
         below, above = a * low_parts - low * b, high * b - a * high_parts
         if below > above:
-            steps = min(below // above, (_MOST_TOKENS - low_parts) // high_parts)
+            steps = min(below // above, (_MOST_SLOTS - low_parts) // high_parts)
             low, low_parts = low + steps * high, low_parts + steps * high_parts
         else:
-            steps = min((above - 1) // below, (_MOST_TOKENS - high_parts) // low_parts)
+            steps = min((above - 1) // below, (_MOST_SLOTS - high_parts) // low_parts)
             high, high_parts = high + steps * low, high_parts + steps * low_parts
-    return high, high_parts
+    return whole * high_parts + high, high_parts

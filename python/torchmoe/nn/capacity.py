@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from torchmoe.capacity import capacity_from_ratio, capacity_ratio
+from torchmoe.capacity import (
+    capacity_from_ratio,
+    capacity_ratio,
+    computes_in_int64,
+    int64_ratio,
+)
 from torchmoe.nn._checks import check_at_least, check_choice
 
 _ORDERS = ("choice", "token")
@@ -44,8 +49,8 @@ class Capacity:
     order: str = "choice"
     overflow: str = "drop"
     normalize: str = "before_drop"
-    _ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
-    _eval_ratio: tuple[int, int] = field(init=False, repr=False, compare=False)
+    # The factor in training and in evaluation, each as two integers and as two that suit int64.
+    _ratios: dict[tuple[bool, bool], tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Checks every field and turns the factors into integers, once."""
@@ -57,12 +62,17 @@ class Capacity:
         eval_ratio = ratio
         if self.eval_factor is not None:
             eval_ratio = capacity_ratio(self.eval_factor, op="Capacity", argument="eval_factor")
-        object.__setattr__(self, "_ratio", ratio)
-        object.__setattr__(self, "_eval_ratio", eval_ratio)
+        ratios = {
+            (True, False): ratio,
+            (True, True): int64_ratio(ratio),
+            (False, False): eval_ratio,
+            (False, True): int64_ratio(eval_ratio),
+        }
+        object.__setattr__(self, "_ratios", ratios)
 
     def slots(
         self, num_tokens: int | Tensor, num_experts: int, top_k: int, *, training: bool
     ) -> int | Tensor:
         """The most slots an expert keeps of num_tokens counted tokens; a tensor for a tensor."""
-        ratio = self._ratio if training else self._eval_ratio
+        ratio = self._ratios[training, computes_in_int64(num_tokens)]
         return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, self.minimum)
