@@ -1,5 +1,5 @@
-// The score functions and their derivatives over one token's logits, shared by gate_weights and
-// load_balancing_loss.
+// The score functions over one token's logits, shared by gate_weights and the router's losses, and
+// their derivatives.
 #pragma once
 
 #include <cmath>

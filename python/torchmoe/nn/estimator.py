@@ -47,6 +47,7 @@ class Estimator(nn.Module):
         hidden_size: H.
         score_function: the gate's score function.
         normalize: the gate's normalisation, or `default_normalize()` where it leaves the choice.
+        gate_estimator: the gradient that `weigh` asks `torchmoe.ops.gate_weights` for.
     """
 
     top_k: int
@@ -54,6 +55,7 @@ class Estimator(nn.Module):
     hidden_size: int
     score_function: str
     normalize: str
+    gate_estimator: str = "exact"
     _layer: dict[str, Any] | None = None  # what bind was told
 
     def bind(
@@ -155,7 +157,7 @@ class Estimator(nn.Module):
             indices,
             score_function=self.score_function,
             normalize=self.normalize,
-            estimator="exact",
+            estimator=self.gate_estimator,
         )
 
     def combine(
@@ -217,15 +219,7 @@ class StraightThrough(Estimator):
     The formula is that of `torchmoe.ops.gate_weights`.
     """
 
-    def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """The same weights as the exact estimator, with the straight-through gradient."""
-        return ops.gate_weights(
-            logits,
-            indices,
-            score_function=self.score_function,
-            normalize=self.normalize,
-            estimator="straight_through",
-        )
+    gate_estimator = "straight_through"
 
 
 _REGISTRY: dict[str, Callable[[], Estimator]] = {

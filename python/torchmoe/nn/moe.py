@@ -303,7 +303,7 @@ class MoE(nn.Module):
         num_tokens: int | Tensor,
         mask: Tensor | None,
     ) -> dict[str, Tensor]:
-        counts = tokens_per_expert.to(torch.promote_types(logits.dtype, torch.float32))
+        counts = tokens_per_expert.to(logits.dtype)
         # With no counted token the loss is 0 whatever the fraction, as long as that is a number.
         slots = _at_least_one(self.top_k * num_tokens)
         losses = {
