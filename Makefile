@@ -15,7 +15,7 @@ CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.c
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
+.PHONY: help develop library system train compare test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ system:
 
 train: develop  ## Train a small MoE language model on real text (ARGS="--help" for its options)
 	$(BIN)/python examples/train_lm.py $(ARGS)
+
+compare: develop  ## Train the MoE and a dense model of equal active parameters, half an hour (ARGS="--help")
+	$(BIN)/python examples/compare_lm.py $(ARGS)
 
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)

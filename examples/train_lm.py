@@ -1,167 +1,231 @@
 """Trains a mixture-of-experts language model on real text and tells how well it learned.
 
-The model reads bytes and predicts the next one. While it trains, each line shows the loss in bits
+The model reads bytes and predicts the next one. While it trains, the display shows the loss in bits
 per byte, the speed, how evenly the experts are used and how much of the work was dropped. At the
-end it is measured on text that it has not seen, writes some of its own, and is saved.
+end it is measured on text that it has not seen, beside n-gram models of the same text, writes some
+text of its own, and draws what its experts specialized in.
 """
 
-# Read in this order: run() below, lm/model.py, lm/corpus.py with lm/cleaning.py, lm/settings.py,
-# lm/checkpoint.py.
+# Read in this order: run() and train() below, lm/model.py, lm/corpus.py with lm/cleaning.py. Then
+# what surrounds a run: lm/settings.py, lm/checkpoint.py with lm/run_folder.py, lm/parallel.py. Then
+# what it shows: lm/metrics.py, lm/display.py, lm/evaluation.py, lm/report.py and what they import.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lm import checkpoint, corpus
-from lm.model import ByteLM, LMOutput, generate, task_loss
-from lm.settings import Settings, SettingsError, combine, make_parser
+import torchmoe
+from lm import checkpoint, corpus, parallel, run_folder
+from lm.checkpoint import Checkpoint, CheckpointError, Progress
+from lm.display import make_display
+from lm.evaluation import evaluate, spread_windows
+from lm.metrics import Meter, Metrics, Step
+from lm.model import ByteLM, loss_per_row
+from lm.parallel import Processes
+from lm.report import report
+from lm.run_folder import FolderError, RunFolder
+from lm.settings import (
+    Settings,
+    SettingsError,
+    make_parser,
+    new_run,
+    read_arguments,
+    read_config,
+    resumed_run,
+    run_from,
+)
 
-LINES = 25  # progress lines per run
+EXAMPLES = """\
+examples:
+  train_lm.py                               three domains of text that every machine has
+  train_lm.py --resume                      go on with a run that was stopped or killed
+  train_lm.py --minutes 20 --layers 6       longer and deeper; the schedule follows the clock
+  train_lm.py --data ~/notes src/           your own text, one domain per path
+  train_lm.py --top-k 1 --estimator straight_through --capacity-factor 1.25
+  train_lm.py --config runs/lm/run.json --seed 1 --out runs/seed1
+                                            the settings of another run, one of them changed
+  train_lm.py --load runs/lm                evaluate and sample only
+  train_lm.py --load runs/lm --steps 500 --out runs/longer   start a run from trained weights
+  torchrun --nproc-per-node 2 train_lm.py   data-parallel, the same batch shared by two processes
+"""
 WARM_UP_STEPS = 100
 FINAL_LR_SHARE = 0.1  # the cosine ends there
 WEIGHT_DECAY = 0.1
 MAX_GRADIENT_NORM = 1.0
-HELD_OUT_WINDOWS = 256  # per domain, evenly spread over its held-out text
-PROMPT_BYTES = 64
-SAMPLE_BYTES = 240
-TEMPERATURE = 0.7
+STEPS_PER_RECORD = 10
+RECORDS_AT_LEAST = 25  # of a short run
+QUICK_WINDOWS = 32  # per domain, in the held-out test at each checkpoint
+USER_ERRORS = (SettingsError, corpus.CorpusError, CheckpointError, FolderError)
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line, runs, and turns what the user can mend into one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
-    parser = make_parser(__doc__ or "")
-    given = vars(parser.parse_args(arguments))
+    parser = make_parser("train_lm.py", __doc__ or "", EXAMPLES, Settings())
+    given = read_arguments(parser, arguments)
     try:
         return run(given)
-    except (SettingsError, corpus.CorpusError, checkpoint.CheckpointError) as error:
+    except USER_ERRORS as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print("interrupted before there was anything to save", file=sys.stderr)
+        print("interrupted; what the last checkpoint holds is saved", file=sys.stderr)
         return 130
 
 
-def run(given: dict[str, object]) -> int:
-    """The whole program: text, model, training, checkpoint, held-out loss, sample."""
-    # 1. Settings, and the weights to start from.
-    weights, saved, steps_done = None, None, 0
-    if "load" in given:
-        weights, saved, steps_done = checkpoint.load(Path(str(given["load"])))
-    settings = combine(given, saved)
-    path = Path(settings.out) / "model.safetensors"
+def run(given: dict[str, Any]) -> int:
+    """The whole program: settings, text, model, training, and what it learned."""
+    settings, start, resumes = choose_settings(given)
+    check_device(settings)
+    set_threads(settings)
+    with parallel.processes(settings.device) as group, contextlib.ExitStack() as stack:
+        if not group.leads:
+            silence = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        return run_with(settings, start, resumes, group)
+
+
+def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group: Processes) -> int:
+    """The program in one of the processes that train together."""
+    folder = RunFolder(Path(settings.out))
     trains = settings.steps != 0
-    if trains:
-        checkpoint.check_writable(path)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
+    if trains and group.leads:
+        folder.make()
 
-    # 2. Text.
-    domains = corpus.load(list(settings.data))
-    train = {domain.name: domain.train_bytes() for domain in domains}
-    held_out = {domain.name: domain.held_out_bytes() for domain in domains}
-    describe(domains, train, held_out, settings.context)
+    # 1. Text, and a model with its optimizer, new or from a checkpoint.
+    text = corpus.Text.load(list(settings.data))
+    text.describe(settings.context)
+    job = new_job(settings, start, resumes, group)
+    describe(job, start)
 
-    # 3. Model.
-    model = ByteLM(settings.model())
-    if weights is not None:
-        checkpoint.fill(model, weights, str(settings.load))
-        print(f"loaded: {settings.load}, trained for {steps_done} steps")
-    total, active = model.count_parameters()
-    print(
-        f"model: {settings.layers} layers, top {settings.top_k} of {settings.experts} experts, "
-        f"{total:,} parameters, {active:,} at work on a byte, {torch.get_num_threads()} threads"
-    )
-
-    # 4. Training, saved before anything else can go wrong.
-    if trains:
-        texts = list(train.values())
-        steps_done, interrupted = train_model(model, texts, settings, steps_done)
-        checkpoint.save(path, model.state_dict(), settings, steps_done)
-        print(f"checkpoint after {steps_done} steps: {path}")
+    # 2. Training.
+    if trains and group.leads:
+        open_folder(folder, job, resumes)
+    group.wait()
+    if trains and job.share < 1:
+        interrupted = train(job, text, folder, group)
         if interrupted:
-            print(f"interrupted; to train on: --load {path} --steps N")
+            out = "" if settings.out == Settings().out else f" --out {settings.out}"
+            print(f"interrupted after {job.progress.step} steps; to go on, run with: --resume{out}")
             return 130
+    elif resumes:
+        print(f"this run is over, after {job.progress.step} steps")
+        if folder.results.exists():
+            return 0
 
-    # 5. What it learned.
-    report(model, held_out, settings)
+    # 3. What it learned.
+    if group.leads:
+        report(job.model, text, settings, job.progress, folder if trains else None)
     return 0
 
 
-def describe(
-    domains: list[corpus.Domain],
-    train: dict[str, Tensor],
-    held_out: dict[str, Tensor],
-    context: int,
-) -> None:
-    """Prints what there is to read, and refuses what is too short to read."""
-    width = max(len("domain"), *(len(domain.name) for domain in domains))
-    print(f"{'domain':{width}s}  train bytes  files  held-out bytes  files")
-    for domain in domains:
-        sizes = len(train[domain.name]), len(held_out[domain.name])
-        if min(sizes) <= context:
-            raise corpus.CorpusError(
-                f"{domain.name}: --context {context} needs more text than {sizes[0]} bytes to "
-                f"train and {sizes[1]} held out"
-            )
-        print(
-            f"{domain.name:{width}s}  {sizes[0]:11,d}  {len(domain.train):5d}  "
-            f"{sizes[1]:14,d}  {len(domain.held_out):5d}"
+# ---- before
+
+
+def choose_settings(given: dict[str, Any]) -> tuple[Settings, Checkpoint | None, bool]:
+    """The run's settings, the checkpoint that it starts from, and whether it resumes that one."""
+    given = dict(given)
+    resumes = given.pop("resume", False)
+    if "config" in given:
+        given = {**read_config(Path(given.pop("config"))), **given}
+    if resumes:
+        out = Path(given.get("out", Settings().out))
+        if checkpoint.in_order(RunFolder(out).checkpoints):
+            start = checkpoint.load(RunFolder(out).checkpoints, "--resume")
+            given["out"] = str(out)  # the folder may have been moved
+            return resumed_run(start.settings, given), start, True
+        print(f"{out} holds no checkpoint to resume from: starting from the beginning")
+    if given.get("load") is not None:
+        start = checkpoint.load(Path(given["load"]))
+        return run_from(start.settings, given), start, False
+    return new_run(Settings(), given), None, False
+
+
+def check_device(settings: Settings) -> None:
+    """Raises SettingsError where the device is not there."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device: cuda must be there, but torch finds no GPU")
+    if settings.device == "cuda" and torchmoe.build_info()["cuda"] == "none":
+        raise SettingsError("--device: cuda needs a torchmoe with CUDA kernels, got a CPU build")
+
+
+def set_threads(settings: Settings) -> None:
+    """Threads as asked for; torchrun has set one per process where that was not asked."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
+@dataclass
+class Job:
+    """What moves while a run trains."""
+
+    settings: Settings
+    model: ByteLM
+    optimizer: torch.optim.Optimizer
+    progress: Progress
+
+    @property
+    def share(self) -> float:
+        """Share of the run that is over, by steps or by the clock, whichever is further."""
+        steps, minutes = self.settings.steps, self.settings.minutes
+        done = self.progress.step - self.progress.first_step
+        by_steps = done / steps if steps else 0.0
+        by_clock = self.progress.seconds / (60 * minutes) if minutes else 0.0
+        return max(by_steps, by_clock)
+
+    def lr(self, share: float) -> float:
+        """Learning rate of the next step: a linear warm-up, then half a cosine."""
+        steps = self.settings.steps
+        done = self.progress.step - self.progress.first_step
+        warm_up_steps = min(WARM_UP_STEPS, steps // 10) if steps else WARM_UP_STEPS
+        warm_up = min(1.0, (done + 1) / (warm_up_steps + 1))
+        cosine = (1 + math.cos(math.pi * min(share, 1.0))) / 2
+        return self.settings.lr * warm_up * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
+
+
+def new_job(settings: Settings, start: Checkpoint | None, resumes: bool, group: Processes) -> Job:
+    """A model and its optimizer, as a checkpoint has them where there is one."""
+    if settings.rows % group.count:
+        raise SettingsError(
+            f"--batch-tokens must give every process as many windows, got {settings.rows} windows "
+            f"for {group.count} processes"
         )
-
-
-def train_model(
-    model: ByteLM, domains: list[Tensor], settings: Settings, steps_done: int
-) -> tuple[int, bool]:
-    """Trains until the steps or the minutes are over.
-
-    Gives all the steps of the model, those it came with included, and whether Ctrl-C was pressed.
-    """
-    generator = torch.Generator().manual_seed(settings.seed + steps_done)
+    torch.manual_seed(settings.seed)
+    model = ByteLM(settings.model())
+    progress = Progress()
+    if start is not None:
+        model.to(TORCH_DTYPES[start.settings.dtype])
+        checkpoint.restore_model(start, model)
+        progress = Progress(first_step=start.progress.step, step=start.progress.step)
+    model.to(group.device(settings.device), TORCH_DTYPES[settings.dtype])
     optimizer = make_optimizer(model, settings.lr)
-    model.train()
-    step, lines, progress = 0, 0, 0.0
-    with ctrl_c() as pressed:
-        meter = Meter()
-        start = time.perf_counter()
-        while progress < 1 and not pressed:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * schedule(step, progress, settings.steps)
-            inputs, targets = next_batch(domains, step, settings, generator)
-            output = model(inputs)
-            loss = task_loss(output.logits, targets)
-            (loss + output.aux_loss).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimizer.step()
-            optimizer.zero_grad()
-            model.update(output.routings)
-
-            step += 1
-            elapsed = time.perf_counter() - start
-            progress = how_far(step, elapsed, settings)
-            meter.add(loss, output, targets.numel())
-            if progress * LINES >= lines + 1 or pressed:
-                lines = int(progress * LINES)
-                print(meter.line(steps_done + step, elapsed), flush=True)
-    return steps_done + step, bool(pressed)
+    if start is not None and resumes:
+        checkpoint.restore_optimizer(start, optimizer)
+        progress = start.progress
+    return Job(settings, model, optimizer, progress)
 
 
 def make_optimizer(model: ByteLM, lr: float) -> torch.optim.Optimizer:
     """AdamW that lets matrices decay and leaves the norms' scales alone."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    scales = [p for p in model.parameters() if p.dim() < 2]
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() >= 2]
+    scales = [(name, p) for name, p in model.named_parameters() if p.dim() < 2]
     groups = [
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": scales, "weight_decay": 0.0},
@@ -169,136 +233,196 @@ def make_optimizer(model: ByteLM, lr: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
 
 
-def how_far(step: int, elapsed: float, settings: Settings) -> float:
-    """Share of the run that is over, by steps or by the clock, whichever is further."""
-    by_steps = step / settings.steps if settings.steps else 0.0
-    by_clock = elapsed / (60 * settings.minutes) if settings.minutes else 0.0
-    return max(by_steps, by_clock)
+def describe(job: Job, start: Checkpoint | None) -> None:
+    """Prints what is going to be trained."""
+    settings = job.settings
+    if start is not None:
+        print(f"from: {start.path}, {start.progress.step} steps")
+    total, active = job.model.count_parameters()
+    kind = "dense"
+    if settings.feed_forward == "moe":
+        kind = f"top {settings.top_k} of {settings.experts} experts"
+    print(
+        f"model: {settings.layers} layers, {kind}, {total:,} parameters, "
+        f"{active:,} at work on a byte, {torch.get_num_threads()} threads"
+    )
 
 
-def schedule(step: int, progress: float, steps: int | None) -> float:
-    """Share of the peak learning rate: a linear warm-up, then half a cosine."""
-    warm_up_steps = min(WARM_UP_STEPS, steps // 10) if steps else WARM_UP_STEPS
-    warm_up = min(1.0, (step + 1) / (warm_up_steps + 1))
-    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return warm_up * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
+def open_folder(folder: RunFolder, job: Job, resumes: bool) -> None:
+    """Makes the folder this run's; from here on there is a checkpoint to resume from."""
+    folder.check_room(checkpoint.size_of(job.model), resumes)
+    if resumes:
+        return
+    aside = folder.set_aside()
+    if aside is not None:
+        print(f"the files of an earlier run are in {aside} now")
+    origin = run_folder.origin()
+    run_folder.write_json(folder.run, {"settings": job.settings.to_dict(), **origin})
+    checkpoint.save(
+        folder.checkpoints, job.model, job.optimizer, job.settings, job.progress, origin
+    )
+
+
+# ---- training
+
+
+def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> bool:
+    """Trains until the steps or the minutes are over, or until somebody asks it to stop.
+
+    Leaves a checkpoint of the last step. Gives whether it was asked to stop.
+    """
+    settings, model, progress = job.settings, job.model, job.progress
+    quick = {
+        name: spread_windows(data, settings.context, QUICK_WINDOWS)
+        for name, data in text.held_out.items()
+    }
+    origin = run_folder.origin()
+    record_every = STEPS_PER_RECORD
+    if settings.steps:
+        record_every = max(1, min(STEPS_PER_RECORD, settings.steps // RECORDS_AT_LEAST))
+
+    # Compiled for the one shape of training; held-out tests and samples use the model as it is.
+    learner = group.wrap(cast(nn.Module, torch.compile(model)) if settings.compile else model)
+    learner.train()
+    with contextlib.ExitStack() as stack:
+        stopped = stack.enter_context(asked_to_stop())
+        display = stack.enter_context(
+            contextlib.closing(make_display(f"{settings.out}: {settings.data or 'default text'}"))
+        )
+        metrics = None
+        if group.leads:
+            metrics = Metrics(folder, progress.step, display.message)
+            stack.enter_context(contextlib.closing(metrics))
+        meter = Meter(list(text.train), progress, group)
+        clock = Stopwatch()
+        share, ends = *group.agree(job.share), False
+        while not ends:
+            # 1. One optimizer step.
+            lr = job.lr(share)
+            step = optimizer_step(job, learner, text, lr, group)
+            progress.training_seconds += clock.lap()
+
+            # 2. What it shows and writes.
+            meter.add(step)
+            share, stops = group.agree(job.share, float(bool(stopped)))
+            ends = share >= 1 or stops > 0
+            saves = ends or progress.step % settings.checkpoint_every == 0
+            if saves or progress.step % record_every == 0:
+                record = meter.record(lr)
+                if not math.isfinite(record.loss):
+                    raise SettingsError(
+                        f"the loss is {record.loss} at step {progress.step}: --lr must be lower"
+                    )
+                progress.reporting_seconds += clock.lap()
+                if saves and group.leads:
+                    record = replace(record, held_out=quick_test(model, quick, settings))
+                    progress.saving_seconds += clock.lap()
+                if metrics is not None:
+                    metrics.write(record)
+                display.show(record, share)
+            progress.reporting_seconds += clock.lap()
+
+            # 3. What it keeps.
+            if saves and group.leads:
+                try:
+                    checkpoint.save(
+                        folder.checkpoints, model, job.optimizer, settings, progress, origin
+                    )
+                except CheckpointError as error:
+                    if ends:
+                        raise
+                    display.message(f"warning: {error}; the run goes on without this checkpoint")
+                progress.saving_seconds += clock.lap()
+    return share < 1
+
+
+def optimizer_step(
+    job: Job, learner: nn.Module, text: corpus.Text, lr: float, group: Processes
+) -> Step:
+    """Reads a batch and moves the weights; `learner` is the job's model, compiled or parallel."""
+    settings, model, progress = job.settings, job.model, job.progress
+    device = group.device(settings.device)
+    for parameters in job.optimizer.param_groups:
+        parameters["lr"] = lr
+    inputs, targets, domains = next_batch(text, progress.step, settings, group)
+    torch.manual_seed(step_seed("noise", settings.seed, progress.step, group.rank))
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+        output = learner(inputs.to(device))
+    losses = loss_per_row(output.logits, targets.to(device))  # [B]
+    loss = losses.mean() + group.aux_loss(model, output)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    model.update(output.routings)
+    progress.step += 1
+    progress.bytes += settings.rows * settings.context
+    return Step(losses.detach(), domains.to(device), output, norm)
+
+
+class Stopwatch:
+    """Tells the time between looks at it."""
+
+    def __init__(self) -> None:
+        """Starts now."""
+        self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last look."""
+        before, self.last = self.last, time.perf_counter()
+        return self.last - before
 
 
 def next_batch(
-    domains: list[Tensor], step: int, settings: Settings, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Windows at random places, the domains in turn; inputs and targets are [B, context]."""
-    rows = settings.batch_tokens // settings.context
+    text: corpus.Text, step: int, settings: Settings, group: Processes
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's windows of a step's batch, at random places, the domains in turn.
+
+    Returns:
+        Inputs and targets [B, context] and the number of each window's domain [B], all int64.
+    """
+    generator = torch.Generator().manual_seed(step_seed("data", settings.seed, step))
+    texts = list(text.train.values())
+    domains = (step * settings.rows + torch.arange(settings.rows)) % len(texts)  # [rows]
     windows = []
-    for row in range(rows):
-        data = domains[(step * rows + row) % len(domains)]
+    for domain in domains.tolist():
+        data = texts[domain]
         start = int(torch.randint(len(data) - settings.context, (), generator=generator))
         windows.append(data[start : start + settings.context + 1])
-    batch = torch.stack(windows).long()  # [B, context + 1]
-    return batch[:, :-1], batch[:, 1:]
+    mine = group.share(settings.rows)
+    batch = torch.stack(windows[mine]).long()  # [B, context + 1]
+    return batch[:, :-1], batch[:, 1:], domains[mine]
 
 
-class Meter:
-    """Sums what a progress line shows since the line before."""
+def step_seed(purpose: str, *numbers: int) -> int:
+    """A seed for one step. Since nothing is drawn from before, there is no random state to save."""
+    text = " ".join([purpose, *map(str, numbers)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
-    def __init__(self) -> None:
-        """Starts at zero."""
-        self.last = 0.0
-        self.clear()
-        print("\nloss: bits per byte of training text; balance: 1 is even; dropped: over capacity")
-        print("  step     loss  tokens/s  balance  dropped   time")
 
-    def clear(self) -> None:
-        """Forgets what was added."""
-        self.steps = self.tokens = 0
-        self.nats = self.balance = torch.zeros(())
-        self.wanted = self.kept = torch.zeros((), dtype=torch.int64)
-
-    def add(self, loss: Tensor, output: LMOutput, tokens: int) -> None:
-        """Counts one optimizer step."""
-        routings = output.routings
-        balance = [routing.losses["load_balancing_loss"].detach() for routing in routings]
-        self.steps += 1
-        self.tokens += tokens
-        self.nats = self.nats + loss.detach()
-        self.balance = self.balance + torch.stack(balance).mean()
-        self.wanted = self.wanted + sum(routing.tokens_per_expert.sum() for routing in routings)
-        self.kept = self.kept + sum(routing.kept_per_expert.sum() for routing in routings)
-
-    def line(self, step: int, elapsed: float) -> str:
-        """One line for the time since the last, which starts anew."""
-        loss = bits(float(self.nats) / self.steps)
-        if not math.isfinite(loss):
-            raise SettingsError(f"the loss is {loss} at step {step}: --lr must be lower")
-        speed = self.tokens / (elapsed - self.last)
-        balance = float(self.balance) / self.steps
-        dropped = 1 - int(self.kept) / max(1, int(self.wanted))
-        clock = f"{int(elapsed) // 60}:{int(elapsed) % 60:02d}"
-        self.last = elapsed
-        self.clear()
-        return f"{step:6d}  {loss:7.4f}  {speed:8.0f}  {balance:7.4f}  {dropped:7.2%}  {clock:>5s}"
+def quick_test(model: ByteLM, windows: dict[str, Tensor], settings: Settings) -> dict[str, float]:
+    """Bits per byte by domain on a few held-out windows."""
+    return {name: evaluate(model, some, settings.rows).bits for name, some in windows.items()}
 
 
 @contextmanager
-def ctrl_c() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C is pressed, so that the step at hand is finished first.
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C or SIGTERM, so that the step at hand is finished first.
 
-    Pressed again, Ctrl-C stops at once.
+    The second time, Ctrl-C stops at once.
     """
-    pressed: list[int] = []
+    received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
-        pressed.append(number)
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = signal.signal(signal.SIGINT, remember)
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield pressed
+        yield received
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def report(model: ByteLM, held_out: dict[str, Tensor], settings: Settings) -> None:
-    """Prints the held-out loss of each domain and text that the model goes on with."""
-    print(f"\nheld-out bits per byte ({HELD_OUT_WINDOWS} windows of {settings.context} bytes each)")
-    losses = {name: held_out_loss(model, data, settings) for name, data in held_out.items()}
-    width = max(len("mean"), *map(len, losses))
-    for name, loss in [*losses.items(), ("mean", sum(losses.values()) / len(losses))]:
-        print(f"  {name:{width}s}  {loss:.4f}")
-
-    generator = torch.Generator().manual_seed(settings.seed)
-    prompt_bytes = min(PROMPT_BYTES, settings.context)
-    prompts = torch.stack([data[:prompt_bytes] for data in held_out.values()]).long()  # [D, S]
-    texts = generate(model, prompts, SAMPLE_BYTES, TEMPERATURE, generator)  # [D, S + SAMPLE_BYTES]
-    for name, text in zip(held_out, texts, strict=True):
-        print(f"\nsample, {name} (held-out text up to the bar)")
-        prompt, sample = readable(text[:prompt_bytes]), readable(text[prompt_bytes:])
-        print("".join(f"  {line}\n" for line in f"{prompt}|{sample}".split("\n")), end="")
-
-
-@torch.no_grad()
-def held_out_loss(model: ByteLM, data: Tensor, settings: Settings) -> float:
-    """Bits per byte over evenly spread windows; each starts with nothing known."""
-    model.eval()
-    last = len(data) - settings.context - 1
-    starts = torch.linspace(0, last, HELD_OUT_WINDOWS).long()
-    windows = torch.stack([data[s : s + settings.context + 1] for s in starts.tolist()]).long()
-    total = 0.0
-    for batch in torch.split(windows, settings.batch_tokens // settings.context):
-        logits = model(batch[:, :-1]).logits  # [B, context, 256]
-        total += float(task_loss(logits, batch[:, 1:])) * len(batch)
-    return bits(total / HELD_OUT_WINDOWS)
-
-
-def bits(nats: float) -> float:
-    """The same amount of information in bits."""
-    return nats / math.log(2)
-
-
-def readable(data: Tensor) -> str:
-    """The bytes as text that no terminal takes for a command."""
-    text = bytes(data.tolist()).decode(errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

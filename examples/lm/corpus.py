@@ -58,13 +58,40 @@ class Domain:
     train: list[Document]
     held_out: list[Document]
 
-    def train_bytes(self) -> Tensor:
-        """The training text as one tensor of bytes, uint8."""
-        return as_bytes(self.train)
 
-    def held_out_bytes(self) -> Tensor:
-        """The held-out text as one tensor of bytes, uint8."""
-        return as_bytes(self.held_out)
+@dataclass(frozen=True)
+class Text:
+    """What there is to read, as bytes by domain, uint8."""
+
+    domains: list[Domain]
+    train: dict[str, Tensor]
+    held_out: dict[str, Tensor]
+
+    @classmethod
+    def load(cls, paths: list[str]) -> Text:
+        """The user's own text, one domain per path, or the default where there is no path."""
+        domains = load(paths)
+        return cls(
+            domains,
+            {domain.name: as_bytes(domain.train) for domain in domains},
+            {domain.name: as_bytes(domain.held_out) for domain in domains},
+        )
+
+    def describe(self, context: int) -> None:
+        """Prints what there is to read, and refuses what is too short to read."""
+        width = max(len("domain"), *map(len, self.train))
+        print(f"{'domain':{width}s}  train bytes  files  held-out bytes  files")
+        for domain in self.domains:
+            sizes = len(self.train[domain.name]), len(self.held_out[domain.name])
+            if min(sizes) <= context:
+                raise CorpusError(
+                    f"{domain.name}: --context {context} needs more text than {sizes[0]} bytes to "
+                    f"train and {sizes[1]} held out"
+                )
+            print(
+                f"{domain.name:{width}s}  {sizes[0]:11,d}  {len(domain.train):5d}  "
+                f"{sizes[1]:14,d}  {len(domain.held_out):5d}"
+            )
 
 
 def as_bytes(documents: Iterable[Document]) -> Tensor:

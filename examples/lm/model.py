@@ -1,10 +1,11 @@
-"""A decoder-only transformer over bytes with a mixture of experts in place of the feed-forward.
+"""A decoder-only transformer over bytes whose feed-forward is a mixture of experts, or dense.
 
 Shapes: B sequences, S bytes each, H hidden size, N heads, D head size, E experts, K experts a byte.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -16,6 +17,7 @@ from torchmoe.nn import Capacity, Gate, MoE, MoEOutput, Routing
 
 VOCABULARY = 256  # a token is a byte
 HEAD_SIZE = 32
+FEED_FORWARDS = ("moe", "dense")
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,12 @@ class ModelConfig:
 
     layers: int
     hidden_size: int
+    feed_forward: str
     intermediate_size: int
     experts: int
     top_k: int
     capacity_factor: float | None
+    order: str
     estimator: str
     context: int
 
@@ -37,7 +41,7 @@ class LMOutput(NamedTuple):
 
     logits: Tensor  # [B, S, VOCABULARY]
     aux_loss: Tensor  # scalar, summed over the layers, ready to add to the task loss
-    routings: list[Routing]  # one per layer
+    routings: list[Routing]  # one per layer, none of a dense model
 
 
 class Attention(nn.Module):
@@ -75,31 +79,57 @@ class Attention(nn.Module):
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # [B, N, S, D]
 
 
+class DenseFeedForward(nn.Module):
+    """SwiGLU, as wide as the experts that a byte visits are together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Makes the two projections."""
+        super().__init__()
+        width = config.top_k * config.intermediate_size
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Works on each byte alone, [B, S, H] to the same."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, S, K * I] each
+        return cast(Tensor, self.down_proj(functional.silu(gate) * up))
+
+
+def make_moe(config: ModelConfig) -> MoE:
+    """The experts' layer."""
+    capacity = None
+    if config.capacity_factor is not None:
+        # In evaluation an expert takes all that it is asked for. Which bytes it drops in training
+        # may depend on later bytes, and a held-out loss must not know those.
+        capacity = Capacity(config.capacity_factor, eval_factor=config.experts, order=config.order)
+    return MoE(
+        config.hidden_size,
+        config.intermediate_size,
+        config.experts,
+        config.top_k,
+        gate=Gate(estimator=config.estimator),
+        capacity=capacity,
+    )
+
+
 class Block(nn.Module):
-    """Attention, then experts, each added to the residual stream."""
+    """Attention, then the feed-forward, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Makes the two halves and their norms."""
         super().__init__()
-        factor = config.capacity_factor
         self.attention_norm = nn.RMSNorm(config.hidden_size)
         self.attention = Attention(config)
-        self.moe_norm = nn.RMSNorm(config.hidden_size)
-        self.moe = MoE(
-            config.hidden_size,
-            config.intermediate_size,
-            config.experts,
-            config.top_k,
-            gate=Gate(estimator=config.estimator),
-            # In evaluation an expert takes all that it is asked for. Which bytes it drops in
-            # training depends on later bytes, and a held-out loss must not know those.
-            capacity=None if factor is None else Capacity(factor, eval_factor=config.experts),
-        )
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size)
+        is_dense = config.feed_forward == "dense"
+        self.feed_forward = DenseFeedForward(config) if is_dense else make_moe(config)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEOutput]:
-        """Gives the new residual stream [B, S, H] and what the experts' layer reports."""
+    def forward(self, x: Tensor) -> tuple[Tensor, MoEOutput | None]:
+        """Gives the new residual stream [B, S, H] and what an experts' layer reports."""
         x = x + self.attention(self.attention_norm(x))
-        output = self.moe(self.moe_norm(x))
+        output = self.feed_forward(self.feed_forward_norm(x))
+        if isinstance(output, Tensor):
+            return x + output, None
         return x + output.hidden_states, output
 
 
@@ -118,8 +148,8 @@ class ByteLM(nn.Module):
 
     @property
     def moes(self) -> list[MoE]:
-        """The experts' layer of each block."""
-        return [cast(Block, block).moe for block in self.blocks]
+        """The experts' layer of each block, none of a dense model."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     def forward(self, tokens: Tensor) -> LMOutput:
         """Scores every next byte; `tokens` is int64 [B, S] with S at most `context`."""
@@ -127,9 +157,11 @@ class ByteLM(nn.Module):
         outputs = []
         for block in self.blocks:
             x, output = block(x)
-            outputs.append(output)
+            if output is not None:
+                outputs.append(output)
         logits = self.head(self.norm(x))  # [B, S, VOCABULARY]
-        aux_loss = torch.stack([output.aux_loss for output in outputs]).sum()
+        losses = [output.aux_loss for output in outputs]
+        aux_loss = torch.stack(losses).sum() if losses else logits.new_zeros(())
         return LMOutput(logits, aux_loss, [output.routing for output in outputs])
 
     def update(self, routings: list[Routing]) -> None:
@@ -139,27 +171,18 @@ class ByteLM(nn.Module):
 
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that work on one byte."""
-        sizes = {name: parameter.numel() for name, parameter in self.named_parameters()}
-        total = sum(sizes.values())
-        experts = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+        total = sum(parameter.numel() for parameter in self.parameters())
+        parts = [moe.get_submodule("experts") for moe in self.moes]
+        experts = sum(parameter.numel() for part in parts for parameter in part.parameters())
         return total, total - experts + experts * self.config.top_k // self.config.experts
 
 
-def task_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss in nats per byte; logits [B, S, VOCABULARY], targets [B, S]."""
-    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def loss_per_row(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss in nats per byte of each row: [B]; logits [B, S, VOCABULARY], targets [B, S]."""
+    losses = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(dim=1)
 
 
-@torch.no_grad()
-def generate(
-    model: ByteLM, prompt: Tensor, length: int, temperature: float, generator: torch.Generator
-) -> Tensor:
-    """Continues each row of `prompt` [B, S] by `length` drawn bytes: [B, S + length]."""
-    model.eval()
-    text = prompt
-    for _ in range(length):
-        logits = model(text[:, -model.config.context :]).logits[:, -1]  # [B, VOCABULARY]
-        probabilities = (logits / temperature).softmax(dim=-1)
-        drawn = torch.multinomial(probabilities, 1, generator=generator)  # [B, 1]
-        text = torch.cat((text, drawn), dim=1)
-    return text
+def bits(nats: float) -> float:
+    """The same amount of information in bits."""
+    return nats / math.log(2)

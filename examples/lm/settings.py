@@ -5,22 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, cast
 
-from lm.model import HEAD_SIZE, ModelConfig
+from lm.model import FEED_FORWARDS, HEAD_SIZE, ModelConfig
 from torchmoe.nn import known_estimators
+from torchmoe.nn.capacity import ORDERS
 
-EXAMPLES = """\
-examples:
-  train_lm.py                               three domains of text that every machine has
-  train_lm.py --minutes 20 --layers 6       longer and deeper; the schedule follows the clock
-  train_lm.py --data ~/notes src/           your own text, one domain per path
-  train_lm.py --top-k 1 --estimator straight_through --capacity-factor 1.25
-  train_lm.py --load runs/lm/model.safetensors               evaluate and sample only
-  train_lm.py --load runs/lm/model.safetensors --steps 500   train on
-"""
+DTYPES = ("float32", "float64", "bfloat16")
+# A run that is resumed may change these: no number of the run depends on them, but for the rounding
+# of torch's own matrix products, which follows the number of threads and the device.
+FREE_TO_CHANGE = ("threads", "device", "checkpoint_every", "out")
+# None says that there is none.
+OPTIONAL = ("steps", "minutes", "capacity_factor", "load")
 
 Value = TypeVar("Value")
 
@@ -45,20 +44,9 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
     return parse
 
 
-def option(default: Value, help_text: str, **argument: object) -> Value:
+def option(group: str, default: Value, help_text: str, **argument: object) -> Value:
     """A field that is also a command line option; `argument` goes to argparse."""
-    return field(default=default, metadata={"help": help_text, **argument})
-
-
-def check_value(argument: Mapping[str, Any], text: str) -> object:
-    """What argparse makes of a value, given the option's metadata."""
-    try:
-        value = argument.get("type", str)(text)
-    except argparse.ArgumentTypeError as error:
-        raise SettingsError(str(error)) from error
-    if value not in argument.get("choices", [value]):
-        raise SettingsError(f"must be one of {', '.join(argument['choices'])}, got {text!r}")
-    return value
+    return field(default=default, metadata={"group": group, "help": help_text, **argument})
 
 
 @dataclass(frozen=True)
@@ -66,40 +54,88 @@ class Settings:
     """What can be set. The defaults train in about five minutes on two cores."""
 
     data: tuple[str, ...] = option(
+        "text",
         (),
         "files or folders of your own text, one domain per path; UTF-8 files are read as they are",
         nargs="+",
         metavar="PATH",
         shown="Python, English and C++ that every machine has",
     )
-    steps: int | None = option(3200, "optimizer steps", type=number(int, 0, 10**9))
-    minutes: float | None = option(
-        None,
-        "train for this time, or until --steps where that is given too",
-        type=number(float, 0.01, 10**6),
-        shown="no limit",
+    layers: int = option("model", 4, "transformer blocks", type=number(int, 1, 256))
+    hidden_size: int = option(
+        "model", 128, f"width, a multiple of {HEAD_SIZE}", type=number(int, 1, 2**16)
     )
-    layers: int = option(4, "transformer blocks", type=number(int, 1, 256))
-    hidden_size: int = option(128, f"width, a multiple of {HEAD_SIZE}", type=number(int, 1, 2**16))
-    intermediate_size: int = option(256, "inner width of an expert", type=number(int, 1, 2**20))
-    experts: int = option(8, "experts per layer", type=number(int, 1, 2**16))
-    top_k: int = option(2, "experts that each byte visits", type=number(int, 1, 2**16))
+    feed_forward: str = option(
+        "model",
+        "moe",
+        "moe, or dense: one network that has as many parameters as the experts that a byte visits",
+        choices=FEED_FORWARDS,
+    )
+    intermediate_size: int = option(
+        "model", 256, "inner width of an expert", type=number(int, 1, 2**20)
+    )
+    experts: int = option("model", 8, "experts per layer", type=number(int, 1, 2**16))
+    top_k: int = option("model", 2, "experts that each byte visits", type=number(int, 1, 2**16))
     capacity_factor: float | None = option(
+        "model",
         None,
         "an expert takes at most this multiple of an even share, in training",
         type=number(float, 0.01, 10**6),
         shown="no limit",
     )
-    estimator: str = option("exact", "the router's gradient", choices=known_estimators())
-    lr: float = option(3e-3, "peak learning rate", type=number(float, 1e-9, 10.0))
-    batch_tokens: int = option(1024, "bytes per optimizer step", type=number(int, 1, 10**9))
-    context: int = option(128, "bytes the model looks back", type=number(int, 2, 2**20))
-    seed: int = option(0, "same seed, same run", type=number(int, 0, 2**63 - 1))
-    threads: int = option(0, "CPU threads, 0 for all cores", type=number(int, 0, 4096))
-    out: str = option("runs/lm", "folder for the checkpoint", metavar="PATH")
-    load: str | None = option(
+    order: str = option(
+        "model",
+        "choice",
+        "who is served first where --capacity-factor is given: all first choices, or earlier bytes",
+        choices=ORDERS,
+    )
+    estimator: str = option("model", "exact", "the router's gradient", choices=known_estimators())
+    context: int = option("model", 128, "bytes the model looks back", type=number(int, 2, 2**20))
+    steps: int | None = option("training", 3200, "optimizer steps", type=number(int, 0, 99_999_999))
+    minutes: float | None = option(
+        "training",
         None,
-        "start from this checkpoint and its settings; trains on only with --steps or --minutes",
+        "train for this time, or until --steps where that is given too",
+        type=number(float, 0.01, 10**6),
+        shown="no limit",
+    )
+    batch_tokens: int = option(
+        "training",
+        1024,
+        "bytes per optimizer step, of all processes; as many windows of --context as fit",
+        type=number(int, 1, 10**9),
+    )
+    lr: float = option("training", 3e-3, "peak learning rate", type=number(float, 1e-9, 10.0))
+    seed: int = option("training", 0, "same seed, same run", type=number(int, 0, 2**63 - 1))
+    dtype: str = option(
+        "machine",
+        "float32",
+        "float32 and float64 hold everything in that type; bfloat16 is autocast over float32 "
+        "weights, slow on a CPU without instructions for it",
+        choices=DTYPES,
+    )
+    compile: bool = option(
+        "machine",
+        False,
+        "torch.compile the model: a minute or more at the start, faster steps",
+        action=argparse.BooleanOptionalAction,
+    )
+    threads: int = option("machine", 0, "CPU threads, 0 for all cores", type=number(int, 0, 4096))
+    device: str = option("machine", "cpu", "where the model computes", choices=("cpu", "cuda"))
+    out: str = option(
+        "files", "runs/lm", "folder for checkpoints, metrics and figures", metavar="FOLDER"
+    )
+    checkpoint_every: int = option(
+        "files",
+        400,
+        "steps from one checkpoint to the next, each with a short held-out test",
+        type=number(int, 1, 99_999_999),
+    )
+    load: str | None = option(
+        "files",
+        None,
+        "start from these weights and settings, a checkpoint or the folder of a run; trains on "
+        "only with --steps or --minutes",
         metavar="PATH",
         shown="a new model",
     )
@@ -114,39 +150,87 @@ class Settings:
             raise SettingsError(
                 f"--top-k must be at most --experts ({self.experts}), got {self.top_k}"
             )
+        if self.steps is None and self.minutes is None:
+            raise SettingsError("--steps or --minutes must say when training ends, got neither")
         if self.batch_tokens < self.context:
             raise SettingsError(
                 f"--batch-tokens must be at least --context ({self.context}), "
                 f"got {self.batch_tokens}"
             )
 
-    def to_json(self) -> str:
-        """All settings as one JSON object."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Settings:
-        """The settings that to_json wrote, each value checked as one from the command line is."""
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.keys() != {item.name for item in fields(cls)}:
-            raise SettingsError("their names are not the ones of this program")
-        for item in fields(cls):
-            value = values[item.name]
-            if item.name == "data":
-                values["data"] = tuple(str(path) for path in value)
-            elif value is not None or item.name not in OPTIONAL:
-                values[item.name] = check_value(item.metadata, str(value))
-        settings = cls(**values)
-        settings.check()
-        return settings
+    @property
+    def rows(self) -> int:
+        """Windows per optimizer step."""
+        return self.batch_tokens // self.context
 
     def model(self) -> ModelConfig:
         """The settings that shape the model."""
         return ModelConfig(**{name: getattr(self, name) for name in MODEL_FIELDS})
 
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, ready for JSON."""
+        return asdict(self)
 
-MODEL_FIELDS = tuple(field.name for field in fields(ModelConfig))
-OPTIONAL = ("steps", "minutes", "capacity_factor", "load")  # None says that there is none
+    @classmethod
+    def from_dict(cls, values: object) -> Settings:
+        """The settings that to_dict gave, each checked as one from the command line is."""
+        checked = check_values(values)
+        if missing := [name for name in OPTIONS if name not in checked]:
+            raise SettingsError(f"there is no value for {', '.join(missing)}")
+        settings = cls(**checked)
+        settings.check()
+        return settings
+
+
+OPTIONS = {item.name: item for item in fields(Settings)}
+MODEL_FIELDS = tuple(item.name for item in fields(ModelConfig))
+
+
+def flag(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_values(values: object) -> dict[str, Any]:
+    """Values by name, from JSON or the command line, turned into those that Settings hold."""
+    if not isinstance(values, dict):
+        raise SettingsError("must be an object of names and values")
+    for name in values:
+        if name not in OPTIONS:
+            raise SettingsError(f"{name!r} is no option; the options are {', '.join(OPTIONS)}")
+    return {name: check_value(name, value) for name, value in values.items()}
+
+
+def check_value(name: str, value: object) -> object:
+    """One value, turned into the one that Settings hold; types are not bent to fit."""
+    argument: Mapping[str, Any] = OPTIONS[name].metadata
+    if value is None and name in OPTIONAL:
+        return None
+    if name == "data":
+        if not isinstance(value, list | tuple) or not all(map(is_text, value)):
+            raise SettingsError(f"{name} must be a list of paths, got {value!r}")
+        return tuple(value)
+    if "type" in argument:
+        try:
+            # repr writes a number as the command line would, and nothing else as a number.
+            return cast(object, argument["type"](repr(value)))
+        except argparse.ArgumentTypeError as error:
+            raise SettingsError(f"{name} {error}") from error
+    if "choices" in argument:
+        if value not in argument["choices"]:
+            allowed = ", ".join(argument["choices"])
+            raise SettingsError(f"{name} must be one of {allowed}, got {value!r}")
+    elif "action" in argument:
+        if not isinstance(value, bool):
+            raise SettingsError(f"{name} must be true or false, got {value!r}")
+    elif not is_text(value):
+        raise SettingsError(f"{name} must be a path, got {value!r}")
+    return value
+
+
+def is_text(value: object) -> bool:
+    """Whether this is a text with something in it."""
+    return isinstance(value, str) and value != ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -157,42 +241,97 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def make_parser(description: str) -> Parser:
+def make_parser(prog: str, description: str, examples: str, defaults: Settings) -> Parser:
     """One option per field of Settings; what the user leaves out stays out of the namespace."""
     parser = Parser(
-        prog="train_lm.py",
+        prog=prog,
         description=description,
-        epilog=EXAMPLES,
+        epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for item in fields(Settings):
+    groups: dict[str, Any] = {}
+    for item in OPTIONS.values():
         argument = dict(item.metadata)
-        default = argument.pop("shown", item.default)
+        title = argument.pop("group")
+        default = argument.pop("shown", getattr(defaults, item.name))
         argument["help"] += f" (default {default})"
         if "type" in argument:
             argument["metavar"] = "N" if isinstance(item.default, int) else "X"
-        parser.add_argument(f"--{item.name.replace('_', '-')}", **argument)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(flag(item.name), **argument)
+    groups["files"].add_argument(
+        "--config",
+        metavar="FILE",
+        help="JSON with any of these options by name, such as the run.json of a run; the command "
+        "line comes before it",
+    )
+    groups["files"].add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint under --out, to the bit as if never stopped",
+    )
     return parser
 
 
-def combine(given: dict[str, Any], saved: Settings | None) -> Settings:
-    """The run's settings: the defaults, or those of a checkpoint, and over them what was given."""
-    given = {name: tuple(v) if name == "data" else v for name, v in given.items()}
-    if saved is None:
-        base = Settings()
-    else:
-        for name in MODEL_FIELDS:
-            if given.get(name, getattr(saved, name)) != getattr(saved, name):
-                raise SettingsError(
-                    f"--{name.replace('_', '-')} is {getattr(saved, name)} in the checkpoint "
-                    f"and cannot change, got {given[name]}"
-                )
-        defaults = Settings()
-        base = replace(saved, steps=0, minutes=None, out=defaults.out, threads=defaults.threads)
-    if "minutes" in given and "steps" not in given:
+def read_arguments(parser: Parser, arguments: list[str] | None) -> dict[str, Any]:
+    """What was given on the command line, by name."""
+    given = vars(parser.parse_args(arguments))
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file: an object of options, or one with that object as "settings"."""
+    try:
+        content = json.loads(path.read_bytes())  # UTF-8, whatever the locale
+        if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+            content = content["settings"]
+        return check_values(content)
+    except OSError as error:
+        raise SettingsError(f"--config: cannot read {path}: {error.strerror}") from error
+    except SettingsError as error:
+        raise SettingsError(f"--config: {path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"--config: {path} is not JSON: {error}") from error
+
+
+def new_run(defaults: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of a run from scratch: the defaults, and over them what was given."""
+    return _over(defaults, check_values(given))
+
+
+def run_from(saved: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of a run that starts from trained weights: the model's are settled."""
+    given = check_values(given)
+    _refuse_changes(saved, given, MODEL_FIELDS, "in the checkpoint")
+    defaults = {name: getattr(Settings(), name) for name in FREE_TO_CHANGE}
+    return _over(replace(saved, steps=0, minutes=None, **defaults), given)
+
+
+def resumed_run(saved: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of a run that goes on: all but a few are settled."""
+    given = check_values(given)
+    settled = [name for name in OPTIONS if name not in FREE_TO_CHANGE]
+    _refuse_changes(saved, given, settled, "in the run to resume")
+    return replace(saved, **given)
+
+
+def _over(base: Settings, given: dict[str, Any]) -> Settings:
+    if given.get("minutes") is not None and "steps" not in given:
         base = replace(base, steps=None)
     settings = replace(base, **given)
     settings.check()
     return settings
+
+
+def _refuse_changes(
+    saved: Settings, given: dict[str, Any], settled: Iterable[str], where: str
+) -> None:
+    for name in settled:
+        before = getattr(saved, name)
+        if given.get(name, before) != before:
+            raise SettingsError(
+                f"{flag(name)} is {before} {where} and cannot change, got {given[name]}"
+            )

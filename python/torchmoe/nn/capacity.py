@@ -14,7 +14,7 @@ from torchmoe.capacity import (
 )
 from torchmoe.nn._checks import check_at_least, check_choice
 
-_ORDERS = ("choice", "token")
+ORDERS = ("choice", "token")
 _OVERFLOWS = ("drop",)
 _NORMALIZES = ("before_drop", "after_drop")
 
@@ -55,7 +55,7 @@ class Capacity:
     def __post_init__(self) -> None:
         """Checks every field and turns the factors into integers, once."""
         check_at_least("Capacity", "minimum", self.minimum, 0)
-        check_choice("Capacity", "order", self.order, _ORDERS)
+        check_choice("Capacity", "order", self.order, ORDERS)
         check_choice("Capacity", "overflow", self.overflow, _OVERFLOWS)
         check_choice("Capacity", "normalize", self.normalize, _NORMALIZES)
         ratio = capacity_ratio(self.factor, op="Capacity", argument="factor")

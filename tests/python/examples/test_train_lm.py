@@ -1,70 +1,55 @@
-"""The main job: what it prints, what it keeps and what it refuses."""
+"""The training program as a whole: what it prints, keeps and refuses, and how it goes on."""
 
 from __future__ import annotations
 
+import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 import train_lm
 from lm import checkpoint
-from lm.settings import Settings, SettingsError
+from lm.corpus import Text
+from lm.model import ByteLM, LMOutput
+from lm.parallel import Processes
+from lm.run_folder import RunFolder
+from lm.settings import Settings
 
 SCRIPT = train_lm.__file__
-TINY = [
-    *("--layers", "2", "--hidden-size", "32", "--intermediate-size", "16", "--experts", "4"),
-    *("--batch-tokens", "256", "--context", "32", "--threads", "1"),
-]
 LINE = re.compile(r"^ *(\d+)  +([\d.]+)  +(\d+)  +([\d.]+)  +([\d.]+)%  +(\d+:\d\d)$", re.MULTILINE)
-HELD_OUT = re.compile(r"^held-out bits per byte.*?(?=^$)", re.MULTILINE | re.DOTALL)
+ROW = re.compile(r"^ *(\S+) +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+) *$", re.MULTILINE)
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two domains: a folder of files, and one file."""
-    folder = tmp_path_factory.mktemp("data")
-    words = ["moon", "rose", "over", "quiet", "hills", "while", "seven", "grey", "wolves", "sang"]
-    draw = random.Random(0)
-    (folder / "notes").mkdir()
-    for name in "abcdefgh":
-        text = " ".join(draw.choice(words) for _ in range(400))
-        (folder / "notes" / f"{name}.txt").write_text(text)
-    (folder / "sums.txt").write_text("\n".join(f"{n}+{n}={2 * n}" for n in range(600)))
-    (folder / "notes" / "picture.png").write_bytes(b"\x89PNG\0\xff" * 100)
-    return [str(folder / "notes"), str(folder / "sums.txt")]
-
-
-@pytest.fixture(autouse=True)
-def same_threads_afterwards() -> Iterator[None]:
-    """Gives the process its number of threads back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The script as a user starts it."""
-    command = [sys.executable, SCRIPT, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.fixture(scope="session")
-def trained(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """The output of a short run, and its checkpoint."""
+def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The output of a short run, and its folder."""
     out = tmp_path_factory.mktemp("out") / "new" / "folder"
-    result = run(*TINY, "--data", *data, "--steps", "60", "--out", str(out))
+    result = run(*tiny, "--steps", "60", "--checkpoint-every", "20", "--out", str(out))
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    return result.stdout, str(out / "model.safetensors")
+    return result.stdout, out
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -78,13 +63,26 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All that the newest checkpoint of a run holds."""
+    return checkpoint.load(folder).tensors
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Two runs ended with the same bits, the optimizer's included."""
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 # ---- a run
 
 
-def test_prints_what_the_run_does(trained: tuple[str, str]) -> None:
-    output, path = trained
+def test_prints_what_the_run_does(trained: tuple[str, Path]) -> None:
+    output, _ = trained
     lines = LINE.findall(output)
-    assert len(lines) == train_lm.LINES
+    assert len(lines) == 25
     assert [int(line[0]) for line in lines] == sorted(int(line[0]) for line in lines)
     assert int(lines[-1][0]) == 60
     losses = [float(line[1]) for line in lines]
@@ -92,142 +90,337 @@ def test_prints_what_the_run_does(trained: tuple[str, str]) -> None:
     assert losses[-1] < 4.5
     assert all(0.9 <= float(line[3]) <= 4 for line in lines)
     assert all(float(line[4]) == 0 for line in lines)
-    assert f"checkpoint after 60 steps: {path}" in output
-    assert Path(path).is_file()
     assert output.count("\nsample, ") == 2
+    assert "\x1b" not in output  # no colours, no cursor moves where there is no terminal
 
 
-def test_prints_held_out_loss_per_domain_and_mean(trained: tuple[str, str]) -> None:
-    rows = re.findall(r"^  (\S+) +([\d.]+)$", held_out(trained[0]), re.MULTILINE)
-    assert [name for name, _ in rows] == ["notes", "sums.txt", "mean"]
-    notes, sums, mean = (float(value) for _, value in rows)
-    assert mean == pytest.approx((notes + sums) / 2, abs=1e-4)
-    assert mean < 5
+def held_out(output: str) -> dict[str, list[float]]:
+    """Rows of the table at the end: this model, then orders 5, 4 and 3."""
+    return {row[0]: [float(value) for value in row[1:]] for row in ROW.findall(output)}
 
 
-def held_out(output: str) -> str:
-    match = HELD_OUT.search(output)
-    assert match is not None
-    return match[0]
+def test_prints_held_out_loss_per_domain_beside_n_grams(trained: tuple[str, Path]) -> None:
+    rows = held_out(trained[0])
+    assert list(rows) == ["notes", "sums.txt", "mean"]
+    for column in range(4):
+        mean = (rows["notes"][column] + rows["sums.txt"][column]) / 2
+        assert rows["mean"][column] == pytest.approx(mean, abs=1e-4)
+    assert rows["mean"][0] < 5
+    assert rows["notes"][1] < rows["notes"][3] < 2  # ten words: longer contexts tell more
 
 
-def test_checkpoint_gives_the_same_numbers_and_sample(trained: tuple[str, str]) -> None:
-    output, path = trained
-    again = run("--load", path, "--threads", "1")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.split("\nheld-out bits")[1] == output.split("\nheld-out bits")[1]
-    assert not LINE.search(again.stdout)
+def test_leaves_everything_in_its_folder(trained: tuple[str, Path]) -> None:
+    output, out = trained
+    names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+    events = [name for name in names if name.startswith("tensorboard/")]
+    assert len(events) == 1
+    figures = [
+        f"figures/{n}.{kind}"
+        for n in ("expert_load", "loss", "specialization")
+        for kind in ("png", "svg")
+    ]
+    steps = [f"checkpoints/step-000000{n}.safetensors" for n in (40, 60)]
+    assert names == sorted([*events, *figures, *steps, "metrics.jsonl", "results.json", "run.json"])
+    for name in figures:
+        assert f"figure: {out / name}" in output
+        if name.endswith("svg"):
+            ElementTree.parse(out / name)
 
 
-def test_trains_on_from_a_checkpoint(
-    trained: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before, path = trained
-    load = ["--load", path, "--threads", "1"]
-    assert train_lm.main([*load, "--steps", "20", "--out", str(tmp_path)]) == 0
-    after = capsys.readouterr().out
-    assert [int(line[0]) for line in LINE.findall(after)] == list(range(61, 81))
-    assert "checkpoint after 80 steps" in after
-    assert mean_loss(after) < mean_loss(before)
-    weights, settings, steps = checkpoint.load(tmp_path / "model.safetensors")
-    assert (settings.layers, settings.context, steps) == (2, 32, 80)
-    assert weights["blocks.0.moe.experts.down_proj"].shape == (4, 32, 16)
+def test_saves_settings_versions_and_revision(trained: tuple[str, Path], data: list[str]) -> None:
+    described = json.loads((trained[1] / "run.json").read_text())
+    assert described["settings"]["layers"] == 2
+    assert described["settings"]["data"] == data
+    assert described["settings"]["lr"] == 3e-3
+    assert described["torch"] == torch.__version__
+    assert described["torchmoe"]["torchmoe"]
+    assert re.fullmatch(r"[0-9a-f]{7,}(-changed)?|unknown", described["git_revision"])
 
 
-def mean_loss(output: str) -> float:
-    return float(held_out(output).split()[-1])
+def test_results_are_what_is_printed(trained: tuple[str, Path]) -> None:
+    output, out = trained
+    results = json.loads((out / "results.json").read_text())
+    rows = held_out(output)
+    for name, row in rows.items():
+        columns = [results["bits_per_byte"], *(results["ngram_bits_per_byte"][n] for n in "543")]
+        assert [round(column[name], 4) for column in columns] == row
+    assert results["steps"] == 60
+    assert results["bytes"] == 60 * 256
+    assert 0 < results["training_seconds"] <= results["seconds"]
+    kinds = {(one["kind"], one["layer"]) for one in results["specialization"]}
+    assert kinds == {(kind, layer) for kind in ("byte class", "domain") for layer in (0, 1)}
+
+
+def test_metrics_tell_the_run(trained: tuple[str, Path]) -> None:
+    records = [json.loads(line) for line in (trained[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(2, 61, 2))
+    assert [record["step"] for record in records if record["held_out"]] == [20, 40, 60]
+    for record in records:
+        assert [len(layer) for layer in record["load"]] == [4, 4]
+        assert all(sum(layer) == pytest.approx(1) for layer in record["load"])
+        assert record["dropped"] == [0, 0]
+        assert set(record["domain_loss"]) == {"notes", "sums.txt"}
+    rates = [record["lr"] for record in records]
+    assert 2.8e-3 < max(rates) <= 3e-3  # the cosine has begun when the warm-up ends
+    assert rates[-1] == pytest.approx(3e-4, rel=0.02)
 
 
 def test_same_seed_same_run(
-    data: list[str],
-    trained: tuple[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    trained: tuple[str, Path], tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def numbers(output: str) -> str:
-        """The output without speed, time and path."""
-        lines = LINE.sub(lambda match: " ".join(match.group(1, 2, 4, 5)), output)
-        return re.sub(r"checkpoint after.*", "", lines)
-
-    outputs = []
+    options = [*tiny, "--steps", "60", "--checkpoint-every", "20"]
     for seed in ("0", "1"):
-        arguments = [*TINY, "--data", *data, "--steps", "60", "--out", str(tmp_path)]
-        assert train_lm.main([*arguments, "--seed", seed]) == 0
-        outputs.append(numbers(capsys.readouterr().out))
-    assert outputs[0] == numbers(trained[0])
-    assert outputs[1] != numbers(trained[0])
+        assert train_lm.main([*options, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+    capsys.readouterr()
+    assert_same(trained[1], tmp_path / "0")
+    with pytest.raises(AssertionError):
+        assert_same(trained[1], tmp_path / "1")
 
 
 def test_capacity_drops_in_training_only(
-    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [*TINY, "--data", *data, "--steps", "3", "--out", str(tmp_path)]
-    assert train_lm.main([*arguments, "--capacity-factor", "0.5"]) == 0
+    options = [*tiny, "--steps", "3", "--capacity-factor", "0.5", "--out", str(tmp_path)]
+    assert train_lm.main(options) == 0
     lines = LINE.findall(capsys.readouterr().out)
     # 8 windows of 32 bytes, twice each, over 4 experts that take ceil(0.5 * 512 / 4) = 64.
+    assert len(lines) == 3
     assert all(50 <= float(line[4]) < 100 for line in lines)
-    model = train_lm.ByteLM(Settings(experts=4, top_k=2, capacity_factor=0.5).model())
+    model = ByteLM(Settings(experts=4, top_k=2, capacity_factor=0.5).model())
     text = torch.arange(64).view(1, 64)
     assert torch.equal(*kept_and_wanted(model.eval()(text)))
     assert not torch.equal(*kept_and_wanted(model.train()(text)))
 
 
-def kept_and_wanted(output: train_lm.LMOutput) -> tuple[torch.Tensor, torch.Tensor]:
+def kept_and_wanted(output: LMOutput) -> tuple[Tensor, Tensor]:
     return (
         torch.stack([routing.kept_per_expert for routing in output.routings]),
         torch.stack([routing.tokens_per_expert for routing in output.routings]),
     )
 
 
-def test_stops_by_the_clock(
-    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_order_of_capacity_reaches_the_layer() -> None:
+    model = ByteLM(Settings(capacity_factor=1.0, order="token").model())
+    assert all(moe.capacity.order == "token" for moe in model.moes if moe.capacity)
+    assert len(model.moes) == 4
+
+
+def test_dense_model_has_the_active_parameters_of_the_experts() -> None:
+    moe, dense = (ByteLM(Settings(feed_forward=kind).model()) for kind in ("moe", "dense"))
+    total, active = moe.count_parameters()
+    routers = sum(layer.get_submodule("router").weight.numel() for layer in moe.moes)
+    assert dense.count_parameters() == (active - routers, active - routers)
+    assert total > 3 * active
+    output = dense(torch.zeros(1, 8, dtype=torch.int64))
+    assert output.routings == []
+    assert float(output.aux_loss) == 0
+
+
+def test_dense_run_has_no_figures_of_experts(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_lm.main([*TINY, "--data", *data, "--minutes", "0.01", "--out", str(tmp_path)]) == 0
-    assert train_lm.main(["--load", str(tmp_path / "model.safetensors")]) == 0
+    options = [*tiny, "--steps", "5", "--feed-forward", "dense", "--out", str(tmp_path)]
+    assert train_lm.main(options) == 0
+    assert "expert tells" not in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["loss.png", "loss.svg"]
+
+
+def test_stops_by_the_clock(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_lm.main([*tiny, "--minutes", "0.01", "--out", str(tmp_path)]) == 0
     clock = LINE.findall(capsys.readouterr().out)[-1][5]
     assert clock in ("0:00", "0:01")
+    assert checkpoint.load(tmp_path).progress.seconds >= 0.6
+    assert train_lm.main(["--resume", "--out", str(tmp_path)]) == 0
+
+
+def test_a_new_run_sets_the_files_of_an_earlier_one_aside(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps in ("2", "3"):
+        assert train_lm.main([*tiny, "--steps", steps, "--out", str(tmp_path)]) == 0
+    assert (
+        f"the files of an earlier run are in {tmp_path / 'earlier-1'} now"
+        in capsys.readouterr().out
+    )
+    assert checkpoint.load(tmp_path).progress.step == 3
+    assert checkpoint.load(tmp_path / "earlier-1").progress.step == 2
+    assert (tmp_path / "earlier-1" / "results.json").exists()
+
+
+# ---- starting from trained weights
+
+
+def test_checkpoint_gives_the_same_numbers_and_sample(trained: tuple[str, Path]) -> None:
+    output, out = trained
+    for path in (out, out / "checkpoints", out / "checkpoints" / "step-00000060.safetensors"):
+        again = run("--load", str(path), "--threads", "1")
+        assert again.returncode == 0, again.stderr
+        report = again.stdout.split("\nheld-out bits")[1]
+        assert output.split("\nheld-out bits")[1].startswith(report)
+        assert not LINE.search(again.stdout)
+
+
+def test_trains_on_from_a_checkpoint(
+    trained: tuple[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, out = trained
+    options = ["--load", str(out), "--threads", "1", "--steps", "20", "--out", str(tmp_path)]
+    assert train_lm.main(options) == 0
+    after = capsys.readouterr().out
+    assert [int(line[0]) for line in LINE.findall(after)] == list(range(61, 81))
+    assert held_out(after)["mean"][0] < held_out(before)["mean"][0]
+    found = checkpoint.load(tmp_path)
+    assert (found.settings.layers, found.settings.context) == (2, 32)
+    assert (found.progress.first_step, found.progress.step) == (60, 80)
+
+
+def test_refuses_other_sizes_than_the_checkpoints(
+    trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails(capsys, "--load", str(trained[1]), "--layers", "3")
+    assert "--layers is 2 in the checkpoint and cannot change, got 3" in error
+    assert train_lm.main(["--load", str(trained[1]), "--layers", "2", "--threads", "1"]) == 0
+
+
+# ---- stopping and going on
+
+
+def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets somebody press Ctrl-C, or the system ask to stop, in the middle of a step."""
+    whole_step = train_lm.optimizer_step
+
+    def interrupted(job: train_lm.Job, *arguments: object) -> object:
+        if job.progress.step + 1 == step:
+            os.kill(os.getpid(), number)
+        return whole_step(job, *arguments)
+
+    monkeypatch.setattr(train_lm, "optimizer_step", interrupted)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
-def test_ctrl_c_saves(data: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-u", SCRIPT, *TINY]
-    command += ["--data", *data, "--minutes", "60", "--steps", "100000", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("  step"):
-                break
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"--load {tmp_path / 'model.safetensors'}" in output
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    checkpoint.load(tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ("", signal.SIGINT),
+        ("--capacity-factor 1 --order token", signal.SIGTERM),
+        ("--estimator straight_through --top-k 1", signal.SIGINT),
+        ("--feed-forward dense", signal.SIGINT),
+        ("--dtype float64", signal.SIGINT),
+        ("--dtype bfloat16", signal.SIGINT),
+        ("--seed 5 --experts 3 --context 17", signal.SIGTERM),
+    ],
+)
+def test_resumes_to_the_bit(
+    options: str,
+    number: signal.Signals,
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [*tiny, *options.split(), "--steps", "20", "--checkpoint-every", "7"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train_lm.main([*command, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        stop_at(11, number, patch)
+        assert train_lm.main([*command, "--out", str(broken)]) == 130
+    printed = capsys.readouterr().out
+    assert f"interrupted after 11 steps; to go on, run with: --resume --out {broken}" in printed
+    assert checkpoint.load(broken).progress.step == 11
+    assert not (broken / "results.json").exists()
+    assert train_lm.main(["--resume", "--out", str(broken), "--threads", "1"]) == 0
+    assert "step-00000011" in capsys.readouterr().out
+    assert_same(whole, broken)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, broken)]
+    assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
 
 
-def test_model_is_causal_and_sees_no_further_than_its_context() -> None:
-    model = train_lm.ByteLM(Settings(hidden_size=32, context=16).model()).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)  # a new model gives every byte the same odds
-    text = torch.randint(256, (1, 16))
-    changed = text.clone()
-    changed[0, 9:] = 0
-    before, after = model(text).logits, model(changed).logits
-    torch.testing.assert_close(before[:, :9], after[:, :9])
-    assert not torch.allclose(before[:, 9:], after[:, 9:])
+def test_ctrl_c_twice_stops_at_once(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def twice(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_lm, "optimizer_step", twice)
+    assert train_lm.main([*tiny, "--steps", "20", "--out", str(tmp_path)]) == 130
+    assert "interrupted; what the last checkpoint holds is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-# ---- what it refuses
+def test_resume_of_a_finished_run_does_nothing(
+    trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = trained[1]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert train_lm.main(["--resume", "--out", str(out)]) == 0
+    assert "this run is over, after 60 steps" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
-def test_help_names_every_option_with_its_default() -> None:
-    result = run("--help")
-    assert result.returncode == 0
-    text = " ".join(result.stdout.split())
-    for name, default in vars(Settings()).items():
-        assert f"--{name.replace('_', '-')} " in text
-        assert default in (None, ()) or f"(default {default})" in text
-    assert "examples:" in text
+def test_resume_of_a_run_killed_in_its_report_reports(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_lm.main([*tiny, "--steps", "3", "--out", str(tmp_path)]) == 0
+    (tmp_path / "results.json").unlink()
+    capsys.readouterr()
+    assert train_lm.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert list(held_out(capsys.readouterr().out)) == ["notes", "sums.txt", "mean"]
+    assert (tmp_path / "results.json").exists()
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_lm.main([*tiny, "--steps", "3", "--resume", "--out", str(tmp_path)]) == 0
+    assert f"{tmp_path} holds no checkpoint to resume from" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path).progress.step == 3
+
+
+def test_resume_refuses_other_settings(
+    trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(trained[1])
+    error = fails(capsys, "--resume", "--out", out, "--lr", "0.1")
+    assert "--lr is 0.003 in the run to resume and cannot change, got 0.1" in error
+    assert train_lm.main(["--resume", "--out", out, "--lr", "0.003", "--threads", "2"]) == 0
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data {tmp}/nowhere", "--data: .*/nowhere: no such file or folder"),
+        ("--data {tmp}/empty", "--data: .*/empty holds no text"),
+        ("--data {tmp}/empty.txt", r"--data: .*/empty\.txt holds no text"),
+        ("--data {tmp}/binary", "--data: .*/binary holds no text"),
+        ("--data {tmp}/short.txt", "short.txt: --context 128 needs more text than 90 bytes"),
+        ("--data {tmp}/short.txt {tmp}/short.txt", "--data must name each path once"),
+        ("--out {tmp}/short.txt/out", "--out: cannot write to .*short.txt/out: "),
+        ("--load {tmp}/nowhere", "--load: .*/nowhere: no such file"),
+        ("--load {tmp}", "--load: .* holds no checkpoint"),
+        ("--load {tmp}/short.txt", "--load: .*short.txt is not a safetensors file"),
+        ("--config {tmp}/nowhere", "--config: cannot read .*/nowhere"),
+    ],
+)
+def test_refuses(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("x" * 100)
+    (tmp_path / "binary").write_bytes(b"\0" * 1000)
+    given = arguments.replace("{tmp}", str(tmp_path)).split()
+    if "--out" not in given:
+        given += ["--out", str(tmp_path / "out")]
+    assert re.search(message, fails(capsys, *given))
 
 
 def test_error_is_one_line_without_traceback() -> None:
@@ -239,124 +432,131 @@ def test_error_is_one_line_without_traceback() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--layers 0", "--layers: must be a whole number from 1 to 256, got '0'"),
-        ("--layers two", "--layers: must be a whole number from 1 to 256, got 'two'"),
-        ("--lr nan", "--lr: must be a number from 1e-09 to 10.0, got 'nan'"),
-        ("--minutes 0", "--minutes: must be a number from 0.01 to"),
-        ("--capacity-factor -1", "--capacity-factor"),
-        ("--estimator magic", "(?=.*'magic')(?=.*exact)(?=.*straight_through)"),
-        ("--hidden-size 100", "--hidden-size must be a multiple of 32, got 100"),
-        ("--experts 2 --top-k 3", r"--top-k must be at most --experts \(2\), got 3"),
-        ("--batch-tokens 64", r"--batch-tokens must be at least --context \(128\), got 64"),
-        ("--step 5", "unrecognized arguments: --step 5"),
-        ("--data {tmp}/nowhere", "--data: .*/nowhere: no such file or folder"),
-        ("--data {tmp}/empty", "--data: .*/empty holds no text"),
-        ("--data {tmp}/empty.txt", r"--data: .*/empty\.txt holds no text"),
-        ("--data {tmp}/binary", "--data: .*/binary holds no text"),
-        ("--data {tmp}/short.txt", "short.txt: --context 128 needs more text than 90 bytes"),
-        ("--data {tmp}/short.txt {tmp}/short.txt", "--data must name each path once"),
-        ("--out {tmp}/short.txt/out", "--out: cannot write to .*short.txt/out: "),
-        ("--load {tmp}/nowhere", "--load: .*/nowhere: no such file"),
-        ("--load {tmp}", "--load: .* is not a safetensors file"),
-        ("--load {tmp}/short.txt", "--load: .*short.txt is not a safetensors file"),
-        ("--load {tmp}/foreign", "--load: .*foreign is not a checkpoint of this program"),
-    ],
-)
-def test_refuses(
-    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_refuses_a_device_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--device: cuda must be there" in fails(capsys, "--device", "cuda")
+
+
+def test_refuses_to_go_on_without_a_loss(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "short.txt").write_text("x" * 100)
-    (tmp_path / "binary").write_bytes(b"\0" * 1000)
-    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign")
-    given = arguments.replace("{tmp}", str(tmp_path)).split()
-    if "--out" not in given:
-        given += ["--out", str(tmp_path / "out")]
-    assert re.search(message, fails(capsys, *given))
+    whole_step = train_lm.optimizer_step
+
+    def spoiled(job: train_lm.Job, *arguments: object) -> object:
+        if job.progress.step == 10:
+            torch.nn.init.constant_(job.model.head.weight, float("nan"))
+        return whole_step(job, *arguments)
+
+    monkeypatch.setattr(train_lm, "optimizer_step", spoiled)
+    options = [*tiny, "--steps", "50", "--checkpoint-every", "4", "--out", str(tmp_path)]
+    error = fails(capsys, *options)
+    assert "the loss is nan at step 12: --lr must be lower" in error
+    # The last checkpoint is from before.
+    assert checkpoint.load(tmp_path).progress.step == 8
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors(tmp_path).values())
 
 
-def test_refuses_other_sizes_than_the_checkpoints(
-    trained: tuple[str, str], capsys: pytest.CaptureFixture[str]
+def test_says_that_the_disk_is_too_small_before_it_trains(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    error = fails(capsys, "--load", trained[1], "--layers", "3")
-    assert "--layers is 2 in the checkpoint and cannot change, got 3" in error
-    assert train_lm.main(["--load", trained[1], "--layers", "2", "--threads", "1"]) == 0
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
+    error = fails(capsys, *tiny, "--steps", "2", "--out", str(tmp_path))
+    assert re.search(r"--out: .* must have \d+ MB free for checkpoints, got 0 MB", error)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_refuses_to_go_on_without_a_loss() -> None:
-    model = train_lm.ByteLM(Settings().model())
-    torch.nn.init.constant_(model.head.weight, float("nan"))
-    meter = train_lm.Meter()
-    text = torch.zeros(1, 8, dtype=torch.int64)
-    output = model(text)
-    meter.add(train_lm.task_loss(output.logits, text), output, 8)
-    with pytest.raises(SettingsError, match="the loss is nan at step 7: --lr must be lower"):
-        meter.line(7, 1.0)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.99, 0.999999])
-def test_refuses_a_torn_checkpoint(trained: tuple[str, str], share: float, tmp_path: Path) -> None:
-    whole = Path(trained[1]).read_bytes()
-    torn = tmp_path / "torn.safetensors"
-    torn.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(checkpoint.CheckpointError, match=r"torn\.safetensors is not a safetensors"):
-        checkpoint.load(torn)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("settings", "{"),
-        ("settings", "[]"),
-        ("settings", "{}"),
-        ("settings", '{"layers": 2}'),
-        ("steps_done", "many"),
-    ],
-)
-def test_refuses_damaged_settings(key: str, value: str, tmp_path: Path) -> None:
-    metadata = {"format": checkpoint.FORMAT, "settings": Settings().to_json(), "steps_done": "1"}
-    path = tmp_path / "model.safetensors"
-    save_file({"x": torch.zeros(1)}, path, metadata)
-    assert checkpoint.load(path)[1] == Settings()
-    save_file({"x": torch.zeros(1)}, path, {**metadata, key: value})
-    with pytest.raises(checkpoint.CheckpointError, match="has damaged settings"):
-        checkpoint.load(path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("layers", 0), ("top_k", 9), ("estimator", "magic"), ("lr", "fast")]
-)
-def test_refuses_a_saved_value_that_is_not_allowed(name: str, value: object) -> None:
-    text = Settings().to_json()
-    before = f'"{name}": {Settings().__dict__[name]}'.replace("exact", '"exact"')
-    assert before in text
-    with pytest.raises(SettingsError, match="must be"):
-        Settings.from_json(text.replace(before, f'"{name}": "{value}"'))
-
-
-def test_refuses_weights_that_do_not_fit() -> None:
-    model = train_lm.ByteLM(Settings(layers=1).model())
-    weights = dict(model.state_dict())
-    del weights["head.weight"]
-    with pytest.raises(checkpoint.CheckpointError, match="other weights than its settings ask for"):
-        checkpoint.fill(model, weights, "model.safetensors")
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_fills_up_stops_nothing_but_the_last_save(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = tmp_path / "model.safetensors"
-    checkpoint.save(path, {"x": torch.zeros(1)}, Settings(), 1)
+    save = checkpoint.save
 
-    def full_disk(_: int) -> None:
-        raise OSError(28, "No space left on device")
+    def full(folder: Path, *arguments: object) -> Path:
+        progress = arguments[3]
+        assert isinstance(progress, checkpoint.Progress)
+        if progress.step in (4, 8):
+            raise checkpoint.CheckpointError("--out: cannot write: No space left on device")
+        return save(folder, *arguments)
 
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(checkpoint.CheckpointError, match="No space left on device"):
-        checkpoint.save(path, {"x": torch.ones(1)}, Settings(), 2)
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
-    assert checkpoint.load(path)[2] == 1
+    monkeypatch.setattr(checkpoint, "save", full)
+    options = [*tiny, "--checkpoint-every", "4", "--out", str(tmp_path)]
+    assert train_lm.main([*options, "--steps", "10"]) == 0
+    warning = "warning: --out: cannot write: No space left on device; the run goes on"
+    assert capsys.readouterr().out.count(warning) == 2
+    assert checkpoint.load(tmp_path).progress.step == 10
+    assert "No space left" in fails(capsys, *options, "--steps", "8")
+
+
+# ---- parts
+
+
+def text_of(data: list[str]) -> Text:
+    return Text.load(data)
+
+
+def test_each_step_has_its_own_windows_whatever_was_drawn_before(data: list[str]) -> None:
+    text, settings = text_of(data), Settings(batch_tokens=256, context=32)
+    first = train_lm.next_batch(text, 3, settings, Processes())
+    torch.rand(100)
+    second = train_lm.next_batch(text, 3, settings, Processes())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    other = train_lm.next_batch(text, 4, settings, Processes())
+    assert not torch.equal(first[0], other[0])
+    inputs, targets, domains = first
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert domains.tolist() == [0, 1] * 4
+    for window, domain in zip(inputs, domains, strict=True):
+        assert bytes(window.tolist()) in bytes(list(text.train.values())[domain].tolist())
+
+
+def test_processes_share_a_batch_row_by_row(data: list[str]) -> None:
+    text, settings = text_of(data), Settings(batch_tokens=256, context=32)
+    whole = train_lm.next_batch(text, 3, settings, Processes())
+    parts = [train_lm.next_batch(text, 3, settings, Processes(rank, 4)) for rank in range(4)]
+    for column in range(3):
+        assert torch.equal(whole[column], torch.cat([part[column] for part in parts]))
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    settings = replace(Settings(), steps=1000, lr=1.0)
+    job = train_lm.new_job(settings, None, False, Processes())
+
+    def rate(step: int) -> float:
+        job.progress.step = step
+        return job.lr(job.share)
+
+    assert rate(0) == pytest.approx(1 / 101, rel=0.01)
+    assert rate(100) == pytest.approx(0.1 + 0.9 * (1 + 0.951) / 2, rel=0.001)
+    assert rate(500) == pytest.approx(0.55)
+    assert rate(1000) == pytest.approx(0.1)
+
+
+def test_folder_of_a_run_is_found_again_after_it_moved(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_lm.main([*tiny, "--steps", "2", "--out", str(tmp_path / "here")]) == 0
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert train_lm.main(["--resume", "--out", str(tmp_path / "there")]) == 0
+    assert not RunFolder(tmp_path / "here").path.exists()
+    assert "this run is over" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_those_of_the_plain_model(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        options = [*tiny, "--steps", "4", "--dtype", "float64", *more]
+        assert train_lm.main([*options, "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    plain, compiled = tensors(tmp_path / "plain"), tensors(tmp_path / "compiled")
+    for name in plain:
+        torch.testing.assert_close(plain[name], compiled[name], rtol=1e-6, atol=1e-9)

@@ -1,0 +1,247 @@
+"""Compares the mixture-of-experts language model with a dense one of equal active parameters.
+
+Both are the transformer of train_lm.py and read the same bytes in the same order. The learning rate
+is tuned alike for both, on the training loss, so that the held-out text has no part in it. Then
+several seeds of each give the loss at equal bytes; and since a dense step is cheaper, the dense
+model is trained once more for as many steps as fit into the other's time, which gives the loss at
+equal time. Stopped and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import train_lm
+from lm import corpus, figures, metrics, run_folder
+from lm.evaluation import evaluate, spread_windows
+from lm.metrics import Record
+from lm.model import FEED_FORWARDS
+from lm.parallel import Processes
+from lm.report import HELD_OUT_WINDOWS
+from lm.run_folder import RunFolder
+from lm.settings import (
+    Settings,
+    SettingsError,
+    flag,
+    make_parser,
+    new_run,
+    number,
+    read_arguments,
+    read_config,
+)
+
+DEFAULTS = replace(Settings(), steps=1600, out="runs/compare")
+# What the comparison chooses itself.
+SETTLED = ("feed_forward", "lr", "seed", "minutes", "load", "resume")
+EXAMPLES = """\
+examples:
+  compare_lm.py                             half an hour on two cores
+  compare_lm.py --experts 16 --top-k 1      another mixture, and the dense model that equals it
+"""
+FIRST_RATES = (1.5e-3, 3e-3, 6e-3)
+RATE_FACTOR = 2.0  # to the next learning rate where the best one is at an end of those tried
+MOST_RATES = 6
+TUNING_SHARE = 0.1  # of the run, at its end, whose training loss decides
+TIMED_ROUNDS, TIMED_STEPS = 9, 10
+ALONE = Processes()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run."""
+
+    settings: Settings
+    records: list[Record]
+    held_out: float  # bits per byte, mean of the domains
+    parameters: int
+    active_parameters: int
+
+    @property
+    def tuning_loss(self) -> float:
+        """Bits per byte of training text over the end of the run."""
+        last = self.records[-1].step
+        end = [record for record in self.records if record.step > (1 - TUNING_SHARE) * last]
+        return statistics.fmean(record.loss for record in end)
+
+    @property
+    def seconds(self) -> float:
+        """Time in optimizer steps."""
+        return self.records[-1].training_seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the command line and compares."""
+    parser = make_parser("compare_lm.py", __doc__ or "", EXAMPLES, DEFAULTS)
+    parser.add_argument(
+        "--seeds", type=number(int, 1, 100), default=3, metavar="N", help="of each (default 3)"
+    )
+    given = read_arguments(parser, arguments)
+    try:
+        compare(given.pop("seeds"), given)
+    except train_lm.USER_ERRORS as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def compare(seeds: int, given: dict[str, Any]) -> None:
+    """Tunes, trains, times, and reports."""
+    if "config" in given:
+        given = {**read_config(Path(given.pop("config"))), **given}
+    for name in SETTLED:
+        if name in given:
+            raise SettingsError(f"{flag(name)} is not to be given: the comparison chooses it")
+    common = new_run(DEFAULTS, given)
+    steps = common.steps or 0
+    if steps == 0:
+        raise SettingsError(f"--steps must be at least 1, got {common.steps}")
+    train_lm.check_device(common)
+    train_lm.set_threads(common)
+    folder = Path(common.out)
+    text = corpus.Text.load(list(common.data))
+    text.describe(common.context)
+
+    def run(kind: str, seed: int, steps: int, lr: float) -> Outcome:
+        name = f"{kind}-lr{lr:g}-seed{seed}-steps{steps}"
+        print(f"  {name:34s}", end="", flush=True)
+        outcome = trained(
+            replace(
+                common, feed_forward=kind, lr=lr, seed=seed, steps=steps, out=str(folder / name)
+            ),
+            text,
+        )
+        print(
+            f"  training {outcome.tuning_loss:.4f}  held-out {outcome.held_out:.4f}  "
+            f"{outcome.seconds:5.0f} s",
+            flush=True,
+        )
+        return outcome
+
+    print("\nlearning rate: the training loss of the last tenth decides (bits per byte)")
+    rates = {kind: best_rate(partial(run, kind, 0, steps)) for kind in FEED_FORWARDS}
+    print("\nequal bytes")
+    moe, dense = (
+        [run(kind, seed, steps, rates[kind]) for seed in range(seeds)] for kind in FEED_FORWARDS
+    )
+    print("\nequal time")
+    ratio = time_ratio(common, text)
+    print(f"  side by side, a step with experts takes {ratio:.2f} times the time of a dense one")
+    longer = [run("dense", seed, round(steps * ratio), rates["dense"]) for seed in range(seeds)]
+    report(folder, ratio, {"MoE": moe, "dense": dense, "dense, equal time": longer})
+
+
+def trained(settings: Settings, text: corpus.Text) -> Outcome:
+    """The run with these settings, trained to its end; one that was begun before goes on."""
+    folder = RunFolder(Path(settings.out))
+    folder.make()
+    with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        settings, start, resumes = train_lm.choose_settings({**settings.to_dict(), "resume": True})
+        job = train_lm.new_job(settings, start, resumes, ALONE)
+        train_lm.open_folder(folder, job, resumes)
+        if job.share < 1 and train_lm.train(job, text, folder, ALONE):
+            raise KeyboardInterrupt
+    windows = [
+        spread_windows(d, settings.context, HELD_OUT_WINDOWS) for d in text.held_out.values()
+    ]
+    held_out = statistics.fmean(evaluate(job.model, w, settings.rows).bits for w in windows)
+    return Outcome(settings, metrics.read(folder), held_out, *job.model.count_parameters())
+
+
+def best_rate(run: Callable[[float], Outcome]) -> float:
+    """The learning rate with the least training loss, tried further where it is at an end."""
+    losses = {rate: run(rate).tuning_loss for rate in FIRST_RATES}
+    while len(losses) < MOST_RATES:
+        best = min(losses, key=lambda rate: losses[rate])
+        if best == min(losses):
+            rate = best / RATE_FACTOR
+        elif best == max(losses):
+            rate = best * RATE_FACTOR
+        else:
+            break
+        losses[rate] = run(rate).tuning_loss
+    return min(losses, key=lambda rate: losses[rate])
+
+
+def time_ratio(common: Settings, text: corpus.Text) -> float:
+    """Time of a step with experts over that of a dense one; the two take turns."""
+    jobs = [
+        train_lm.new_job(replace(common, feed_forward=kind), None, False, ALONE)
+        for kind in FEED_FORWARDS
+    ]
+    least = dict.fromkeys(FEED_FORWARDS, float("inf"))
+    for _ in range(TIMED_ROUNDS):
+        for kind, job in zip(FEED_FORWARDS, jobs, strict=True):
+            job.model.train()
+            start = time.perf_counter()
+            for _ in range(TIMED_STEPS):
+                train_lm.optimizer_step(job, job.model, text, common.lr, ALONE)
+            least[kind] = min(least[kind], time.perf_counter() - start)
+    return least["moe"] / least["dense"]
+
+
+def report(folder: Path, ratio: float, outcomes: dict[str, list[Outcome]]) -> None:
+    """Prints the table, draws the figure, writes the numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("", "active", "all", "lr", "bytes", "seconds", "held-out", "spread", "MoE less"):
+        table.add_column(title, justify="left" if title == "" else "right", no_wrap=True)
+    results = {}
+    moe = [one.held_out for one in outcomes["MoE"]]
+    for title, runs in outcomes.items():
+        first, losses = runs[0], [one.held_out for one in runs]
+        gains = [loss - mine for loss, mine in zip(losses, moe, strict=True)]
+        spread = max(losses) - min(losses)
+        gain = f"{statistics.fmean(gains):+.4f} ({min(gains):+.4f} to {max(gains):+.4f})"
+        table.add_row(
+            title,
+            f"{first.active_parameters:,}",
+            f"{first.parameters:,}",
+            f"{first.settings.lr:g}",
+            f"{first.records[-1].bytes:,}",
+            f"{statistics.fmean(one.seconds for one in runs):.0f}",
+            f"{statistics.fmean(losses):.4f}",
+            f"{spread:.4f}",
+            "" if title == "MoE" else gain,
+        )
+        results[title] = {
+            "active_parameters": first.active_parameters,
+            "parameters": first.parameters,
+            "settings": first.settings.to_dict(),
+            "bytes": first.records[-1].bytes,
+            "training_seconds": [one.seconds for one in runs],
+            "held_out_bits_per_byte": losses,
+            "gain_of_moe": gains,
+        }
+    print(
+        f"\nheld-out: bits per byte, mean of the domains and of {len(moe)} seeds; spread: largest "
+        "less smallest seed;\nMoE less: how far the MoE is below it, mean and range over the seeds"
+    )
+    Console(highlight=False, width=max(110, Console().width)).print(table)
+    curves = {
+        title: [
+            [{**asdict(record), "seconds": record.training_seconds} for record in one.records]
+            for one in runs
+        ]
+        for title, runs in outcomes.items()
+    }
+    for path in figures.save(figures.comparison(curves), folder, "comparison"):
+        print(f"figure: {path}")
+    content = {"step_time_ratio": ratio, "results": results, **run_folder.origin()}
+    run_folder.write_json(folder / "comparison.json", content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Data-parallel training under torchrun: every process takes its share of each batch's windows.
+
+The numbers are those of one process with the whole batch, up to rounding: gradients are averaged,
+and the balancing loss takes its fractions from the whole batch. Capacity alone is each process's
+own, for its own share.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lm.model import ByteLM, LMOutput
+from torchmoe import ops
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train together, usually one."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def device(self, kind: str) -> torch.device:
+        """Where this process computes."""
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else 0)
+
+    def share(self, rows: int) -> slice:
+        """The rows of a batch that are this process's."""
+        each = rows // self.count
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose backward pass averages gradients over the processes."""
+        if self.count == 1:
+            return model
+        # Buffers move in model.update, which sums over the processes by itself.
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def aux_loss(self, model: ByteLM, output: LMOutput) -> Tensor:
+        """The balancing loss of the whole batch; its mean over the processes has that gradient."""
+        if self.count == 1 or not output.routings:
+            return output.aux_loss
+        counts = self.sum(torch.stack([r.tokens_per_expert for r in output.routings]))  # [L, E]
+        counts = counts.to(output.routings[0].logits.dtype)
+        fractions = counts / counts.sum(dim=1, keepdim=True)
+        losses = [
+            moe.balance_weight
+            * ops.load_balancing_loss(
+                routing.logits, fraction, score_function=moe.estimator.score_function
+            )
+            for moe, routing, fraction in zip(model.moes, output.routings, fractions, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes, the same in each."""
+        if self.count > 1:
+            values = values.detach().clone()
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, *values: float) -> list[float]:
+        """The largest of each value, so that all processes decide alike."""
+        if self.count == 1:
+            return list(values)
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.tolist()
+
+    def wait(self) -> None:
+        """Returns once every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Processes]:
+    """The group that torchrun started, or this process alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Processes()
+        return
+    # gloo beside NCCL, for the few numbers that stay on the CPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
