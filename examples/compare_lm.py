@@ -150,8 +150,10 @@ def trained(settings: Settings, text: corpus.Text) -> Outcome:
     folder.make()
     with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         settings, start, resumes = train_lm.choose_settings({**settings.to_dict(), "resume": True})
+        if start is not None:
+            train_lm.check_text(start, text)
         job = train_lm.new_job(settings, start, resumes, ALONE)
-        train_lm.open_folder(folder, job, resumes)
+        train_lm.open_folder(folder, job, text, resumes)
         if job.share < 1 and train_lm.train(job, text, folder, ALONE):
             raise KeyboardInterrupt
     windows = [
@@ -195,27 +197,24 @@ def time_ratio(common: Settings, text: corpus.Text) -> float:
 
 def report(folder: Path, ratio: float, outcomes: dict[str, list[Outcome]]) -> None:
     """Prints the table, draws the figure, writes the numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("", "active", "all", "lr", "bytes", "seconds", "held-out", "spread", "MoE less"):
-        table.add_column(title, justify="left" if title == "" else "right", no_wrap=True)
-    results = {}
+    results, columns = {}, {}
     moe = [one.held_out for one in outcomes["MoE"]]
     for title, runs in outcomes.items():
         first, losses = runs[0], [one.held_out for one in runs]
         gains = [loss - mine for loss, mine in zip(losses, moe, strict=True)]
-        spread = max(losses) - min(losses)
-        gain = f"{statistics.fmean(gains):+.4f} ({min(gains):+.4f} to {max(gains):+.4f})"
-        table.add_row(
-            title,
+        columns[title] = [
             f"{first.active_parameters:,}",
             f"{first.parameters:,}",
             f"{first.settings.lr:g}",
             f"{first.records[-1].bytes:,}",
             f"{statistics.fmean(one.seconds for one in runs):.0f}",
             f"{statistics.fmean(losses):.4f}",
-            f"{spread:.4f}",
-            "" if title == "MoE" else gain,
-        )
+            f"{min(losses):.4f} to {max(losses):.4f}",
+            *("", ""),
+        ]
+        if runs is not outcomes["MoE"]:
+            ends = f"{min(gains):+.4f} to {max(gains):+.4f}"
+            columns[title][-2:] = f"{statistics.fmean(gains):+.4f}", ends
         results[title] = {
             "active_parameters": first.active_parameters,
             "parameters": first.parameters,
@@ -225,11 +224,7 @@ def report(folder: Path, ratio: float, outcomes: dict[str, list[Outcome]]) -> No
             "held_out_bits_per_byte": losses,
             "gain_of_moe": gains,
         }
-    print(
-        f"\nheld-out: bits per byte, mean of the domains and of {len(moe)} seeds; spread: largest "
-        "less smallest seed;\nMoE less: how far the MoE is below it, mean and range over the seeds"
-    )
-    Console(highlight=False, width=max(110, Console().width)).print(table)
+    print_table(columns, len(moe))
     curves = {
         title: [
             [{**asdict(record), "seconds": record.training_seconds} for record in one.records]
@@ -241,6 +236,31 @@ def report(folder: Path, ratio: float, outcomes: dict[str, list[Outcome]]) -> No
         print(f"figure: {path}")
     content = {"step_time_ratio": ratio, "results": results, **run_folder.origin()}
     run_folder.write_json(folder / "comparison.json", content)
+
+
+def print_table(columns: dict[str, list[str]], seeds: int) -> None:
+    """The outcomes side by side."""
+    names = (
+        "active parameters",
+        "all parameters",
+        "learning rate",
+        "bytes read",
+        "seconds",
+        "held-out",
+        "  range",
+        "MoE less",
+        "  range",
+    )
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in zip(names, *columns.values(), strict=True):
+        table.add_row(*row)
+    print(
+        f"\nheld-out: bits per byte, the mean of all domains and of {seeds} seeds\n"
+        "MoE less: how far the MoE is below, seed by seed"
+    )
+    Console(highlight=False).print(table)
 
 
 if __name__ == "__main__":

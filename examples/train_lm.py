@@ -112,12 +112,14 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
     # 1. Text, and a model with its optimizer, new or from a checkpoint.
     text = corpus.Text.load(list(settings.data))
     text.describe(settings.context)
+    if start is not None and resumes:
+        check_text(start, text)
     job = new_job(settings, start, resumes, group)
     describe(job, start)
 
     # 2. Training.
     if trains and group.leads:
-        open_folder(folder, job, resumes)
+        open_folder(folder, job, text, resumes)
     group.wait()
     if trains and job.share < 1:
         interrupted = train(job, text, folder, group)
@@ -164,6 +166,15 @@ def check_device(settings: Settings) -> None:
         raise SettingsError("--device: cuda must be there, but torch finds no GPU")
     if settings.device == "cuda" and torchmoe.build_info()["cuda"] == "none":
         raise SettingsError("--device: cuda needs a torchmoe with CUDA kernels, got a CPU build")
+
+
+def check_text(start: Checkpoint, text: corpus.Text) -> None:
+    """Raises CorpusError where the text is no longer the one that the run to resume reads."""
+    if start.origin.get("text_sha256") != text.sha256():
+        raise corpus.CorpusError(
+            f"--resume: the text is not the one that {start.path} was trained on; "
+            "--load starts a new run from its weights"
+        )
 
 
 def set_threads(settings: Settings) -> None:
@@ -248,7 +259,7 @@ def describe(job: Job, start: Checkpoint | None) -> None:
     )
 
 
-def open_folder(folder: RunFolder, job: Job, resumes: bool) -> None:
+def open_folder(folder: RunFolder, job: Job, text: corpus.Text, resumes: bool) -> None:
     """Makes the folder this run's; from here on there is a checkpoint to resume from."""
     folder.check_room(checkpoint.size_of(job.model), resumes)
     if resumes:
@@ -256,11 +267,16 @@ def open_folder(folder: RunFolder, job: Job, resumes: bool) -> None:
     aside = folder.set_aside()
     if aside is not None:
         print(f"the files of an earlier run are in {aside} now")
-    origin = run_folder.origin()
+    origin = origin_of(text)
     run_folder.write_json(folder.run, {"settings": job.settings.to_dict(), **origin})
     checkpoint.save(
         folder.checkpoints, job.model, job.optimizer, job.settings, job.progress, origin
     )
+
+
+def origin_of(text: corpus.Text) -> dict[str, Any]:
+    """What computes, and what it reads."""
+    return {**run_folder.origin(), "text_sha256": text.sha256()}
 
 
 # ---- training
@@ -276,7 +292,7 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
         name: spread_windows(data, settings.context, QUICK_WINDOWS)
         for name, data in text.held_out.items()
     }
-    origin = run_folder.origin()
+    origin = origin_of(text)
     record_every = STEPS_PER_RECORD
     if settings.steps:
         record_every = max(1, min(STEPS_PER_RECORD, settings.steps // RECORDS_AT_LEAST))
@@ -287,7 +303,9 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(asked_to_stop())
         display = stack.enter_context(
-            contextlib.closing(make_display(f"{settings.out}: {settings.data or 'default text'}"))
+            contextlib.closing(
+                make_display(f"{settings.out}: {', '.join(settings.data) or 'default text'}")
+            )
         )
         metrics = None
         if group.leads:

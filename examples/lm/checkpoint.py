@@ -64,6 +64,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     settings: Settings
     progress: Progress
+    origin: dict[str, Any]
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -178,9 +179,10 @@ def load(path: Path, option: str = "--load") -> Checkpoint:
     try:
         settings = Settings.from_dict(json.loads(content["settings"]))
         progress = read_progress(json.loads(content["progress"]))
+        origin = dict(json.loads(content["origin"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{option}: {path} has damaged settings: {error}") from error
-    return Checkpoint(path, tensors, settings, progress)
+    return Checkpoint(path, tensors, settings, progress, origin)
 
 
 def read_progress(values: object) -> Progress:

@@ -70,12 +70,25 @@ class Text:
     @classmethod
     def load(cls, paths: list[str]) -> Text:
         """The user's own text, one domain per path, or the default where there is no path."""
-        domains = load(paths)
+        return cls.of(load(paths))
+
+    @classmethod
+    def of(cls, domains: list[Domain]) -> Text:
+        """The text of these domains."""
         return cls(
             domains,
             {domain.name: as_bytes(domain.train) for domain in domains},
             {domain.name: as_bytes(domain.held_out) for domain in domains},
         )
+
+    def sha256(self) -> str:
+        """A hash of every byte, with the domains' names and order and the split."""
+        total = hashlib.sha256()
+        for name, train in self.train.items():
+            for part in (train, self.held_out[name]):
+                total.update(f"{name} {len(part)}\n".encode())
+                total.update(part.numpy().data)
+        return total.hexdigest()
 
     def describe(self, context: int) -> None:
         """Prints what there is to read, and refuses what is too short to read."""

@@ -20,6 +20,7 @@ from lm.metrics import Record
 
 LINES = 25  # plain lines per run
 REFRESH_SECONDS = 0.5
+DRAWING_SHARE = 0.005  # of the time, at most, goes into drawing
 BLOCKS = " ▁▂▃▄▅▆▇█"
 GAP = 2  # columns between two layers
 BAR_WIDTHS = range(6, 0, -1)  # columns per expert, one of them empty where there are more
@@ -101,7 +102,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """The state of the run in one place, drawn over itself twice a second at most."""
+    """The state of the run in one place, drawn over itself as often as is cheap."""
 
     def __init__(self, title: str, console: Console) -> None:
         """Takes the screen's lower part."""
@@ -109,7 +110,7 @@ class LiveDisplay:
         self.console = console
         self.losses: list[float] = []
         self.latest: tuple[Record, float] | None = None
-        self.drawn = -math.inf
+        self.next_drawing = -math.inf
         self.live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
         self.live.start()
 
@@ -117,14 +118,16 @@ class LiveDisplay:
         """Draws the record, unless the last drawing is too fresh."""
         self.latest = record, share
         self.losses.append(record.loss)
-        if time.monotonic() - self.drawn >= REFRESH_SECONDS:
+        if time.monotonic() >= self.next_drawing:
             self.draw()
 
     def draw(self) -> None:
         """Draws the latest record."""
+        begin = time.monotonic()
         if self.latest is not None:
             self.live.update(self.render(*self.latest), refresh=True)
-        self.drawn = time.monotonic()
+        end = time.monotonic()
+        self.next_drawing = end + max(REFRESH_SECONDS, (end - begin) / DRAWING_SHARE)
 
     def message(self, text: str) -> None:
         """One line above the display."""

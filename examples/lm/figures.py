@@ -207,6 +207,7 @@ def set_loss_axes(axes: Axes) -> None:
 
 def set_text_axis(axes: Axes) -> None:
     """Names the x axis, which counts bytes of text."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     axes.xaxis.set_major_formatter(EngFormatter("B"))
     axes.set_xlabel("training text read")
 

@@ -18,7 +18,7 @@ from lm.checkpoint import Progress
 from lm.corpus import Text
 from lm.evaluation import Evaluation, evaluate, generate, readable, spread_windows
 from lm.model import ByteLM
-from lm.run_folder import RunFolder
+from lm.run_folder import FolderError, RunFolder
 from lm.settings import Settings
 from lm.specialization import BYTE_CLASSES, Specialization, byte_classes, specialize
 
@@ -175,8 +175,11 @@ def draw(folder: RunFolder, held_out: HeldOut, kinds: list[list[Specialization]]
     if kinds:
         drawn["expert_load"] = figures.expert_load(records)
         drawn["specialization"] = figures.specialization(*kinds)
-    return [
-        path
-        for name, figure in drawn.items()
-        for path in figures.save(figure, folder.figures, name)
-    ]
+    try:
+        pairs = [figures.save(one, folder.figures, name) for name, one in drawn.items()]
+    except OSError as error:
+        raise FolderError(
+            f"--out: cannot write to {folder.figures}: {error.strerror}; the run is saved, and "
+            "--resume reports again"
+        ) from error
+    return [path for pair in pairs for path in pair]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import re
@@ -24,8 +23,8 @@ def domains() -> list[corpus.Domain]:
 def test_three_domains_of_some_size(domains: list[corpus.Domain]) -> None:
     assert [domain.name for domain in domains] == ["python", "english", "cpp"]
     for domain in domains:
-        assert 500_000 < len(domain.train_bytes()) < 1.1 * corpus.DOMAIN_BYTES
-        assert len(domain.held_out_bytes()) > 50_000
+        assert 500_000 < len(corpus.as_bytes(domain.train)) < 1.1 * corpus.DOMAIN_BYTES
+        assert len(corpus.as_bytes(domain.held_out)) > 50_000
 
 
 def test_no_file_is_in_both_splits(domains: list[corpus.Domain]) -> None:
@@ -81,11 +80,7 @@ def test_english_is_not_in_the_python_domain(domains: list[corpus.Domain]) -> No
 
 
 def test_text_does_not_depend_on_the_process(domains: list[corpus.Domain]) -> None:
-    code = (
-        "import hashlib; from lm import corpus; "
-        "print([hashlib.sha256(bytes(part.tolist())).hexdigest() for domain in corpus.load([]) "
-        "for part in (domain.train_bytes(), domain.held_out_bytes())])"
-    )
+    code = "from lm import corpus; print(corpus.Text.load([]).sha256())"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -95,9 +90,25 @@ def test_text_does_not_depend_on_the_process(domains: list[corpus.Domain]) -> No
         text=True,
         check=True,
     )
-    parts = [part for d in domains for part in (d.train_bytes(), d.held_out_bytes())]
-    expected = [hashlib.sha256(bytes(part.tolist())).hexdigest() for part in parts]
-    assert result.stdout.strip() == str(expected)
+    assert result.stdout.strip() == corpus.Text.of(domains).sha256()
+
+
+def test_hash_of_the_text_tells_every_change(tmp_path: Path) -> None:
+    def hash_of(**files: str) -> str:
+        for name, content in files.items():
+            (tmp_path / name).write_text(content)
+        return corpus.Text.load([str(tmp_path / name) for name in files]).sha256()
+
+    hashes = [
+        hash_of(a="x" * 1000, b="y" * 1000),
+        hash_of(b="y" * 1000, a="x" * 1000),
+        hash_of(a="x" * 1001, b="y" * 1000),
+        hash_of(a="x" * 999 + "z", b="y" * 1000),
+        hash_of(a="z" + "x" * 999, b="y" * 1000),
+        hash_of(a="x" * 1000, c="y" * 1000),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_of(a="x" * 1000, b="y" * 1000) == hashes[0]
 
 
 # ---- cleaning

@@ -382,6 +382,18 @@ def test_resume_without_a_checkpoint_starts_from_the_beginning(
     assert checkpoint.load(tmp_path).progress.step == 3
 
 
+def test_resume_refuses_another_text(
+    tmp_path: Path, tiny: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text"
+    text.write_text("one and two and three and four\n" * 100)
+    options = [*tiny, "--data", str(text), "--out", str(tmp_path / "out")]
+    assert train_lm.main([*options, "--steps", "2"]) == 0
+    text.write_text("one and two and three and five\n" * 100)
+    error = fails(capsys, "--resume", "--out", str(tmp_path / "out"))
+    assert "--resume: the text is not the one that" in error
+
+
 def test_resume_refuses_other_settings(
     trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -493,6 +505,23 @@ def test_a_disk_that_fills_up_stops_nothing_but_the_last_save(
     assert capsys.readouterr().out.count(warning) == 2
     assert checkpoint.load(tmp_path).progress.step == 10
     assert "No space left" in fails(capsys, *options, "--steps", "8")
+
+
+def test_a_disk_that_is_full_at_the_report_loses_nothing(
+    tiny: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lm.figures.save", full)
+        error = fails(capsys, *tiny, "--steps", "2", "--out", str(tmp_path))
+    assert "No space left on device; the run is saved, and --resume reports again" in error
+    assert train_lm.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "results.json").exists()
 
 
 # ---- parts
