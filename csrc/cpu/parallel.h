@@ -14,8 +14,8 @@ namespace torchmoe::cpu {
 /// Runs task(i) for i in [0, num_tasks).
 ///
 /// A library's matrix product chooses its own split, and with it its rounding, from the threads it
-/// may use. Inside a parallel region it runs on one; a region needs two tasks, hence the empty
-/// second one.
+/// may use. Inside a parallel region it runs on one (see gemm/product.cpp for MKL); a region needs
+/// two tasks, hence the empty second one.
 template <typename Task>
 void parallel_tasks(int64_t num_tasks, const Task& task) {
   at::parallel_for(0, std::max<int64_t>(num_tasks, 2), 1, [&](int64_t begin, int64_t end) {
