@@ -28,11 +28,10 @@ import train_lm
 from lm.corpus import Text
 from lm.display import Display, LiveDisplay, PlainDisplay
 from lm.metrics import Meter, Metrics
-from lm.parallel import Processes
+from lm.parallel import ALONE
 from lm.run_folder import RunFolder
 from lm.settings import Settings
 
-ALONE = Processes()
 RECORDS_PER_ROUND = 6
 
 

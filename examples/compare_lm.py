@@ -25,10 +25,10 @@ from rich.table import Table
 
 import train_lm
 from lm import corpus, figures, metrics, run_folder
-from lm.evaluation import evaluate, spread_windows
+from lm.evaluation import bits_by_domain, held_out_windows
 from lm.metrics import Record
 from lm.model import FEED_FORWARDS
-from lm.parallel import Processes
+from lm.parallel import ALONE
 from lm.report import HELD_OUT_WINDOWS
 from lm.run_folder import RunFolder
 from lm.settings import (
@@ -39,7 +39,7 @@ from lm.settings import (
     new_run,
     number,
     read_arguments,
-    read_config,
+    with_config,
 )
 
 DEFAULTS = replace(Settings(), steps=1600, out="runs/compare")
@@ -55,7 +55,6 @@ RATE_FACTOR = 2.0  # to the next learning rate where the best one is at an end o
 MOST_RATES = 6
 TUNING_SHARE = 0.1  # of the run, at its end, whose training loss decides
 TIMED_ROUNDS, TIMED_STEPS = 9, 10
-ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(seeds: int, given: dict[str, Any]) -> None:
     """Tunes, trains, times, and reports."""
-    if "config" in given:
-        given = {**read_config(Path(given.pop("config"))), **given}
+    given = with_config(given)
     for name in SETTLED:
         if name in given:
             raise SettingsError(f"{flag(name)} is not to be given: the comparison chooses it")
@@ -150,16 +148,12 @@ def trained(settings: Settings, text: corpus.Text) -> Outcome:
     folder.make()
     with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         settings, start, resumes = train_lm.choose_settings({**settings.to_dict(), "resume": True})
-        if start is not None:
-            train_lm.check_text(start, text)
         job = train_lm.new_job(settings, start, resumes, ALONE)
-        train_lm.open_folder(folder, job, text, resumes)
+        train_lm.open_folder(folder, job, text, start if resumes else None)
         if job.share < 1 and train_lm.train(job, text, folder, ALONE):
             raise KeyboardInterrupt
-    windows = [
-        spread_windows(d, settings.context, HELD_OUT_WINDOWS) for d in text.held_out.values()
-    ]
-    held_out = statistics.fmean(evaluate(job.model, w, settings.rows).bits for w in windows)
+    windows = held_out_windows(text.held_out, settings.context, HELD_OUT_WINDOWS)
+    held_out = statistics.fmean(bits_by_domain(job.model, windows, settings.rows).values())
     return Outcome(settings, metrics.read(folder), held_out, *job.model.count_parameters())
 
 

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -34,21 +34,22 @@ import torchmoe
 from lm import checkpoint, corpus, parallel, run_folder
 from lm.checkpoint import Checkpoint, CheckpointError, Progress
 from lm.display import make_display
-from lm.evaluation import evaluate, spread_windows
+from lm.evaluation import bits_by_domain, held_out_windows
 from lm.metrics import Meter, Metrics, Step
 from lm.model import ByteLM, loss_per_row
 from lm.parallel import Processes
 from lm.report import report
 from lm.run_folder import FolderError, RunFolder
 from lm.settings import (
+    TORCH_DTYPES,
     Settings,
     SettingsError,
     make_parser,
     new_run,
     read_arguments,
-    read_config,
     resumed_run,
     run_from,
+    with_config,
 )
 
 EXAMPLES = """\
@@ -72,7 +73,6 @@ STEPS_PER_RECORD = 10
 RECORDS_AT_LEAST = 25  # of a short run
 QUICK_WINDOWS = 32  # per domain, in the held-out test at each checkpoint
 USER_ERRORS = (SettingsError, corpus.CorpusError, CheckpointError, FolderError)
-TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,14 +112,12 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
     # 1. Text, and a model with its optimizer, new or from a checkpoint.
     text = corpus.Text.load(list(settings.data))
     text.describe(settings.context)
-    if start is not None and resumes:
-        check_text(start, text)
     job = new_job(settings, start, resumes, group)
     describe(job, start)
 
     # 2. Training.
     if trains and group.leads:
-        open_folder(folder, job, text, resumes)
+        open_folder(folder, job, text, start if resumes else None)
     group.wait()
     if trains and job.share < 1:
         interrupted = train(job, text, folder, group)
@@ -143,10 +141,8 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
 
 def choose_settings(given: dict[str, Any]) -> tuple[Settings, Checkpoint | None, bool]:
     """The run's settings, the checkpoint that it starts from, and whether it resumes that one."""
-    given = dict(given)
+    given = with_config(given)
     resumes = given.pop("resume", False)
-    if "config" in given:
-        given = {**read_config(Path(given.pop("config"))), **given}
     if resumes:
         out = Path(given.get("out", Settings().out))
         if checkpoint.in_order(RunFolder(out).checkpoints):
@@ -168,15 +164,6 @@ def check_device(settings: Settings) -> None:
         raise SettingsError("--device: cuda needs a torchmoe with CUDA kernels, got a CPU build")
 
 
-def check_text(start: Checkpoint, text: corpus.Text) -> None:
-    """Raises CorpusError where the text is no longer the one that the run to resume reads."""
-    if start.origin.get("text_sha256") != text.sha256():
-        raise corpus.CorpusError(
-            f"--resume: the text is not the one that {start.path} was trained on; "
-            "--load starts a new run from its weights"
-        )
-
-
 def set_threads(settings: Settings) -> None:
     """Threads as asked for; torchrun has set one per process where that was not asked."""
     if settings.threads:
@@ -191,6 +178,19 @@ class Job:
     model: ByteLM
     optimizer: torch.optim.Optimizer
     progress: Progress
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What computes and what it reads, once the run has its folder; part of its checkpoints."""
+
+    def save(self, folder: RunFolder) -> None:
+        """Writes the checkpoint of this step."""
+        checkpoint.save(
+            folder.checkpoints,
+            self.model,
+            self.optimizer,
+            self.settings,
+            self.progress,
+            self.origin,
+        )
 
     @property
     def share(self) -> float:
@@ -259,24 +259,26 @@ def describe(job: Job, start: Checkpoint | None) -> None:
     )
 
 
-def open_folder(folder: RunFolder, job: Job, text: corpus.Text, resumes: bool) -> None:
-    """Makes the folder this run's; from here on there is a checkpoint to resume from."""
-    folder.check_room(checkpoint.size_of(job.model), resumes)
-    if resumes:
+def open_folder(folder: RunFolder, job: Job, text: corpus.Text, resumed: Checkpoint | None) -> None:
+    """Makes the folder this run's; from here on there is a checkpoint to resume from.
+
+    Raises:
+        CorpusError: the text is no longer the one that the resumed run reads.
+    """
+    job.origin = {**run_folder.origin(), "text_sha256": text.sha256()}
+    if resumed is not None and resumed.origin.get("text_sha256") != job.origin["text_sha256"]:
+        raise corpus.CorpusError(
+            f"--resume: the text is not the one that {resumed.path} was trained on; "
+            "--load starts a new run from its weights"
+        )
+    folder.check_room(checkpoint.size_of(job.model), resumes=resumed is not None)
+    if resumed is not None:
         return
     aside = folder.set_aside()
     if aside is not None:
         print(f"the files of an earlier run are in {aside} now")
-    origin = origin_of(text)
-    run_folder.write_json(folder.run, {"settings": job.settings.to_dict(), **origin})
-    checkpoint.save(
-        folder.checkpoints, job.model, job.optimizer, job.settings, job.progress, origin
-    )
-
-
-def origin_of(text: corpus.Text) -> dict[str, Any]:
-    """What computes, and what it reads."""
-    return {**run_folder.origin(), "text_sha256": text.sha256()}
+    run_folder.write_json(folder.run, {"settings": job.settings.to_dict(), **job.origin})
+    job.save(folder)
 
 
 # ---- training
@@ -288,11 +290,7 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
     Leaves a checkpoint of the last step. Gives whether it was asked to stop.
     """
     settings, model, progress = job.settings, job.model, job.progress
-    quick = {
-        name: spread_windows(data, settings.context, QUICK_WINDOWS)
-        for name, data in text.held_out.items()
-    }
-    origin = origin_of(text)
+    quick = held_out_windows(text.held_out, settings.context, QUICK_WINDOWS)
     record_every = STEPS_PER_RECORD
     if settings.steps:
         record_every = max(1, min(STEPS_PER_RECORD, settings.steps // RECORDS_AT_LEAST))
@@ -333,7 +331,7 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
                     )
                 progress.reporting_seconds += clock.lap()
                 if saves and group.leads:
-                    record = replace(record, held_out=quick_test(model, quick, settings))
+                    record = replace(record, held_out=bits_by_domain(model, quick, settings.rows))
                     progress.saving_seconds += clock.lap()
                 if metrics is not None:
                     metrics.write(record)
@@ -343,9 +341,7 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
             # 3. What it keeps.
             if saves and group.leads:
                 try:
-                    checkpoint.save(
-                        folder.checkpoints, model, job.optimizer, settings, progress, origin
-                    )
+                    job.save(folder)
                 except CheckpointError as error:
                     if ends:
                         raise
@@ -416,11 +412,6 @@ def step_seed(purpose: str, *numbers: int) -> int:
     """A seed for one step. Since nothing is drawn from before, there is no random state to save."""
     text = " ".join([purpose, *map(str, numbers)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def quick_test(model: ByteLM, windows: dict[str, Tensor], settings: Settings) -> dict[str, float]:
-    """Bits per byte by domain on a few held-out windows."""
-    return {name: evaluate(model, some, settings.rows).bits for name, some in windows.items()}
 
 
 @contextmanager

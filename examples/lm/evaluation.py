@@ -27,6 +27,16 @@ def spread_windows(data: Tensor, context: int, count: int) -> Tensor:
     return data[starts[:, None] + torch.arange(context + 1)].long()
 
 
+def held_out_windows(texts: dict[str, Tensor], context: int, count: int) -> dict[str, Tensor]:
+    """Evenly spread windows of each domain's held-out text."""
+    return {name: spread_windows(data, context, count) for name, data in texts.items()}
+
+
+def bits_by_domain(model: ByteLM, windows: dict[str, Tensor], rows: int) -> dict[str, float]:
+    """Bits per byte of each domain's windows."""
+    return {name: evaluate(model, some, rows).bits for name, some in windows.items()}
+
+
 @torch.no_grad()
 def evaluate(model: ByteLM, windows: Tensor, rows: int) -> Evaluation:
     """Predicts all but the first byte of each window [W, context + 1], `rows` windows at a time."""

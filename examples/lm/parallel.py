@@ -86,11 +86,14 @@ class Processes:
             dist.barrier()
 
 
+ALONE = Processes()
+
+
 @contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """The group that torchrun started, or this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes()
+        yield ALONE
         return
     # gloo beside NCCL, for the few numbers that stay on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")

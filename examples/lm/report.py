@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from lm import figures, metrics, ngrams, run_folder
 from lm.checkpoint import Progress
 from lm.corpus import Text
-from lm.evaluation import Evaluation, evaluate, generate, readable, spread_windows
+from lm.evaluation import Evaluation, evaluate, generate, held_out_windows, readable
 from lm.model import ByteLM
 from lm.run_folder import FolderError, RunFolder
 from lm.settings import Settings
@@ -32,7 +31,6 @@ SAMPLE_BYTES = 240
 class HeldOut:
     """The model, and its yardsticks, on held-out text."""
 
-    windows: dict[str, Tensor]  # [HELD_OUT_WINDOWS, context + 1] by domain
     model: dict[str, Evaluation]
     ngrams: dict[int, dict[str, float]]  # bits per byte by order and domain
 
@@ -73,13 +71,9 @@ def report(
 
 def measure(model: ByteLM, text: Text, settings: Settings) -> HeldOut:
     """The model and n-gram models on the same bytes, each with the window's bytes to look at."""
-    windows = {
-        name: spread_windows(data, settings.context, HELD_OUT_WINDOWS)
-        for name, data in text.held_out.items()
-    }
+    windows = held_out_windows(text.held_out, settings.context, HELD_OUT_WINDOWS)
     fitted = ngrams.fit(list(text.train.values()), max(NGRAM_ORDERS))
     return HeldOut(
-        windows,
         {name: evaluate(model, some, settings.rows) for name, some in windows.items()},
         {
             order: {name: float(fitted.bits(w, order).mean()) for name, w in windows.items()}
@@ -115,12 +109,10 @@ def what_experts_took(
     """By layer: what the experts took of the byte classes, and of the domains; none if dense."""
     if settings.feed_forward == "dense":
         return []
-    names = list(held_out.windows)
-    classes = [
-        spread_windows(byte_classes(text.held_out[name]), settings.context, HELD_OUT_WINDOWS)
-        for name in names
-    ]
-    class_of_byte = torch.cat([c[:, :-1].flatten() for c in classes])  # [M]
+    names = list(held_out.model)
+    labels_of_text = {name: byte_classes(text.held_out[name]) for name in names}
+    classes = held_out_windows(labels_of_text, settings.context, HELD_OUT_WINDOWS)
+    class_of_byte = torch.cat([c[:, :-1].flatten() for c in classes.values()])  # [M]
     bytes_per_domain = HELD_OUT_WINDOWS * settings.context
     domain_of_byte = torch.arange(len(names)).repeat_interleave(bytes_per_domain)  # [M]
     layers = [

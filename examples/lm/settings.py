@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
+import torch
+
 from lm.model import FEED_FORWARDS, HEAD_SIZE, ModelConfig
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
 
-DTYPES = ("float32", "float64", "bfloat16")
+# What weights are held in.
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+DTYPES = tuple(TORCH_DTYPES)
 # A run that is resumed may change these: no number of the run depends on them, but for the rounding
 # of torch's own matrix products, which follows the number of threads and the device.
 FREE_TO_CHANGE = ("threads", "device", "checkpoint_every", "out")
@@ -295,6 +299,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--config: {path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"--config: {path} is not JSON: {error}") from error
+
+
+def with_config(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given, over what is in the file that --config names, where it names one."""
+    given = dict(given)
+    if "config" not in given:
+        return given
+    return {**read_config(Path(given.pop("config"))), **given}
 
 
 def new_run(defaults: Settings, given: Mapping[str, Any]) -> Settings:
