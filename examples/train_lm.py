@@ -99,7 +99,9 @@ def run(given: dict[str, Any]) -> int:
         if not group.leads:
             silence = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
-        return run_with(settings, start, resumes, group)
+        status = run_with(settings, start, resumes, group)
+        group.wait()  # none leaves while another still needs the group
+        return status
 
 
 def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group: Processes) -> int:
