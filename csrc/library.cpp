@@ -74,5 +74,11 @@ TORCH_LIBRARY(torchmoe, m) {
 
   // Shape the gradient
   m.def("scale_gradient(Tensor x, Tensor scale) -> Tensor");
+  m.def(
+      "attach_dense_gradient(Tensor y, Tensor probs, Tensor x, Tensor w_in, Tensor? b_in, "
+      "Tensor w_out, Tensor? b_out, str activation) -> Tensor");
+  m.def(
+      "_attach_dense_gradient_backward(Tensor grad, Tensor x, Tensor w_in, Tensor? b_in, "
+      "Tensor w_out, Tensor? b_out, str activation) -> Tensor");
   m.def("attach_loss(Tensor x, Tensor loss, float scale=1.0) -> Tensor");
 }

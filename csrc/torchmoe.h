@@ -2,6 +2,7 @@
 #pragma once
 
 #include "nn/moe.h"
+#include "ops/attach_dense_gradient.h"
 #include "ops/attach_loss.h"
 #include "ops/dispatch_plan.h"
 #include "ops/expert_mlp.h"

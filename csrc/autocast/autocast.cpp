@@ -4,6 +4,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "ops/attach_dense_gradient.h"
 #include "ops/expert_mlp.h"
 #include "ops/gate_weights.h"
 #include "ops/grouped_linear.h"
@@ -78,6 +79,25 @@ struct Autocast {
                                 activation);
   }
 
+  static at::Tensor attach_dense_gradient(const at::Tensor& y,
+                                          const at::Tensor& probs,
+                                          const at::Tensor& x,
+                                          const at::Tensor& w_in,
+                                          const OptionalTensor& b_in,
+                                          const at::Tensor& w_out,
+                                          const OptionalTensor& b_out,
+                                          std::string_view activation) {
+    const Below below;
+    return torchmoe::attach_dense_gradient(y,
+                                           wide(probs),
+                                           narrow(x),
+                                           narrow(w_in),
+                                           narrow(b_in),
+                                           narrow(w_out),
+                                           narrow(b_out),
+                                           activation);
+  }
+
   static at::Tensor load_balancing_loss(const at::Tensor& logits,
                                         const at::Tensor& fraction,
                                         std::string_view score_function,
@@ -96,6 +116,7 @@ struct Autocast {
     m.impl("gate_weights", &gate_weights);
     m.impl("grouped_linear", &grouped_linear);
     m.impl("expert_mlp", &expert_mlp);
+    m.impl("attach_dense_gradient", &attach_dense_gradient);
     m.impl("load_balancing_loss", &load_balancing_loss);
     m.impl("router_z_loss", &router_z_loss);
   }

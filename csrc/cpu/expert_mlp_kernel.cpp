@@ -8,6 +8,7 @@
 #include "common/activation.h"
 #include "common/dtypes.h"
 #include "common/output_mask.h"
+#include "cpu/activate_rows.h"
 #include "cpu/gemm/grouped_product.h"
 #include "cpu/parallel.h"
 #include "cpu/plan_view.h"
@@ -27,26 +28,6 @@ struct Shape {
 
 Shape shape_of(const at::Tensor& w_in, const at::Tensor& w_out) {
   return {w_out.size(1), w_out.size(2), w_in.size(1)};
-}
-
-/// act[r] = activation(pre[r]) for the routed rows: pre [N, P], act [N, I].
-template <typename T>
-void activate_rows(
-    Activation activation, const T* pre, T* act, int64_t num_rows, const Shape& shape) {
-  const bool gated = is_gated(activation);
-  with_nonlinearity(activation, [&](auto f) {
-    cpu::parallel_items(num_rows, shape.pre_width, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const T* gate = pre + r * shape.pre_width;
-        const T* up = gate + shape.intermediate;
-        T* out = act + r * shape.intermediate;
-        for (int64_t i = 0; i < shape.intermediate; ++i) {
-          const T value = activate<f()>(gate[i]);
-          out[i] = gated ? value * up[i] : value;
-        }
-      }
-    });
-  });
 }
 
 /// For the routed rows, with dA' = grad w_out (the weight not yet in) in grad_act:
@@ -172,7 +153,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                         pre_data,
                         shape.hidden,
                         shape.pre_width);
-    activate_rows(activation, pre_data, act_data, view.num_routed, shape);
+    cpu::activate_rows(activation, pre_data, act_data, view.num_routed, shape.intermediate);
     // The gathered tokens have served; their memory takes the experts' outputs.
     cpu::grouped_linear(plan.offsets(),
                         act_data,

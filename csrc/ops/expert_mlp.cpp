@@ -97,25 +97,16 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                  output_mask);
 }
 
-void check_expert_mlp(const at::Tensor& x,
-                      const at::Tensor& slots,
-                      std::string_view slots_name,
-                      const at::Tensor& weights,
-                      const at::Tensor& w_in,
-                      const std::optional<at::Tensor>& b_in,
-                      const at::Tensor& w_out,
-                      const std::optional<at::Tensor>& b_out,
-                      std::string_view activation) {
-  constexpr auto op = "expert_mlp";
+void check_expert_weights(std::string_view op,
+                          const at::Tensor& x,
+                          const at::Tensor& w_in,
+                          const std::optional<at::Tensor>& b_in,
+                          const at::Tensor& w_out,
+                          const std::optional<at::Tensor>& b_out,
+                          std::string_view activation) {
   const auto chosen = choose_activation(op, activation);
   check_dim(op, "x", x, 2, "[num_tokens, hidden_size]");
   check_floating(op, "x", x);
-  check_dim(op, slots_name, slots, 2, "[num_tokens, top_k]");
-  check_shape(op, slots_name, slots, {x.sym_size(0), slots.sym_size(1)}, "[num_tokens, top_k]");
-  check_dtype(op, slots_name, slots, at::kLong);
-  check_same_device(op, slots_name, slots, "x", x);
-  check_weights(op, weights, slots, "x", x);
-
   check_dim(op, "w_out", w_out, 3, "[num_experts, hidden_size, intermediate_size]");
   const auto num_experts = w_out.sym_size(0);
   const auto intermediate = w_out.sym_size(2);
@@ -142,6 +133,24 @@ void check_expert_mlp(const at::Tensor& x,
     check_same_dtype(op, "b_out", *b_out, "x", x);
     check_same_device(op, "b_out", *b_out, "x", x);
   }
+}
+
+void check_expert_mlp(const at::Tensor& x,
+                      const at::Tensor& slots,
+                      std::string_view slots_name,
+                      const at::Tensor& weights,
+                      const at::Tensor& w_in,
+                      const std::optional<at::Tensor>& b_in,
+                      const at::Tensor& w_out,
+                      const std::optional<at::Tensor>& b_out,
+                      std::string_view activation) {
+  constexpr auto op = "expert_mlp";
+  check_expert_weights(op, x, w_in, b_in, w_out, b_out, activation);
+  check_dim(op, slots_name, slots, 2, "[num_tokens, top_k]");
+  check_shape(op, slots_name, slots, {x.sym_size(0), slots.sym_size(1)}, "[num_tokens, top_k]");
+  check_dtype(op, slots_name, slots, at::kLong);
+  check_same_device(op, slots_name, slots, "x", x);
+  check_weights(op, weights, slots, "x", x);
 }
 
 void check_expert_mlp_plan(std::string_view op,

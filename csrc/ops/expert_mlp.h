@@ -67,6 +67,14 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        std::string_view activation,
                                        std::array<bool, 6> output_mask);
 
+/// The experts' weights beside the tokens they are for; every op that runs experts calls it.
+void check_expert_weights(std::string_view op,
+                          const at::Tensor& x,
+                          const at::Tensor& w_in,
+                          const std::optional<at::Tensor>& b_in,
+                          const at::Tensor& w_out,
+                          const std::optional<at::Tensor>& b_out,
+                          std::string_view activation);
 /// What the op and its private parts share; `slots` is indices or slot_to_row.
 void check_expert_mlp(const at::Tensor& x,
                       const at::Tensor& slots,

@@ -397,6 +397,52 @@ def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
     return cast(Tensor, _ops.scale_gradient.default(x, scale))
 
 
+def attach_dense_gradient(
+    y: Tensor,
+    probs: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """A copy of y whose backward pass gives probs the gradient of the dense mixture.
+
+    dL/dprobs[t, i] = <dL/dy[t], E_i(x[t])> for every expert i, chosen or not, with E_i the experts
+    of `expert_mlp`.
+
+    It stands for adding sum_i (probs_i - constant) E_i(x), with a value of 0, to y, without
+    computing an expert in the forward pass: the backward pass of DenseMixer
+    (https://openreview.net/forum?id=4HGIIekCx3). x and the experts' weights get no gradient here.
+    The backward pass takes 2 T E H (P + I) FLOPs, P being the width of w_in, in blocks of tokens.
+
+    Differentiable in y and probs; the second derivative through probs is refused. Under autocast x
+    and the four parameters are cast to the autocast type.
+
+    Args:
+        y: [T, H] floating.
+        probs: [T, E] floating.
+        x: [T, H] floating.
+        w_in: as in `expert_mlp`, and all that follow.
+        b_in: [E, I] or [E, 2 * I], or None.
+        w_out: [E, H, I].
+        b_out: [E, H], or None.
+        activation: a name from `expert_mlp`.
+
+    Returns:
+        y's values, in a tensor of its own.
+
+    Raises:
+        ValueError: an unknown activation.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(
+        Tensor,
+        _ops.attach_dense_gradient.default(y, probs, x, w_in, b_in, w_out, b_out, activation),
+    )
+
+
 # The default is an integer because torch.compile(dynamic=True) traces a float one as symbolic.
 def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
     """A copy of x that carries `loss` in its graph.

@@ -84,6 +84,12 @@ Named all_ops(at::ScalarType dtype) {
        torchmoe::expert_mlp(x, indices, weights, w_gated, {}, w_out, {}, "swiglu"),
        {x, weights, w_gated, w_out});
 
+  const Tensor y = variable({kTokens, kHidden}, 14);
+  const Tensor probs = leaf({kTokens, kExperts}, 15);
+  keep("attach_dense_gradient",
+       torchmoe::attach_dense_gradient(y, probs, x, w_gated, {}, w_out, b_out, "swiglu"),
+       {y, probs});
+
   const Tensor fraction = wave({kExperts}, 11).abs(), mask = wave({kTokens}, 12).gt(-0.5);
   for (const std::string score : {"softmax", "sigmoid"}) {
     keep("load_balancing_loss " + score,

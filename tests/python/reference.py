@@ -311,6 +311,27 @@ def expert_mlp(
     return _stack(tokens, (num_tokens, hidden), x)
 
 
+def attach_dense_gradient(
+    y: Tensor,
+    probs: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """y + sum over all experts of (p_i - the same number as a constant) * E_i(x)."""
+    result = y.double()
+    for i in range(w_out.size(0)):
+        everyone = torch.full((x.size(0), 1), i)
+        ones = torch.ones(everyone.shape, dtype=torch.float64)
+        output = expert_mlp(x, everyone, ones, w_in, b_in, w_out, b_out, activation)
+        p = probs[:, i : i + 1].double()
+        result = result + (p - p.detach()) * output.detach()
+    return result
+
+
 # --- account ------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,24 @@ class Situation:
         return max(self.T * self.K, self.H, 2 * self.I, self.E)
 
 
+def expert_weights(
+    s: Situation, dtype: torch.dtype, activation: str, bias: bool
+) -> dict[str, Tensor | None]:
+    """The experts' parameters under the ops' argument names.
+
+    Scaled as a trained layer is, so that every intermediate is of order one.
+    """
+    width = s.I * (2 if activation in reference.GATED else 1)
+    return {
+        "w_in": (normal(s.E, width, s.H) / max(s.H, 1) ** 0.5).to(dtype),
+        "b_in": normal(s.E, width, dtype=dtype) if bias else None,
+        "w_out": (normal(s.E, s.H, s.I) / max(s.I, 1) ** 0.5).to(dtype),
+        "b_out": normal(s.E, s.H, dtype=dtype) if bias else None,
+    }
+
+
+EXPERT_WEIGHTS = ("w_in", "b_in", "w_out", "b_out")
+
 _ALL = (
     Situation("plain"),
     Situation("dropped", routing="dropped"),

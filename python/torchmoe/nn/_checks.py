@@ -36,6 +36,12 @@ def check_not_negative(owner: str, argument: str, value: float) -> None:
         raise ValueError(f"{owner}: {argument} must be a finite number >= 0, got {value}")
 
 
+def check_share(owner: str, argument: str, value: float) -> None:
+    """Raises ValueError unless 0 <= value < 1."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{owner}: {argument} must be in [0, 1), got {value}")
+
+
 class Level:
     """A module's float attribute that is >= 0, kept as None in `_name` while it is 0.
 

@@ -103,18 +103,29 @@ class Experts(nn.Module):
         Returns:
             y [T, H] in the dtype of x (under autocast, in the autocast dtype).
         """
+        return ops.expert_mlp(x, indices, weights, *self._weights, self.activation)
+
+    def attach_dense_gradient(self, y: Tensor, probs: Tensor, x: Tensor) -> Tensor:
+        """A copy of y whose backward pass gives probs <dL/dy, E_i(x)> for all experts.
+
+        See `torchmoe.ops.attach_dense_gradient`.
+
+        Args:
+            y: [T, H], what `forward` returned.
+            probs: [T, E].
+            x: [T, H] in the dtype of the parameters.
+
+        Returns:
+            [T, H] in the dtype of y.
+        """
+        return ops.attach_dense_gradient(y, probs, x, *self._weights, self.activation)
+
+    @property
+    def _weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """w_in, b_in, w_out and b_out, as the ops call them."""
         w_in: Tensor = getattr(self, self._in_name)
         b_in: Tensor | None = getattr(self, self._in_name + "_bias")
-        return ops.expert_mlp(
-            x,
-            indices,
-            weights,
-            w_in,
-            b_in,
-            self.down_proj,
-            self.down_proj_bias,
-            self.activation,
-        )
+        return w_in, b_in, self.down_proj, self.down_proj_bias
 
     def extra_repr(self) -> str:
         """The sizes and the activation."""

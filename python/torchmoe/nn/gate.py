@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchmoe.nn._checks import check_choice
-from torchmoe.nn.estimator import Estimator, known_estimators
-
-_SCORE_FUNCTIONS = ("softmax", "sigmoid")
-_NORMALIZES = ("none", "topk", "uniform")
+from torchmoe.nn.estimators.estimator import NORMALIZES, SCORE_FUNCTIONS, Estimator
+from torchmoe.nn.estimators.registry import known_estimators
 
 
 @dataclass(frozen=True)
@@ -19,10 +17,10 @@ class Gate:
         score_function: "softmax" or "sigmoid".
         normalize: "none", "topk" or "uniform"; None is the estimator's own choice, usually "topk"
             for top_k > 1 and "none" for top_k = 1.
-        estimator: the gradient estimator: a registered name ("exact", "straight_through") or an
-            `Estimator` of your own, which becomes the layer's `estimator` submodule. Give each
-            layer an instance of its own: one shared by two layers shares its parameters and its
-            state.
+        estimator: the gradient estimator: a registered name (`known_estimators()` lists them) or an
+            `Estimator`, built with other settings or of your own, which becomes the layer's
+            `estimator` submodule. Give each layer an instance of its own: one shared by two layers
+            shares its parameters and its state.
 
     Raises:
         TypeError: estimator is neither a string nor an Estimator.
@@ -35,9 +33,9 @@ class Gate:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        check_choice("Gate", "score_function", self.score_function, _SCORE_FUNCTIONS)
+        check_choice("Gate", "score_function", self.score_function, SCORE_FUNCTIONS)
         if self.normalize is not None:
-            check_choice("Gate", "normalize", self.normalize, _NORMALIZES)
+            check_choice("Gate", "normalize", self.normalize, NORMALIZES)
         if isinstance(self.estimator, str):
             check_choice("Gate", "estimator", self.estimator, known_estimators())
         elif not isinstance(self.estimator, Estimator):

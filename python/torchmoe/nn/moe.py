@@ -15,7 +15,8 @@ from torchmoe import ops
 from torchmoe.nn import _reduce
 from torchmoe.nn._checks import Level, check_at_least, check_integer, check_not_negative
 from torchmoe.nn.capacity import Capacity
-from torchmoe.nn.estimator import ExpertFunction, build_estimator
+from torchmoe.nn.estimators.estimator import ExpertFunction
+from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.router import Router
@@ -178,8 +179,13 @@ class MoE(nn.Module):
         )  # [T, K]
         indices = self._limit(selected, num_tokens)  # [T, K]
 
-        # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise.
-        after_drop = self.capacity is not None and self.capacity.normalize == "after_drop"
+        # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise,
+        # which concerns the normalisation alone.
+        after_drop = (
+            self.capacity is not None
+            and self.capacity.normalize == "after_drop"
+            and self.estimator.normalize != "none"
+        )
         weights = self.estimator.weigh(logits, indices if after_drop else selected)  # [T, K]
 
         # 4. Dispatch and compute.

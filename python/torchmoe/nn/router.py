@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe.nn._buffers import keep_wide
 from torchmoe.nn._checks import Level, check_at_least
 
 # Weight of the past in the running average of usage: a memory of about a hundred steps.
@@ -152,10 +153,6 @@ class Router(nn.Module):
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # A 16-bit average would stop moving: at 0.99 its steps are smaller than half a unit in the
-        # last place.
-        before = self.usage
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.usage is not None and self.usage.itemsize < 4:
-            self.usage = before.to(self.usage.device)
+        with keep_wide(self, "usage"):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self

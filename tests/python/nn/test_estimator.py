@@ -168,7 +168,7 @@ def test_names_may_be_registered() -> None:
     one, other = MoE(H, INNER, E, K, gate=gate), MoE(H, INNER, E, 1, gate=gate)
     assert isinstance(one.estimator, Mine)
     assert one.estimator is not other.estimator
-    with pytest.raises(ValueError, match=r'must be one of "exact", "straight_through", "test_n'):
+    with pytest.raises(ValueError, match=r'must be one of "exact", .*, "test_names_may_be'):
         Gate(estimator="unknown")
 
 

@@ -23,22 +23,15 @@ from op_case import (
     tolerance,
     wide_dtype,
 )
-from situations import SITUATIONS, Situation, normal
-
-PARAMETERS = ("w_in", "b_in", "w_out", "b_out")
+from situations import EXPERT_WEIGHTS, SITUATIONS, Situation, expert_weights, normal
 
 
 def make(s: Situation, dtype: torch.dtype, activation: str, bias: bool) -> Inputs:
-    width = s.I * (2 if activation in reference.GATED else 1)
-    # Scaled as a trained layer is, so that every intermediate is of order one.
     return {
         "x": normal(s.T, s.H, dtype=dtype),
         "indices": s.indices(),
         "weights": normal(s.T, s.K, dtype=wide_dtype(dtype)),
-        "w_in": (normal(s.E, width, s.H) / max(s.H, 1) ** 0.5).to(dtype),
-        "b_in": normal(s.E, width, dtype=dtype) if bias else None,
-        "w_out": (normal(s.E, s.H, s.I) / max(s.I, 1) ** 0.5).to(dtype),
-        "b_out": normal(s.E, s.H, dtype=dtype) if bias else None,
+        **expert_weights(s, dtype, activation, bias),
         "activation": activation,
     }
 
@@ -83,7 +76,7 @@ class TestExpertMlp(DifferentiableOpTests):
             {"activation": "swiglu", "bias": True},
             {"activation": "gelu", "bias": False},
         ),
-        differentiable=("x", "weights", *PARAMETERS),
+        differentiable=("x", "weights", *EXPERT_WEIGHTS),
         double_backward="refused",
         # The pre-activation is saved in the storage type, and the slope and the value both come
         # from it.
@@ -91,7 +84,7 @@ class TestExpertMlp(DifferentiableOpTests):
         token_input="x",
         private=private,
         poison=poison,
-        autocast=Autocast(torch.bfloat16, ("x", *PARAMETERS)),
+        autocast=Autocast(torch.bfloat16, ("x", *EXPERT_WEIGHTS)),
         errors=(
             ErrorCase("x", altered("x", lambda x: x[0]), r"\[5\]"),
             ErrorCase("x", altered("x", lambda x: x.int()), "Int"),
@@ -192,7 +185,7 @@ class TestExpertMlp(DifferentiableOpTests):
 
     def test_an_idle_expert_has_a_dense_gradient_of_zeros(self) -> None:
         inputs = make(SITUATIONS["empty_expert"], torch.float32, "swiglu", bias=True)
-        _, grads = run(self.case, inputs, PARAMETERS)
+        _, grads = run(self.case, inputs, EXPERT_WEIGHTS)
         for grad in grads:
             assert (grad == 0).flatten(1).all(1).tolist() == [False, True, False, False]
 

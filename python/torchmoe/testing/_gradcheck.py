@@ -37,7 +37,11 @@ _CHOOSING = frozenset(
         "argmax",
         "argmin",
         "bucketize",
+        "ge",
+        "gt",
         "kthvalue",
+        "le",
+        "lt",
         "max",
         "min",
         "multinomial",
@@ -73,8 +77,8 @@ def gradcheck(
       `margin` apart, the best top_k + 1 of them in order, noise from a fixed seed is added to the
       floating-point inputs, more with each attempt.
     - No evaluation may choose differently from the first. All integers that `torchmoe` ops return,
-      and those that torch's topk, sort, argmax and other choosing ops make from floats, are
-      compared at each step of the finite difference.
+      and those that torch's topk, sort, argmax, comparisons and other choosing ops make from
+      floats, are compared at each step of the finite difference.
     - Every evaluation draws the same random numbers from torch's default generator. The generator's
       state is left alone.
 
@@ -117,7 +121,7 @@ def gradcheck(
 
 
 @dataclass
-class _Observation:
+class Observation:
     """What one evaluation decided."""
 
     decisions: list[tuple[str, Tensor]] = field(default_factory=list)
@@ -126,12 +130,12 @@ class _Observation:
     replaced_derivatives: set[str] = field(default_factory=set)
 
 
-class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every choice that the ops below it make."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = _Observation()
+        self.seen = Observation()
 
     def __torch_dispatch__(
         self,
@@ -147,7 +151,7 @@ class _Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.seen.decisions += [
                 (name.split("::")[1], leaf.detach().clone())
                 for leaf in pytree.tree_leaves(result)
-                if isinstance(leaf, Tensor) and not _is_float(leaf) and leaf.dtype != torch.bool
+                if isinstance(leaf, Tensor) and not _is_float(leaf)
             ]
         if name == "torchmoe::select_experts":
             self.seen.gaps.append(_gaps(*args, **kwargs))
@@ -190,7 +194,7 @@ class _Checked:
                 "gradcheck: inputs must hold a floating-point tensor, or the module a parameter "
                 "that requires a gradient, got neither"
             )
-        self._first: _Observation | None = None
+        self._first: Observation | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -202,7 +206,7 @@ class _Checked:
         """The differentiable outputs for these `tensors`; refuses a choice unlike the first."""
         outputs, seen = self._observe(tensors)
         if self._first is not None:
-            _compare(self._first, seen)
+            compare(self._first, seen)
         return outputs
 
     def leave_ties(self, margin: float) -> None:
@@ -240,12 +244,12 @@ class _Checked:
             )
         return text
 
-    def _observe(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], _Observation]:
+    def _observe(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Observation]:
         arguments = list(self._arguments)
         for position, tensor in zip(self._positions, tensors, strict=False):
             arguments[position] = tensor
-        observer = _Observer()
-        with _same_draws(self._seed, tensors), observer:
+        observer = Observer()
+        with same_draws(self._seed, tensors), observer:
             if isinstance(self._function, nn.Module):
                 names = self.names[len(self._positions) :]
                 parameters = dict(zip(names, tensors[len(self._positions) :], strict=True))
@@ -284,7 +288,7 @@ def _smallest(gaps: Sequence[Tensor]) -> tuple[float, int | None]:
     return smallest, token
 
 
-def _compare(first: _Observation, now: _Observation) -> None:
+def compare(first: Observation, now: Observation) -> None:
     if len(first.decisions) != len(now.decisions):
         raise UnstableSelectionError(
             "gradcheck: function must make the same choices in every evaluation, got "
@@ -308,7 +312,7 @@ def _compare(first: _Observation, now: _Observation) -> None:
 
 
 @contextmanager
-def _same_draws(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+def same_draws(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.nn._checks import check_choice
+
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
+NORMALIZES = ("none", "topk", "uniform")
 
 #: What a layer computes its experts with: (x [T, H], indices [T, K], weights [T, K]) -> y [T, H].
 ExpertFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,6 +50,9 @@ class Estimator(nn.Module):
         score_function: the gate's score function.
         normalize: the gate's normalisation, or `default_normalize()` where it leaves the choice.
         gate_estimator: the gradient that `weigh` asks `torchmoe.ops.gate_weights` for.
+        score_functions: the score functions that the estimator is defined for.
+        normalizes: the normalisations that it is defined for.
+        refusal: why it is not defined for the others: the end of that error's requirement.
     """
 
     top_k: int
@@ -56,6 +61,9 @@ class Estimator(nn.Module):
     score_function: str
     normalize: str
     gate_estimator: str = "exact"
+    score_functions: tuple[str, ...] = SCORE_FUNCTIONS
+    normalizes: tuple[str, ...] = NORMALIZES
+    refusal: str = ""
     _layer: dict[str, Any] | None = None  # what bind was told
 
     def bind(
@@ -84,7 +92,8 @@ class Estimator(nn.Module):
             dtype: the dtype of the layer's parameters.
 
         Raises:
-            ValueError: the estimator belongs to a layer of another kind already.
+            ValueError: the estimator is not defined for this gate, or belongs to a layer of another
+                kind already.
         """
         del device, dtype  # for subclasses
         layer = {
@@ -99,6 +108,9 @@ class Estimator(nn.Module):
                 "MoE: gate.estimator must be an instance of its own for a layer of another kind, "
                 f"got one bound to {self._layer} for {layer}"
             )
+        self._check_defined("score_function", score_function, self.score_functions)
+        if normalize is not None:
+            self._check_defined("normalize", normalize, self.normalizes)
         self._layer = layer
         self.top_k = top_k
         self.num_experts = num_experts
@@ -109,9 +121,10 @@ class Estimator(nn.Module):
     def default_normalize(self) -> str:
         """The normalisation where the gate leaves the choice.
 
-        "topk", but "none" for top_k = 1, whose "topk" weight is always 1.
+        "topk", but "none" for top_k = 1, whose "topk" weight is always 1, and for an estimator that
+        is not defined for "topk".
         """
-        return "topk" if self.top_k > 1 else "none"
+        return "topk" if self.top_k > 1 and "topk" in self.normalizes else "none"
 
     def select(
         self,
@@ -135,8 +148,7 @@ class Estimator(nn.Module):
         """
         scores = logits.detach()
         if selection_bias is not None:
-            softmax = self.score_function == "softmax"
-            scores = scores.softmax(dim=-1) if softmax else scores.sigmoid()
+            scores = self.probs(scores)
         return ops.select_experts(
             scores, self.top_k, selection_bias=selection_bias, token_mask=token_mask
         )
@@ -202,51 +214,56 @@ class Estimator(nn.Module):
     def reset_parameters(self) -> None:
         """Gives parameters and buffers their first values again; for subclasses that have some."""
 
+    def probs(self, logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """score_function(logits) for every expert, with its exact derivative.
+
+        Args:
+            logits: [T, E].
+            token_mask: [T] bool; 0 and no gradient where it is False.
+
+        Returns:
+            probs [T, E].
+        """
+        ids = torch.arange(self.num_experts, device=logits.device).expand(logits.shape)
+        if token_mask is not None:
+            ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
+        return ops.gate_weights(
+            logits,
+            ids,
+            score_function=self.score_function,
+            normalize="none",
+            estimator="exact",
+        )
+
+    def surrogate(self, logits: Tensor, selected: Tensor, indices: Tensor) -> Tensor | None:
+        """The weights from which the router learns, where they are not the layer's own.
+
+        An estimator that replaces the derivative on purpose declares here by what: the gradient of
+        the logits is that of sum_i s_i G_i, with s the result and G_i = <dL/dy, E_i(x)>. It is for
+        readers and for `torchmoe.testing.check_surrogate`, which differentiates it numerically; no
+        layer calls it.
+
+        Args:
+            logits: [T, E].
+            selected: [T, K], the ids as selected.
+            indices: [T, K], the ids as routed.
+
+        Returns:
+            s [T, E]; or None where the gradient is the derivative of the layer's output.
+        """
+        del logits, selected, indices  # for subclasses
+        return None
+
+    def _check_defined(self, argument: str, value: str, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            listed = " or ".join(f'"{choice}"' for choice in choices)
+            raise ValueError(
+                f"MoE: gate.{argument} must be {listed} for the estimator {type(self).__name__}, "
+                f'{self.refusal}, got "{value}"'
+            )
+
     def extra_repr(self) -> str:
         """The gate's settings, once the estimator belongs to a layer."""
         if self._layer is None:
             return ""
         return f"score_function={self.score_function!r}, normalize={self.normalize!r}"
-
-
-class Exact(Estimator):
-    """The derivative of the weights as they are, at a fixed choice of experts."""
-
-
-class StraightThrough(Estimator):
-    """Selection and normalisation count as the identity (Bengio et al., arXiv 1308.3432).
-
-    The formula is that of `torchmoe.ops.gate_weights`.
-    """
-
-    gate_estimator = "straight_through"
-
-
-_REGISTRY: dict[str, Callable[[], Estimator]] = {
-    "exact": Exact,
-    "straight_through": StraightThrough,
-}
-
-
-def known_estimators() -> tuple[str, ...]:
-    """The registered names."""
-    return tuple(_REGISTRY)
-
-
-def register_estimator(name: str, factory: Callable[[], Estimator]) -> None:
-    """Makes Gate(estimator=name) build its estimator with factory(), a new one for each layer.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if name in _REGISTRY:
-        raise ValueError(f'register_estimator: name must be new, got "{name}"')
-    _REGISTRY[name] = factory
-
-
-def build_estimator(estimator: str | Estimator) -> Estimator:
-    """A new estimator for a registered name; an instance is used as it is."""
-    if isinstance(estimator, Estimator):
-        return estimator
-    check_choice("Gate", "estimator", estimator, _REGISTRY)
-    return _REGISTRY[estimator]()

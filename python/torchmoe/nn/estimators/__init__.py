@@ -1,0 +1,1 @@
+"""Gradient estimators: what the router learns from, one file each, and their names."""

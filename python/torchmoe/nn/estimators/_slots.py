@@ -1,0 +1,22 @@
+"""From slots to experts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def by_expert(values: Tensor, indices: Tensor, num_experts: int) -> Tensor:
+    """For each token and expert the sum of the values of its slots there.
+
+    Args:
+        values: [T, K].
+        indices: [T, K]; a slot with an id outside [0, E) is left out.
+        num_experts: E.
+
+    Returns:
+        [T, E] in the dtype of values.
+    """
+    routed = (indices >= 0) & (indices < num_experts)
+    beyond = indices.where(routed, num_experts)
+    sums = values.new_zeros(indices.shape[0], num_experts + 1)
+    return sums.scatter_add(1, beyond, values)[:, :num_experts]

@@ -1,0 +1,134 @@
+"""Experts that a token did not choose stand in with what they gave on average."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._buffers import keep_wide
+from torchmoe.nn._checks import check_share
+from torchmoe.nn.estimators._slots import by_expert
+from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
+
+
+class DefaultVector(Estimator):
+    """Every score is in the output, so that every expert's score gets a gradient at top-k cost.
+
+        forward   y = sum_{i in S} w_i E_i(x) + sum_{i not in S} p_i d_i
+        backward  its derivative: dL/dp_i = <dL/dy, E_i(x)> for the experts of S, <dL/dy, d_i> for
+                  the others, no gradient for d
+        update    d_i <- decay * d_i + (1 - decay) * mean of E_i(x) over the tokens it served
+
+    S are the experts that served the token: a slot dropped by capacity counts as not in S. d is the
+    buffer `default_vectors`, 0 at first; the forward pass reads it, `MoE.update` moves it, and an
+    expert that served no token keeps its own (Default MoE, Panda et al., arXiv 2504.12463). In
+    evaluation the output is the same.
+
+    Beside the layer itself this takes 2 T E H FLOPs forward and as many backward, and keeps the
+    tokens and the outputs of all T K slots, [T K, H] each, for the backward pass.
+
+    Args:
+        decay: weight of the past in d, in [0, 1).
+
+    Attributes:
+        default_vectors: [E, H] buffer, float32 or wider.
+
+    Raises:
+        ValueError: decay is out of range.
+    """
+
+    normalizes = ("none",)
+    refusal = "whose coefficients w and p would no longer add up to 1"
+    default_vectors: Tensor
+
+    def __init__(self, decay: float = 0.9) -> None:
+        super().__init__()
+        check_share("DefaultVector", "decay", decay)
+        self.decay = decay
+
+    def bind(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **layer: Any,  # noqa: ANN401 (as the base class says)
+    ) -> None:
+        """Makes the buffer."""
+        super().bind(**layer, device=device, dtype=dtype)
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        vectors = torch.zeros(self.num_experts, self.hidden_size, device=device, dtype=wide)
+        self.register_buffer("default_vectors", vectors)
+
+    def reset_parameters(self) -> None:
+        """Sets the default vectors to 0."""
+        nn.init.zeros_(self.default_vectors)
+
+    def combine(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        experts: ExpertFunction,
+        *,
+        token_mask: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The output, and for `update` the sum of each expert's outputs [E, H] and their number.
+
+        The experts see each slot as a token of its own with weight 1, since their sum over a
+        token's slots does not tell their outputs apart.
+        """
+        plan = ops.dispatch_plan(indices, self.num_experts)
+        rows = ops.permute(x, plan)  # [N, H]
+        chosen = indices.flatten()[plan.row_to_slot].unsqueeze(1)  # [N, 1]
+        outputs = experts(rows, chosen, weights.new_ones(chosen.shape))  # [N, H]
+        y = ops.unpermute(outputs, weights, plan)
+
+        served = by_expert(torch.ones_like(indices), indices, self.num_experts) > 0  # [T, E]
+        others = self.probs(logits, token_mask).masked_fill(served, 0)
+        y = y + _rows_times(others, self.default_vectors.to(others.dtype)).to(y.dtype)
+
+        wide = outputs.detach().to(self.default_vectors.dtype)
+        sums = _sum_by_expert(wide, plan.expert_offsets, self.num_experts)
+        return y, (sums, plan.expert_offsets.diff())
+
+    @torch.no_grad()
+    def update(self, statistics: tuple[Tensor, Tensor]) -> None:
+        """Moves the default vectors of the experts that served a token."""
+        sums, counts = statistics
+        counts = counts.unsqueeze(1)
+        means = sums.to(self.default_vectors.dtype) / counts.clamp(min=1)
+        moved = self.decay * self.default_vectors + (1 - self.decay) * means
+        self.default_vectors.copy_(torch.where(counts > 0, moved, self.default_vectors))
+
+    def extra_repr(self) -> str:
+        """The gate's settings and the decay."""
+        return ", ".join(filter(None, (super().extra_repr(), f"decay={self.decay}")))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DefaultVector:
+        with keep_wide(self, "default_vectors"):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def _rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows [T, E] times matrix [E, H], with the same bits for any number of threads."""
+    offsets = torch.arange(2, device=rows.device) * rows.shape[0]
+    return ops.grouped_linear(rows, matrix.t().unsqueeze(0), None, offsets)
+
+
+def _sum_by_expert(rows: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
+    """The sum of each expert's rows [N, H], in row order: [E, H].
+
+    It is the gradient of a bias that each expert adds to its rows, and the op that forms that one
+    is deterministic.
+    """
+    nothing = rows.new_empty(rows.shape[0], 0)
+    no_weight = rows.new_empty(num_experts, rows.shape[1], 0)
+    backward = torch.ops.torchmoe._grouped_linear_backward.default
+    sums: Tensor = backward(rows, nothing, no_weight, expert_offsets, [False, False, True])[2]
+    return sums

@@ -1,0 +1,47 @@
+"""Estimators by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torchmoe.nn._checks import check_choice
+from torchmoe.nn.estimators.default_vector import DefaultVector
+from torchmoe.nn.estimators.estimator import Estimator
+from torchmoe.nn.estimators.exact import Exact
+from torchmoe.nn.estimators.gumbel_straight_through import GumbelStraightThrough
+from torchmoe.nn.estimators.sparsemixer import SparseMixer
+from torchmoe.nn.estimators.straight_through import StraightThrough
+from torchmoe.nn.estimators.straight_through_dense import StraightThroughDense
+
+_REGISTRY: dict[str, Callable[[], Estimator]] = {
+    "exact": Exact,
+    "straight_through": StraightThrough,
+    "straight_through_dense": StraightThroughDense,
+    "default_vector": DefaultVector,
+    "sparsemixer": SparseMixer,
+    "gumbel_straight_through": GumbelStraightThrough,
+}
+
+
+def known_estimators() -> tuple[str, ...]:
+    """The registered names."""
+    return tuple(_REGISTRY)
+
+
+def register_estimator(name: str, factory: Callable[[], Estimator]) -> None:
+    """Makes Gate(estimator=name) build its estimator with factory(), a new one for each layer.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f'register_estimator: name must be new, got "{name}"')
+    _REGISTRY[name] = factory
+
+
+def build_estimator(estimator: str | Estimator) -> Estimator:
+    """A new estimator for a registered name; an instance is used as it is."""
+    if isinstance(estimator, Estimator):
+        return estimator
+    check_choice("Gate", "estimator", estimator, _REGISTRY)
+    return _REGISTRY[estimator]()
