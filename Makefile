@@ -15,10 +15,10 @@ CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.c
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train compare test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
+.PHONY: help develop library system train compare compare-estimators test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------------------
 
@@ -65,6 +65,9 @@ train: develop  ## Train a small MoE language model on real text (ARGS="--help" 
 
 compare: develop  ## Train the MoE and a dense model of equal active parameters, half an hour (ARGS="--help")
 	$(BIN)/python examples/compare_lm.py $(ARGS)
+
+compare-estimators: develop  ## Train the MoE with each gradient estimator, about an hour (ARGS="--help")
+	$(BIN)/python examples/compare_estimators.py $(ARGS)
 
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)

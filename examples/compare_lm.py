@@ -9,12 +9,10 @@ equal time. Stopped and started again, it goes on where it was.
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,23 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 import train_lm
-from lm import corpus, figures, metrics, run_folder
-from lm.evaluation import bits_by_domain, held_out_windows
-from lm.metrics import Record
+from lm import corpus, figures, run_folder
+from lm.comparison import Outcome, common_settings, step_seconds, trained
 from lm.model import FEED_FORWARDS
-from lm.parallel import ALONE
-from lm.report import HELD_OUT_WINDOWS
-from lm.run_folder import RunFolder
-from lm.settings import (
-    Settings,
-    SettingsError,
-    flag,
-    make_parser,
-    new_run,
-    number,
-    read_arguments,
-    with_config,
-)
+from lm.settings import Settings, make_parser, number, read_arguments
 
 DEFAULTS = replace(Settings(), steps=1600, out="runs/compare")
 # What the comparison chooses itself.
@@ -53,31 +38,6 @@ examples:
 FIRST_RATES = (1.5e-3, 3e-3, 6e-3)
 RATE_FACTOR = 2.0  # to the next learning rate where the best one is at an end of those tried
 MOST_RATES = 6
-TUNING_SHARE = 0.1  # of the run, at its end, whose training loss decides
-TIMED_ROUNDS, TIMED_STEPS = 9, 10
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One finished run."""
-
-    settings: Settings
-    records: list[Record]
-    held_out: float  # bits per byte, mean of the domains
-    parameters: int
-    active_parameters: int
-
-    @property
-    def tuning_loss(self) -> float:
-        """Bits per byte of training text over the end of the run."""
-        last = self.records[-1].step
-        end = [record for record in self.records if record.step > (1 - TUNING_SHARE) * last]
-        return statistics.fmean(record.loss for record in end)
-
-    @property
-    def seconds(self) -> float:
-        """Time in optimizer steps."""
-        return self.records[-1].training_seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -99,15 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(seeds: int, given: dict[str, Any]) -> None:
     """Tunes, trains, times, and reports."""
-    given = with_config(given)
-    for name in SETTLED:
-        if name in given:
-            raise SettingsError(f"{flag(name)} is not to be given: the comparison chooses it")
-    common = new_run(DEFAULTS, given)
+    common = common_settings(DEFAULTS, given, SETTLED)
     steps = common.steps or 0
-    if steps == 0:
-        raise SettingsError(f"--steps must be at least 1, got {common.steps}")
-    train_lm.check_device(common)
     train_lm.set_threads(common)
     folder = Path(common.out)
     text = corpus.Text.load(list(common.data))
@@ -142,21 +95,6 @@ def compare(seeds: int, given: dict[str, Any]) -> None:
     report(folder, ratio, {"MoE": moe, "dense": dense, "dense, equal time": longer})
 
 
-def trained(settings: Settings, text: corpus.Text) -> Outcome:
-    """The run with these settings, trained to its end; one that was begun before goes on."""
-    folder = RunFolder(Path(settings.out))
-    folder.make()
-    with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-        settings, start, resumes = train_lm.choose_settings({**settings.to_dict(), "resume": True})
-        job = train_lm.new_job(settings, start, resumes, ALONE)
-        train_lm.open_folder(folder, job, text, start if resumes else None)
-        if job.share < 1 and train_lm.train(job, text, folder, ALONE):
-            raise KeyboardInterrupt
-    windows = held_out_windows(text.held_out, settings.context, HELD_OUT_WINDOWS)
-    held_out = statistics.fmean(bits_by_domain(job.model, windows, settings.rows).values())
-    return Outcome(settings, metrics.read(folder), held_out, *job.model.count_parameters())
-
-
 def best_rate(run: Callable[[float], Outcome]) -> float:
     """The learning rate with the least training loss, tried further where it is at an end."""
     losses = {rate: run(rate).tuning_loss for rate in FIRST_RATES}
@@ -174,19 +112,9 @@ def best_rate(run: Callable[[float], Outcome]) -> float:
 
 def time_ratio(common: Settings, text: corpus.Text) -> float:
     """Time of a step with experts over that of a dense one; the two take turns."""
-    jobs = [
-        train_lm.new_job(replace(common, feed_forward=kind), None, False, ALONE)
-        for kind in FEED_FORWARDS
-    ]
-    least = dict.fromkeys(FEED_FORWARDS, float("inf"))
-    for _ in range(TIMED_ROUNDS):
-        for kind, job in zip(FEED_FORWARDS, jobs, strict=True):
-            job.model.train()
-            start = time.perf_counter()
-            for _ in range(TIMED_STEPS):
-                train_lm.optimizer_step(job, job.model, text, common.lr, ALONE)
-            least[kind] = min(least[kind], time.perf_counter() - start)
-    return least["moe"] / least["dense"]
+    kinds = {kind: replace(common, feed_forward=kind) for kind in FEED_FORWARDS}
+    seconds = step_seconds(kinds, text)
+    return seconds["moe"] / seconds["dense"]
 
 
 def report(folder: Path, ratio: float, outcomes: dict[str, list[Outcome]]) -> None:

@@ -33,6 +33,7 @@ class ModelConfig:
     capacity_factor: float | None
     order: str
     estimator: str
+    normalize: str | None
     context: int
 
 
@@ -107,7 +108,7 @@ def make_moe(config: ModelConfig) -> MoE:
         config.intermediate_size,
         config.experts,
         config.top_k,
-        gate=Gate(estimator=config.estimator),
+        gate=Gate(estimator=config.estimator, normalize=config.normalize),
         capacity=capacity,
     )
 

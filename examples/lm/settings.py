@@ -15,6 +15,8 @@ import torch
 from lm.model import FEED_FORWARDS, HEAD_SIZE, ModelConfig
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
+from torchmoe.nn.estimators.estimator import NORMALIZES
+from torchmoe.nn.estimators.registry import build_estimator
 
 # What weights are held in.
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
@@ -23,7 +25,7 @@ DTYPES = tuple(TORCH_DTYPES)
 # of torch's own matrix products, which follows the number of threads and the device.
 FREE_TO_CHANGE = ("threads", "device", "checkpoint_every", "out")
 # None says that there is none.
-OPTIONAL = ("steps", "minutes", "capacity_factor", "load")
+OPTIONAL = ("normalize", "steps", "minutes", "capacity_factor", "load")
 
 Value = TypeVar("Value")
 
@@ -94,6 +96,14 @@ class Settings:
         choices=ORDERS,
     )
     estimator: str = option("model", "exact", "the router's gradient", choices=known_estimators())
+    normalize: str | None = option(
+        "model",
+        None,
+        "the weights of a byte's experts: topk makes them add up to 1, uniform makes them equal, "
+        "none leaves their scores",
+        choices=NORMALIZES,
+        shown="what the estimator is made for",
+    )
     context: int = option("model", 128, "bytes the model looks back", type=number(int, 2, 2**20))
     steps: int | None = option("training", 3200, "optimizer steps", type=number(int, 0, 99_999_999))
     minutes: float | None = option(
@@ -153,6 +163,19 @@ class Settings:
         if self.top_k > self.experts:
             raise SettingsError(
                 f"--top-k must be at most --experts ({self.experts}), got {self.top_k}"
+            )
+        estimator = build_estimator(self.estimator)
+        if self.normalize is not None and self.normalize not in estimator.normalizes:
+            allowed = " or ".join(estimator.normalizes)
+            raise SettingsError(
+                f"--normalize must be {allowed} with --estimator {self.estimator}, "
+                f"got {self.normalize}"
+            )
+        constant = self.normalize == "uniform" or (self.normalize == "topk" and self.top_k == 1)
+        if constant and estimator.gate_estimator == "exact":
+            raise SettingsError(
+                f"--normalize must not make the weights constant with --estimator {self.estimator},"
+                f" whose router would learn nothing, got {self.normalize}"
             )
         if self.steps is None and self.minutes is None:
             raise SettingsError("--steps or --minutes must say when training ends, got neither")

@@ -33,7 +33,7 @@ from torchmoe.nn import known_estimators
 
 OPTION_NAMES = [
     *("--data", "--layers", "--hidden-size", "--feed-forward", "--intermediate-size", "--experts"),
-    *("--top-k", "--capacity-factor", "--order", "--estimator", "--context"),
+    *("--top-k", "--capacity-factor", "--order", "--estimator", "--normalize", "--context"),
     *("--steps", "--minutes", "--batch-tokens", "--lr", "--seed"),
     *("--dtype", "--compile", "--threads", "--device"),
     *("--out", "--checkpoint-every", "--load", "--config", "--resume"),
@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {
     "capacity_factor": 1.25,
     "order": "token",
     "estimator": "straight_through",
+    "normalize": "none",
     "context": 64,
     "steps": 7,
     "minutes": 0.5,
@@ -114,6 +115,7 @@ def settings() -> st.SearchStrategy[Settings]:
         capacity_factor=st.none() | st.floats(0.01, 10**6),
         order=st.sampled_from(("choice", "token")),
         estimator=st.sampled_from(known_estimators()),
+        normalize=st.sampled_from((None, "none")),
         steps=st.integers(0, 99_999_999),
         minutes=st.none() | st.floats(0.01, 10**6),
         lr=st.floats(1e-9, 10),
@@ -204,6 +206,12 @@ def test_each_option_sets_its_value() -> None:
         ("notes", "unrecognized arguments: notes"),
         ("--hidden-size 100", "--hidden-size must be a multiple of 32, got 100"),
         ("--experts 2 --top-k 3", r"--top-k must be at most --experts \(2\), got 3"),
+        (
+            "--estimator sparsemixer --normalize topk",
+            "--normalize must be none with --estimator sparsemixer, got topk",
+        ),
+        ("--normalize uniform", "--normalize must not make .* --estimator exact, .* got uniform"),
+        ("--normalize topk --top-k 1", "--normalize must not make the weights .* got topk"),
         ("--batch-tokens 64", r"--batch-tokens must be at least --context \(128\), got 64"),
     ],
 )
@@ -277,7 +285,7 @@ def test_config_may_give_a_whole_number_for_a_number(tmp_path: Path) -> None:
         ('{"lr": true}', ": lr must be a number from 1e-09 to 10.0, got 'True'"),
         ('{"lr": "0.1"}', ": lr must be a number"),
         ('{"minutes": false}', ": minutes must be a number from 0.01 to 1000000, got 'False'"),
-        ('{"estimator": 3}', ": estimator must be one of exact, straight_through, got 3"),
+        ('{"estimator": 3}', ": estimator must be one of exact, straight_through, .*, got 3"),
         ('{"estimator": ["exact"]}', r": estimator must be one of .*, got \['exact'\]"),
         ('{"dtype": null}', ": dtype must be one of float32, float64, bfloat16, got None"),
         ('{"compile": 1}', ": compile must be true or false, got 1"),
@@ -351,7 +359,7 @@ def test_saved_settings_refuse_a_missing_name(name: str) -> None:
         ({"layers": 0}, "layers must be a whole number from 1 to 256, got '0'"),
         ({"layers": True}, "layers must be a whole number from 1 to 256, got 'True'"),
         ({"lr": "fast"}, "lr must be a number"),
-        ({"estimator": "magic"}, "estimator must be one of exact, straight_through, got 'magic'"),
+        ({"estimator": "magic"}, "estimator must be one of exact, straight_through, .*, got 'magic'"),
         ({"top_k": 9}, r"--top-k must be at most --experts \(8\), got 9"),
         ({"steps": None}, "--steps or --minutes must say when training ends, got neither"),
     ],
@@ -416,7 +424,9 @@ def test_what_a_run_from_weights_may_change(name: str) -> None:
     # One that changes everything that can be changed without another model.
     saved = Settings(**{**OTHERS, "batch_tokens": 4096, "load": None})
     value = getattr(Settings(), name)
-    given = {"load": "runs/lm", name: value if value is not None else 3}
+    if value is None:
+        value = "topk" if name == "normalize" else 3
+    given = {"load": "runs/lm", name: value}
     if name == "load":
         given["load"] = "runs/lm"
     if name in MODEL_FIELDS:
