@@ -359,7 +359,10 @@ def test_saved_settings_refuse_a_missing_name(name: str) -> None:
         ({"layers": 0}, "layers must be a whole number from 1 to 256, got '0'"),
         ({"layers": True}, "layers must be a whole number from 1 to 256, got 'True'"),
         ({"lr": "fast"}, "lr must be a number"),
-        ({"estimator": "magic"}, "estimator must be one of exact, straight_through, .*, got 'magic'"),
+        (
+            {"estimator": "magic"},
+            "estimator must be one of exact, straight_through, .*, got 'magic'",
+        ),
         ({"top_k": 9}, r"--top-k must be at most --experts \(8\), got 9"),
         ({"steps": None}, "--steps or --minutes must say when training ends, got neither"),
     ],

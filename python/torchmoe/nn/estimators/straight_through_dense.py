@@ -25,6 +25,9 @@ class StraightThroughDense(Estimator):
     With `Experts` one op does it in pieces of 128 tokens; other experts are called once each.
     """
 
+    # The weights' own gradient is not used; this one is defined for every normalisation.
+    gate_estimator = "straight_through"
+
     def combine(
         self,
         x: Tensor,
