@@ -4,7 +4,8 @@ The transformer of train_lm.py is trained with each, several seeds of each, all 
 settings. At equal seed all start from the same weights and read the same bytes in the same order,
 so that differences to exact are taken seed by seed. Their confidence intervals are Student's,
 corrected for how many estimators are compared. An estimator comes with the normalisation of the
-weights that it is made for.
+weights that it is made for; "exact:none" is exact with that of default_vector and sparsemixer,
+which tells what is theirs and what the normalisation's.
 
 Runs are trained some at a time, which makes their own times useless. A step's time is measured
 afterwards, with all cores and the estimators taking turns; curves by time are steps times that.
@@ -17,6 +18,7 @@ Stopped and started again, it goes on where it was.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import sys
@@ -39,6 +41,7 @@ from lm.figures import Comparison, Curve
 from lm.intervals import Interval, Values, each_confidence, t_interval
 from lm.settings import Settings, SettingsError, make_parser, number, read_arguments
 from torchmoe.nn import known_estimators
+from torchmoe.nn.estimators.estimator import NORMALIZES
 
 DEFAULTS = replace(Settings(), steps=1000, checkpoint_every=100, threads=1, out="runs/estimators")
 # What the comparison chooses itself.
@@ -46,10 +49,11 @@ SETTLED = ("feed_forward", "estimator", "seed", "minutes", "load", "resume")
 EXAMPLES = """\
 examples:
   compare_estimators.py                         every estimator, an hour on two cores
-  compare_estimators.py --estimators straight_through sparsemixer --seeds 10
+  compare_estimators.py --estimators straight_through exact:none --seeds 10
   compare_estimators.py --top-k 1 --out runs/estimators-top1
 """
 YARDSTICK = "exact"
+CONTROL = "exact:none"
 CONFIDENCE = 0.95
 
 
@@ -89,10 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--estimators",
         nargs="+",
-        choices=known_estimators(),
-        default=list(known_estimators()),
+        type=kind_name,
+        default=[*known_estimators(), CONTROL],
         metavar="NAME",
-        help=f"which, beside {YARDSTICK}, of {', '.join(known_estimators())} (default all)",
+        help=f"which, beside {YARDSTICK}: {', '.join(known_estimators())}; NAME:NORMALIZE is one "
+        f"with other weights (default all, and {CONTROL})",
     )
     parser.add_argument(
         "--seeds", type=number(int, 1, 100), default=5, metavar="N", help="of each (default 5)"
@@ -114,6 +119,30 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def kind_name(text: str) -> str:
+    """An estimator on the command line, as NAME or NAME:NORMALIZE."""
+    name, colon, normalize = text.partition(":")
+    if name not in known_estimators():
+        known = ", ".join(known_estimators())
+        raise argparse.ArgumentTypeError(f"must name one of {known}, got {text!r}")
+    if colon and normalize not in NORMALIZES:
+        known = ", ".join(NORMALIZES)
+        raise argparse.ArgumentTypeError(f"must have one of {known} after the colon, got {text!r}")
+    return text
+
+
+def settings_of(kind: str, common: Settings) -> Settings:
+    """The settings of a model with that estimator.
+
+    Raises:
+        SettingsError: it is not defined for its normalisation.
+    """
+    name, _, normalize = kind.partition(":")
+    settings = replace(common, estimator=name, normalize=normalize or common.normalize)
+    settings.check()
+    return settings
+
+
 def compare(estimators: Iterable[str], seeds: int, jobs: int | None, given: dict[str, Any]) -> None:
     """Trains, times, and reports."""
     common = common_settings(DEFAULTS, given, SETTLED)
@@ -124,15 +153,17 @@ def compare(estimators: Iterable[str], seeds: int, jobs: int | None, given: dict
     text.describe(common.context)
 
     jobs = jobs or max(1, cores() // (common.threads or cores()))
-    runs = plan(common, names, seeds)
+    kinds = {name: settings_of(name, common) for name in names}
+    runs = plan(kinds, seeds)
     print(f"\n{len(runs)} runs, {jobs} at a time (held-out: bits per byte)")
     outcomes = pool.train_all(runs, jobs, show)
 
     print("\ntime of a step: the estimators take turns")
     torch.set_num_threads(cores())
-    times = step_seconds({name: replace(common, estimator=name) for name in names}, text)
+    times = step_seconds(kinds, text)
     of_each = {
-        name: [one for one in outcomes.values() if one.settings.estimator == name] for name in names
+        name: [outcomes[run_name(name, some, seed)] for seed in range(seeds)]
+        for name, some in kinds.items()
     }
     report(Path(common.out), common, gather(of_each, times))
 
@@ -142,15 +173,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def plan(common: Settings, names: Sequence[str], seeds: int) -> dict[str, Settings]:
+def plan(kinds: Mapping[str, Settings], seeds: int) -> dict[str, Settings]:
     """All runs by name, seed by seed, so that a comparison that is stopped has as many of each."""
     runs = {}
     for seed in range(seeds):
-        for estimator in names:
-            name = f"{estimator}-seed{seed}-steps{common.steps}"
-            out = str(Path(common.out) / name)
-            runs[name] = replace(common, estimator=estimator, seed=seed, out=out)
+        for kind, some in kinds.items():
+            name = run_name(kind, some, seed)
+            runs[name] = replace(some, seed=seed, out=str(Path(some.out) / name))
     return runs
+
+
+def run_name(kind: str, some: Settings, seed: int) -> str:
+    """What a run and its folder are called."""
+    return f"{kind.replace(':', '-')}-seed{seed}-steps{some.steps}"
 
 
 def show(name: str, outcome: Outcome) -> None:

@@ -118,6 +118,7 @@ def test_a_failed_run_ends_it(
     "option",
     [
         *("--estimator exact", "--seed 3", "--minutes 1", "--load x", "--resume", "--steps 0"),
+        *("--estimators magic", "--estimators exact:l2"),
         *("--feed-forward dense", "--estimators exact", "--data nowhere", "--seeds 0", "--jobs 0"),
     ],
 )
@@ -133,11 +134,22 @@ def test_refuses(
 
 def test_plans_seed_by_seed_and_exact_first() -> None:
     common = replace(Settings(), steps=24, out="some")
-    runs = compare_estimators.plan(common, ["exact", OTHER], 2)
+    kinds = {name: compare_estimators.settings_of(name, common) for name in ("exact", OTHER)}
+    runs = compare_estimators.plan(kinds, 2)
     assert list(runs) == NAMES
     assert [one.seed for one in runs.values()] == [0, 0, 1, 1]
     assert [one.estimator for one in runs.values()] == ["exact", OTHER] * 2
     assert [one.out for one in runs.values()] == [f"some/{name}" for name in NAMES]
+
+
+def test_an_estimator_may_come_with_a_normalisation() -> None:
+    common = replace(Settings(), steps=24, out="some")
+    kind = compare_estimators.settings_of("exact:none", common)
+    assert (kind.estimator, kind.normalize) == ("exact", "none")
+    (name,) = compare_estimators.plan({"exact:none": kind}, 1)
+    assert name == "exact-none-seed0-steps24"
+    with pytest.raises(SettingsError, match=r"--normalize must be none with --estimator sparse"):
+        compare_estimators.settings_of("sparsemixer:topk", common)
 
 
 def test_compares_all_estimators_unless_told(
@@ -153,7 +165,8 @@ def test_compares_all_estimators_unless_told(
     monkeypatch.setattr(pool, "train_all", train_all)
     assert compare_estimators.main([*tiny, "--out", str(tmp_path)]) == 130
     assert {one.estimator for one in planned.values()} == set(known_estimators())
-    assert len(planned) == 5 * len(known_estimators())
+    assert {one.normalize for one in planned.values()} == {None, "none"}
+    assert len(planned) == 5 * (len(known_estimators()) + 1)
 
 
 # ---- a run in its process

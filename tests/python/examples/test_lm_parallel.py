@@ -40,12 +40,14 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("estimator", ["exact", "default_vector"])
 def test_two_processes_give_the_loss_curve_of_one(
-    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    estimator: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # In float64, so that only a wrong formula can tell the curves apart: the sums are formed in
     # another order, which 30 steps of training magnify, but from 1e-16.
     options = [*tiny, "--steps", "30", "--dtype", "float64", "--checkpoint-every", "15"]
+    options += ["--estimator", estimator]
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     assert train_lm.main([*options, "--out", str(one)]) == 0
     printed = capsys.readouterr().out
