@@ -155,7 +155,8 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>&
 
   // 3. Weigh: before slots are dropped unless asked otherwise.
   const auto& gate = options.gate();
-  const bool after_drop = options.capacity() && options.capacity()->normalize() == "after_drop";
+  const bool after_drop = options.capacity() && options.capacity()->normalize() == "after_drop" &&
+                          *gate.normalize() != "none";
   routing.weights = gate_weights(routing.logits,
                                  after_drop ? routing.indices : routing.selected,
                                  gate.score_function(),

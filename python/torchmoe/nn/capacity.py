@@ -36,7 +36,8 @@ class Capacity:
         overflow: "drop": a slot that finds its expert full is dropped.
         normalize: "before_drop": weights are formed before slots are dropped, so a token that loses
             a slot keeps the other's weight and its router a gradient. "after_drop": over the slots
-            that are left, so that they sum to 1 again.
+            that are left, so that they sum to 1 again. With the gate's normalize "none" there is no
+            difference.
 
     Raises:
         TypeError: a factor is not a number.

@@ -79,6 +79,10 @@ CASES = [
     Case("choice_order", {"capacity_factor": 0.7}),
     Case("token_order", {"capacity_factor": 0.7, "capacity_order": "token"}),
     Case("after_drop", {"capacity_factor": 0.7, "capacity_normalize": "after_drop"}),
+    Case(
+        "after_drop_plain_scores",
+        {"capacity_factor": 0.7, "capacity_normalize": "after_drop", "normalize": "none"},
+    ),
     Case("minimum", {"capacity_factor": 0.1, "capacity_minimum": 4}),
     Case("eval_factor", {"capacity_factor": 0.5, "capacity_eval_factor": 1.1}, train=False),
     Case("masked", {"z_loss_weight": 0.1}, masked=True),

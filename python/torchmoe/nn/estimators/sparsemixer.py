@@ -83,7 +83,7 @@ class SparseMixer(Estimator):
         return torch.cat(slots, dim=1)
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
-        """M * c for each slot, with the gradient of m."""
+        """The weights m * c, with the gradient of m."""
         m, largest = self._multipliers(logits, indices)
         if not self.training:
             return m
@@ -92,7 +92,7 @@ class SparseMixer(Estimator):
         return m + (m * (_REDUCED_WEIGHT - 1)).masked_fill(full, 0).detach()
 
     def surrogate(self, logits: Tensor, selected: Tensor, indices: Tensor) -> Tensor:
-        """m, without the factor c, of the experts that serve the token: [T, E]."""
+        """The m of the experts that serve the token, without the factor c: [T, E]."""
         m, _ = self._multipliers(logits, selected)
         return by_expert(m, indices, self.num_experts)
 
