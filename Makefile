@@ -66,7 +66,7 @@ train: develop  ## Train a small MoE language model on real text (ARGS="--help" 
 compare: develop  ## Train the MoE and a dense model of equal active parameters, half an hour (ARGS="--help")
 	$(BIN)/python examples/compare_lm.py $(ARGS)
 
-compare-estimators: develop  ## Train the MoE with each gradient estimator, about an hour (ARGS="--help")
+compare-estimators: develop  ## Train the MoE with each gradient estimator, over an hour (ARGS="--help")
 	$(BIN)/python examples/compare_estimators.py $(ARGS)
 
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")

@@ -48,7 +48,7 @@ DEFAULTS = replace(Settings(), steps=1000, checkpoint_every=100, threads=1, out=
 SETTLED = ("feed_forward", "estimator", "seed", "minutes", "load", "resume")
 EXAMPLES = """\
 examples:
-  compare_estimators.py                         every estimator, an hour on two cores
+  compare_estimators.py                         every estimator, over an hour on two cores
   compare_estimators.py --estimators straight_through exact:none --seeds 10
   compare_estimators.py --top-k 1 --out runs/estimators-top1
 """
