@@ -57,7 +57,7 @@ def test_it_leaves_what_it_is_given_alone() -> None:
     before = torch.random.get_rng_state()
     assert check_surrogate(estimator)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert repr(estimator) == "DefaultVector(decay=0.9)"
+    assert repr(estimator) == "DefaultVector(decay=0.99)"
     assert not list(estimator.buffers())
 
 

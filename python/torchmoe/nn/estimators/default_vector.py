@@ -45,7 +45,7 @@ class DefaultVector(Estimator):
     refusal = "whose coefficients w and p would no longer add up to 1"
     default_vectors: Tensor
 
-    def __init__(self, decay: float = 0.9) -> None:
+    def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
         check_share("DefaultVector", "decay", decay)
         self.decay = decay
