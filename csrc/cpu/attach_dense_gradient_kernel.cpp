@@ -17,7 +17,7 @@ namespace {
 
 // Tokens that a task takes through one expert: enough to amortise the product's packing of the
 // expert's matrices, few enough that what lies between the products stays in the cache.
-constexpr int64_t kBlockTokens = 128;
+constexpr int64_t kTokensPerTask = 128;
 
 struct Sizes {
   int64_t tokens;
@@ -71,11 +71,11 @@ void dot_with_every_output(Activation activation,
                            const T* grad,
                            T* grad_probs,
                            const Sizes& sizes) {
-  const int64_t blocks = (sizes.tokens + kBlockTokens - 1) / kBlockTokens;
+  const int64_t blocks = (sizes.tokens + kTokensPerTask - 1) / kTokensPerTask;
   cpu::parallel_tasks(sizes.experts * blocks, [&](int64_t task) {
     const int64_t e = task / blocks;
-    const int64_t begin = task % blocks * kBlockTokens;
-    const int64_t tokens = std::min(kBlockTokens, sizes.tokens - begin);
+    const int64_t begin = task % blocks * kTokensPerTask;
+    const int64_t tokens = std::min(kTokensPerTask, sizes.tokens - begin);
     const auto of_expert = [e](const T* data, int64_t size) {
       return data == nullptr ? nullptr : data + e * size;
     };
