@@ -52,7 +52,7 @@ def train_all(
                 # None more than can be at work, since one that the pool holds cannot be taken back.
                 while waiting and len(at_work) < jobs:
                     name = waiting.pop(0)
-                    with ctrl_c_ignored():
+                    with ctrl_c_held():
                         at_work[pool.submit(train_one, runs[name])] = name
                 done = wait(at_work, POLL_SECONDS, FIRST_COMPLETED).done
                 if stopped:
@@ -103,13 +103,17 @@ def load_text(data: tuple[str, ...]) -> corpus.Text:
 
 
 @contextmanager
-def ctrl_c_ignored() -> Iterator[None]:
-    """A process begun meanwhile leaves Ctrl-C to this one, from its first moment on."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ctrl_c_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; a process begun inside never sees it.
+
+    A process keeps the mask that it is begun with, so that it leaves Ctrl-C to this one from its
+    first moment on.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_parent() -> None:
