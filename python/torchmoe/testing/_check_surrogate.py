@@ -203,7 +203,7 @@ class _Surrogate(nn.Module):
             self.outputs = torch.stack([moe.experts(tokens, i, ones) for i in ids], dim=1)
 
     def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Y [T, H]."""
+        """The y of the formula: [T, H]."""
         tokens = _counted(x, token_mask)
         y = self.moe.experts(tokens, self.routing.indices, self.routing.weights)
         weights = self._weights(self.moe.router(tokens))

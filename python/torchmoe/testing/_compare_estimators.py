@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchmoe import ops
 from torchmoe.nn import MoE
 from torchmoe.nn._checks import check_at_least
 from torchmoe.nn.estimators.estimator import Estimator
@@ -270,14 +269,8 @@ class _Bench:
         tokens = x.reshape(-1, layer.hidden_size)
         logits = layer.router(tokens)  # [T, E]
         everyone = torch.arange(layer.num_experts, device=x.device).expand(logits.shape)
-        weights = ops.gate_weights(
-            logits,
-            everyone,
-            score_function=self._own_estimator.score_function,
-            normalize="none",
-            estimator="exact",
-        )
-        return layer.experts(tokens, everyone, weights).reshape(x.shape)
+        probs = self._own_estimator.probs(logits)
+        return layer.experts(tokens, everyone, probs).reshape(x.shape)
 
     def _drawn_gradient(self, estimator: Estimator, batch: object, seed: int) -> Tensor:
         with same_draws(seed, self._router_parameters):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -20,3 +21,8 @@ def by_expert(values: Tensor, indices: Tensor, num_experts: int) -> Tensor:
     beyond = indices.where(routed, num_experts)
     sums = values.new_zeros(indices.shape[0], num_experts + 1)
     return sums.scatter_add(1, beyond, values)[:, :num_experts]
+
+
+def named(indices: Tensor, num_experts: int) -> Tensor:
+    """Which experts the slots [T, K] of each token name: [T, E] bool."""
+    return by_expert(torch.ones_like(indices), indices, num_experts) > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe.nn._buffers import keep_wide
 from torchmoe.nn._checks import check_share
-from torchmoe.nn.estimators._slots import by_expert
+from torchmoe.nn.estimators._slots import named
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
 
 
@@ -44,6 +44,7 @@ class DefaultVector(Estimator):
 
     normalizes = ("none",)
     refusal = "whose coefficients w and p would no longer add up to 1"
+    settings = ("decay",)
     default_vectors: Tensor
 
     def __init__(self, decay: float = 0.99) -> None:
@@ -89,7 +90,7 @@ class DefaultVector(Estimator):
         outputs = experts(rows, chosen, weights.new_ones(chosen.shape))  # [N, H]
         y = ops.unpermute(outputs, weights, plan)
 
-        served = by_expert(torch.ones_like(indices), indices, self.num_experts) > 0  # [T, E]
+        served = named(indices, self.num_experts)  # [T, E]
         others = self.probs(logits, token_mask).masked_fill(served, 0)
         y = y + _rows_times(others, self.default_vectors.to(others.dtype)).to(y.dtype)
 
@@ -106,10 +107,6 @@ class DefaultVector(Estimator):
         moved = self.decay * self.default_vectors + (1 - self.decay) * means
         self.default_vectors.copy_(torch.where(counts > 0, moved, self.default_vectors))
 
-    def extra_repr(self) -> str:
-        """The gate's settings and the decay."""
-        return ", ".join(filter(None, (super().extra_repr(), f"decay={self.decay}")))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DefaultVector:
         with keep_wide(self, "default_vectors"):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -117,7 +114,7 @@ class DefaultVector(Estimator):
 
 
 def _rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Rows [T, E] times matrix [E, H], with the same bits for any number of threads."""
+    """The product of [T, E] and [E, H], with the same bits for any number of threads."""
     offsets = torch.arange(2, device=rows.device) * rows.shape[0]
     return ops.grouped_linear(rows, matrix.t().unsqueeze(0), None, offsets)
 

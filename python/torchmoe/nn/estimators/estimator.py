@@ -53,6 +53,7 @@ class Estimator(nn.Module):
         score_functions: the score functions that the estimator is defined for.
         normalizes: the normalisations that it is defined for.
         refusal: why it is not defined for the others: the end of that error's requirement.
+        settings: the names of its own attributes that repr shows.
     """
 
     top_k: int
@@ -64,6 +65,7 @@ class Estimator(nn.Module):
     score_functions: tuple[str, ...] = SCORE_FUNCTIONS
     normalizes: tuple[str, ...] = NORMALIZES
     refusal: str = ""
+    settings: tuple[str, ...] = ()
     _layer: dict[str, Any] | None = None  # what bind was told
 
     def bind(
@@ -263,7 +265,6 @@ class Estimator(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The gate's settings, once the estimator belongs to a layer."""
-        if self._layer is None:
-            return ""
-        return f"score_function={self.score_function!r}, normalize={self.normalize!r}"
+        """The gate's settings, once the estimator belongs to a layer, and its own."""
+        gate = () if self._layer is None else ("score_function", "normalize")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*gate, *self.settings))

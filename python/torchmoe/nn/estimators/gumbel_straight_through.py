@@ -29,6 +29,8 @@ class GumbelStraightThrough(StraightThrough):
         ValueError: temperature is negative or not finite.
     """
 
+    settings = ("temperature",)
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         check_not_negative("GumbelStraightThrough", "temperature", temperature)
@@ -46,7 +48,3 @@ class GumbelStraightThrough(StraightThrough):
         if self.training and self.temperature > 0:
             scores = scores + self.temperature * gumbel_like(scores)
         return super().select(scores, selection_bias=selection_bias, token_mask=token_mask)
-
-    def extra_repr(self) -> str:
-        """The gate's settings and the temperature."""
-        return ", ".join(filter(None, (super().extra_repr(), f"temperature={self.temperature}")))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmoe import ops
 from torchmoe.nn._checks import check_not_negative
 from torchmoe.nn.estimators._noise import gumbel_like
-from torchmoe.nn.estimators._slots import by_expert
+from torchmoe.nn.estimators._slots import by_expert, named
 from torchmoe.nn.estimators.estimator import Estimator
 
 _FULL_WEIGHT_CHANCE = 1 / 4
@@ -48,6 +48,7 @@ class SparseMixer(Estimator):
     score_functions = ("softmax",)
     normalizes = ("none",)
     refusal = "whose gradient is that of a draw from the softmax"
+    settings = ("jitter",)
 
     def __init__(self, jitter: float = 0.01) -> None:
         super().__init__()
@@ -79,7 +80,7 @@ class SparseMixer(Estimator):
             if self.training:
                 scores = scores + gumbel_like(scores)
             slots.append(_best(scores, taken, token_mask))
-            taken = taken | _named(slots[-1], self.num_experts)
+            taken = taken | named(slots[-1], self.num_experts)
         return torch.cat(slots, dim=1)
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
@@ -95,10 +96,6 @@ class SparseMixer(Estimator):
         """The m of the experts that serve the token, without the factor c: [T, E]."""
         m, _ = self._multipliers(logits, selected)
         return by_expert(m, indices, self.num_experts)
-
-    def extra_repr(self) -> str:
-        """The gate's settings and the jitter."""
-        return ", ".join(filter(None, (super().extra_repr(), f"jitter={self.jitter}")))
 
     def _multipliers(self, logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """For each slot m, and whether its expert is the largest of those that competed: [T, K]."""
@@ -116,7 +113,7 @@ class SparseMixer(Estimator):
                 )
             )
             largest.append(slot == _best(competing.detach(), taken, None))
-            taken = taken | _named(slot, self.num_experts)
+            taken = taken | named(slot, self.num_experts)
         return torch.cat(m, dim=1), torch.cat(largest, dim=1)
 
     def _compete(self, logits: Tensor, taken: Tensor) -> Tensor:
@@ -125,11 +122,6 @@ class SparseMixer(Estimator):
         most = z.masked_fill(taken, -torch.inf).amax(dim=1, keepdim=True)
         far = (most - z) / torch.maximum(z.abs(), most) > 2 * self.jitter
         return logits.masked_fill(taken | far, -torch.inf)
-
-
-def _named(slot: Tensor, num_experts: int) -> Tensor:
-    """Which expert a slot [T, 1] names: [T, E]."""
-    return by_expert(torch.ones_like(slot), slot, num_experts) > 0
 
 
 def _best(scores: Tensor, taken: Tensor, token_mask: Tensor | None) -> Tensor:
