@@ -16,7 +16,8 @@ TORCH_LIBRARY(torchmoe, m) {
       "Tensor? token_mask=None) -> Tensor");
   m.def(
       "limit_capacity(Tensor indices, Tensor capacity, *, str order=\"choice\", "
-      "Tensor? priority=None, str overflow=\"drop\") -> Tensor");
+      "Tensor? priority=None, str overflow=\"drop\", Tensor? scores=None, Tensor? backup=None) "
+      "-> Tensor");
 
   // Weigh
   m.def(
@@ -68,6 +69,10 @@ TORCH_LIBRARY(torchmoe, m) {
   m.def(
       "_load_balancing_loss_backward(Tensor grad, Tensor logits, Tensor fraction, *, "
       "str score_function, Tensor? token_mask=None) -> Tensor");
+  m.def("mean_over_tokens(Tensor values, *, Tensor? token_mask=None) -> Tensor");
+  m.def(
+      "_mean_over_tokens_backward(Tensor grad, SymInt num_tokens, *, Tensor? token_mask=None) "
+      "-> Tensor");
   m.def("router_z_loss(Tensor logits, *, Tensor? token_mask=None) -> Tensor");
   m.def(
       "_router_z_loss_backward(Tensor grad, Tensor logits, *, Tensor? token_mask=None) -> Tensor");

@@ -10,6 +10,7 @@
 #include "ops/grouped_linear.h"
 #include "ops/limit_capacity.h"
 #include "ops/load_balancing_loss.h"
+#include "ops/mean_over_tokens.h"
 #include "ops/permute.h"
 #include "ops/router_logits.h"
 #include "ops/router_z_loss.h"

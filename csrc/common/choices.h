@@ -15,7 +15,7 @@ enum class ScoreFunction { softmax, sigmoid };
 enum class Normalize { none, topk, uniform };
 enum class GateEstimator { exact, straight_through };
 enum class CapacityOrder { choice, token };
-enum class Overflow { drop };
+enum class Overflow { drop, next_best, backup };
 
 template <typename Enum, std::size_t size>
 using Choices = std::array<std::pair<std::string_view, Enum>, size>;
@@ -63,7 +63,8 @@ inline CapacityOrder choose_order(std::string_view op, std::string_view given) {
 }
 
 inline Overflow choose_overflow(std::string_view op, std::string_view given) {
-  static constexpr Choices<Overflow, 1> choices{{{"drop", Overflow::drop}}};
+  static constexpr Choices<Overflow, 3> choices{
+      {{"drop", Overflow::drop}, {"next_best", Overflow::next_best}, {"backup", Overflow::backup}}};
   return choose(op, "overflow", given, choices);
 }
 

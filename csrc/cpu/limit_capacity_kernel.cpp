@@ -1,12 +1,13 @@
 #include <algorithm>
-#include <cmath>
-#include <numeric>
 #include <vector>
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/choices.h"
+#include "common/dtypes.h"
+#include "common/rank.h"
 #include "cpu/tensors.h"
 #include "ops/limit_capacity.h"
 
@@ -38,31 +39,129 @@ void in_priority_order(const double* priority,
                        int64_t num_tokens,
                        int64_t top_k,
                        const Serve& serve) {
-  std::vector<int64_t> slots;
+  // The priority travels with its slot: looked up at every comparison it would miss the cache.
+  struct Ranked {
+    double priority;
+    int64_t slot;
+  };
+  std::vector<Ranked> slots;
   slots.reserve(num_tokens * top_k);
-  in_order(order, num_tokens, top_k, [&](int64_t slot) { slots.push_back(slot); });
-  std::stable_sort(slots.begin(), slots.end(), [&](int64_t a, int64_t b) {
-    return priority[a] > priority[b] || (std::isnan(priority[b]) && !std::isnan(priority[a]));
+  in_order(
+      order, num_tokens, top_k, [&](int64_t slot) { slots.push_back({priority[slot], slot}); });
+  std::stable_sort(slots.begin(), slots.end(), [](const Ranked& a, const Ranked& b) {
+    return ranks_before(a.priority, b.priority);
   });
-  std::for_each(slots.begin(), slots.end(), serve);
+  for (const auto& ranked : slots) {
+    serve(ranked.slot);
+  }
 }
 
+/// How many more slots each expert takes.
+class Room {
+ public:
+  Room(const int64_t* capacity, int64_t num_experts) : left_(capacity, capacity + num_experts) {
+    for (int64_t e = 0; e < num_experts; ++e) {
+      if (left_[e] > 0) {
+        open_.push_back(e);
+      }
+    }
+  }
+
+  int64_t num_experts() const { return static_cast<int64_t>(left_.size()); }
+
+  /// Gives a place of the expert away, if it has one.
+  bool take(int64_t expert) {
+    if (left_[expert] <= 0) {
+      return false;
+    }
+    if (--left_[expert] == 0) {
+      open_.erase(std::lower_bound(open_.begin(), open_.end(), expert));
+    }
+    return true;
+  }
+
+  /// The experts with room, in ascending order. A full expert stays full, so that this only gets
+  /// shorter, and a search through it is over at once where nothing is left.
+  const std::vector<int64_t>& open() const { return open_; }
+
+ private:
+  std::vector<int64_t> left_;
+  std::vector<int64_t> open_;
+};
+
+/// Finds another expert for a slot whose own is full.
+template <typename T>
+class Rerouter {
+ public:
+  Rerouter(const T* scores, const int64_t* backup, int64_t top_k, int64_t num_experts)
+      : scores_(scores), backup_(backup), top_k_(top_k), named_by_(num_experts, -1) {}
+
+  /// The new expert, its place taken, or -1. `choices` are the token's slots: experts served and
+  /// those asked for by slots that wait, -1 where nothing is named.
+  int64_t reroute(int64_t slot, int64_t expert, const int64_t* choices, Room& room) {
+    if (room.open().empty()) {
+      return -1;
+    }
+    for (int64_t j = 0; j < top_k_; ++j) {
+      if (choices[j] >= 0) {
+        named_by_[choices[j]] = slot;
+      }
+    }
+    if (backup_ != nullptr) {
+      const int64_t other = backup_[expert];
+      if (named_by_[other] != slot && room.take(other)) {
+        return other;
+      }
+    }
+    const int64_t best = best_open(slot, room);
+    if (best >= 0) {
+      room.take(best);
+    }
+    return best;
+  }
+
+ private:
+  int64_t best_open(int64_t slot, const Room& room) const {
+    const T* row = scores_ + slot / top_k_ * room.num_experts();
+    int64_t best = -1;
+    for (const int64_t e : room.open()) {
+      if (named_by_[e] != slot && (best < 0 || ranks_before(row[e], row[best]))) {
+        best = e;
+      }
+    }
+    return best;
+  }
+
+  const T* scores_;
+  const int64_t* backup_;
+  int64_t top_k_;
+  /// The slot whose token was last seen to name the expert: no need to clear marks.
+  std::vector<int64_t> named_by_;
+};
+
+template <typename T>
 void limit_capacity_kernel_impl(const int64_t* indices,
                                 const int64_t* capacity,
                                 const double* priority,
+                                const T* scores,
+                                const int64_t* backup,
                                 CapacityOrder order,
                                 int64_t num_tokens,
                                 int64_t top_k,
                                 int64_t num_experts,
                                 int64_t* limited) {
-  std::vector<int64_t> taken(num_experts, 0);
+  std::transform(indices, indices + num_tokens * top_k, limited, [&](int64_t expert) {
+    return expert >= 0 && expert < num_experts ? expert : -1;
+  });
+  Room room(capacity, num_experts);
+  Rerouter<T> rerouter(scores, backup, top_k, num_experts);
   const auto serve = [&](int64_t slot) {
-    const int64_t expert = indices[slot];
-    const bool kept = expert >= 0 && expert < num_experts && taken[expert] < capacity[expert];
-    if (kept) {
-      ++taken[expert];
+    const int64_t expert = limited[slot];
+    if (expert < 0 || room.take(expert)) {
+      return;
     }
-    limited[slot] = kept ? expert : -1;
+    const int64_t* choices = limited + slot / top_k * top_k;
+    limited[slot] = scores == nullptr ? -1 : rerouter.reroute(slot, expert, choices, room);
   };
   if (priority == nullptr) {
     in_order(order, num_tokens, top_k, serve);
@@ -71,25 +170,41 @@ void limit_capacity_kernel_impl(const int64_t* indices,
   }
 }
 
+at::IntArrayRef entries(const at::Tensor& table) {
+  return {table.const_data_ptr<int64_t>(), static_cast<size_t>(table.numel())};
+}
+
 at::Tensor limit_capacity_kernel(const at::Tensor& indices,
                                  const at::Tensor& capacity,
                                  std::string_view order,
                                  const std::optional<at::Tensor>& priority,
-                                 std::string_view overflow) {
-  check_limit_capacity(indices, capacity, order, priority, overflow);
+                                 std::string_view overflow,
+                                 const std::optional<at::Tensor>& scores,
+                                 const std::optional<at::Tensor>& backup) {
+  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup);
   const auto indices_c = indices.contiguous();
   const auto capacity_c = capacity.contiguous();
-  // float64 holds every other floating type exactly, so one instance ranks them all.
+  const auto backup_c = cpu::contiguous_as(backup, at::kLong);
+  check_limit_capacity_entries(entries(capacity_c),
+                               backup_c ? std::optional(entries(*backup_c)) : std::nullopt);
+  // float64 holds every other floating type exactly, so one instance ranks all priorities. Scores
+  // are E / K times as many: theirs are widened no more than they must be.
   const auto priority_c = cpu::contiguous_as(priority, at::kDouble);
+  const auto acc = scores ? accumulate_dtype(scores->scalar_type()) : at::kFloat;
+  const auto scores_c = cpu::contiguous_as(scores, acc);
   auto limited = at::empty(indices.sizes(), indices.options());
-  limit_capacity_kernel_impl(indices_c.const_data_ptr<int64_t>(),
-                             capacity_c.const_data_ptr<int64_t>(),
-                             cpu::data_or_null<double>(priority_c),
-                             choose_order("limit_capacity", order),
-                             indices.size(0),
-                             indices.size(1),
-                             capacity.size(0),
-                             limited.mutable_data_ptr<int64_t>());
+  AT_DISPATCH_FLOATING_TYPES(acc, "limit_capacity", [&] {
+    limit_capacity_kernel_impl(indices_c.const_data_ptr<int64_t>(),
+                               capacity_c.const_data_ptr<int64_t>(),
+                               cpu::data_or_null<double>(priority_c),
+                               cpu::data_or_null<scalar_t>(scores_c),
+                               cpu::data_or_null<int64_t>(backup_c),
+                               choose_order("limit_capacity", order),
+                               indices.size(0),
+                               indices.size(1),
+                               capacity.size(0),
+                               limited.mutable_data_ptr<int64_t>());
+  });
   return limited;
 }
 

@@ -1,3 +1,4 @@
+#include <optional>
 #include <vector>
 
 #include <ATen/Dispatch.h>
@@ -25,14 +26,14 @@ T sum_of(const T* values, int64_t size) {
   return sum;
 }
 
-/// E * sum_i fraction_i * P_i of one sequence.
+/// E * sum_i fraction_i * P_i of one sequence; nothing where no token counts.
 template <typename T>
-double sequence_loss(ScoreFunction score_function,
-                     const T* logits,
-                     const T* fraction,
-                     const bool* token_mask,
-                     int64_t num_tokens,
-                     int64_t num_experts) {
+std::optional<double> sequence_loss(ScoreFunction score_function,
+                                    const T* logits,
+                                    const T* fraction,
+                                    const bool* token_mask,
+                                    int64_t num_tokens,
+                                    int64_t num_experts) {
   const auto shares = cpu::sum_over_tokens<T>(
       num_tokens, token_mask, num_experts, [&](int64_t t, double* sums, T* probs) {
         cpu::score_row(score_function, logits + t * num_experts, num_experts, probs);
@@ -42,7 +43,7 @@ double sequence_loss(ScoreFunction score_function,
         }
       });
   if (shares.count == 0) {
-    return 0.0;
+    return std::nullopt;
   }
   double loss = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -102,16 +103,20 @@ at::Tensor load_balancing_loss_kernel(const at::Tensor& logits,
   AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss", [&] {
     const bool* mask_data = cpu::data_or_null<bool>(mask);
     double sum = 0;
+    int64_t counted = 0;
     for (int64_t s = 0; s < num_sequences; ++s) {
-      sum += sequence_loss(choose_score_function("load_balancing_loss", score_function),
-                           logits_acc.const_data_ptr<scalar_t>() + s * num_tokens * num_experts,
-                           fraction_acc.const_data_ptr<scalar_t>() + s * num_experts,
-                           mask_data == nullptr ? nullptr : mask_data + s * num_tokens,
-                           num_tokens,
-                           num_experts);
+      const auto of_sequence =
+          sequence_loss(choose_score_function("load_balancing_loss", score_function),
+                        logits_acc.const_data_ptr<scalar_t>() + s * num_tokens * num_experts,
+                        fraction_acc.const_data_ptr<scalar_t>() + s * num_experts,
+                        mask_data == nullptr ? nullptr : mask_data + s * num_tokens,
+                        num_tokens,
+                        num_experts);
+      sum += of_sequence.value_or(0.0);
+      counted += of_sequence ? 1 : 0;
     }
     *loss.mutable_data_ptr<scalar_t>() =
-        static_cast<scalar_t>(num_sequences == 0 ? 0.0 : sum / static_cast<double>(num_sequences));
+        static_cast<scalar_t>(counted == 0 ? 0.0 : sum / static_cast<double>(counted));
   });
   return loss;
 }
@@ -133,12 +138,19 @@ at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
   auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss_backward", [&] {
     const bool* mask_data = cpu::data_or_null<bool>(mask);
+    const auto mask_of = [&](int64_t s) {
+      return mask_data == nullptr ? nullptr : mask_data + s * num_tokens;
+    };
+    int64_t counted = 0;
     for (int64_t s = 0; s < num_sequences; ++s) {
-      const bool* sequence_mask = mask_data == nullptr ? nullptr : mask_data + s * num_tokens;
+      counted += cpu::count_tokens(num_tokens, mask_of(s)) > 0 ? 1 : 0;
+    }
+    for (int64_t s = 0; s < num_sequences; ++s) {
+      const bool* sequence_mask = mask_of(s);
       const auto count = static_cast<double>(cpu::count_tokens(num_tokens, sequence_mask));
       const double scale = static_cast<double>(*grad_acc.const_data_ptr<scalar_t>()) *
                            static_cast<double>(num_experts) /
-                           (count * static_cast<double>(num_sequences));
+                           (count * static_cast<double>(counted));
       sequence_loss_backward(
           choose_score_function("load_balancing_loss", score_function),
           static_cast<scalar_t>(scale),

@@ -1,10 +1,11 @@
-#include <cmath>
+#include <vector>
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/rank.h"
 #include "cpu/parallel.h"
 #include "cpu/tensors.h"
 #include "ops/select_experts.h"
@@ -13,16 +14,10 @@ namespace torchmoe {
 
 namespace {
 
-/// Whether score a ranks strictly before b: larger first, NaN after everything. Equal scores rank
-/// by expert id, which scanning the experts in ascending order with this strict comparison gives
-/// for free.
-template <typename T>
-bool ranks_before(T a, T b) {
-  return a > b || (std::isnan(b) && !std::isnan(a));
-}
-
 /// The top_k of one token's scores, best first, by insertion into a sorted list: linear in the
 /// number of experts for the small top_k of routing, since most scores fail the first comparison.
+/// Equal scores rank by expert id, which the ascending scan with a strict comparison gives for
+/// free.
 template <typename T>
 void select_row(
     const T* scores, const T* bias, int64_t num_experts, int64_t top_k, T* best, int64_t* indices) {

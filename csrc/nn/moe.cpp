@@ -25,10 +25,28 @@ void check_gate(const GateOptions& gate) {
   choose_estimator("Gate", gate.estimator());
 }
 
-void check_capacity(const CapacityOptions& capacity) {
+void check_capacity(const CapacityOptions& capacity, int64_t num_experts) {
   check_at_least("Capacity", "minimum", capacity.minimum(), 0);
   choose_order("Capacity", capacity.order());
-  choose_overflow("Capacity", capacity.overflow());
+  const bool needs_backup = choose_overflow("Capacity", capacity.overflow()) == Overflow::backup;
+  const auto& backup = capacity.backup();
+  TORCH_CHECK_VALUE(static_cast<int64_t>(backup.size()) == (needs_backup ? num_experts : 0),
+                    "Capacity: backup must have ",
+                    needs_backup ? num_experts : 0,
+                    " entries with overflow \"",
+                    capacity.overflow(),
+                    "\", got ",
+                    backup.size());
+  for (size_t e = 0; e < backup.size(); ++e) {
+    TORCH_CHECK_VALUE(
+        backup[e] >= 0 && backup[e] < num_experts && backup[e] != static_cast<int64_t>(e),
+        "Capacity: backup must be another expert in [0, ",
+        num_experts,
+        ") for every expert, got ",
+        backup[e],
+        " for expert ",
+        e);
+  }
   TORCH_CHECK_VALUE(capacity.normalize() == "before_drop" || capacity.normalize() == "after_drop",
                     "Capacity: normalize must be one of \"before_drop\", \"after_drop\", got \"",
                     capacity.normalize(),
@@ -70,6 +88,11 @@ std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
   return {tokens.masked_fill(mask.logical_not().unsqueeze(-1), 0), mask};
 }
 
+/// The ids with rerouted ones replaced and dropped ones not yet removed.
+at::Tensor before_drop(const Routing& routing) {
+  return at::where(routing.indices.ge(0), routing.indices, routing.selected);
+}
+
 /// Slots per expert: [T, K] -> [E].
 at::Tensor count(const at::Tensor& indices, int64_t num_experts) {
   return dispatch_plan(indices, num_experts).expert_offsets.diff();
@@ -93,12 +116,13 @@ MoEImpl::MoEImpl(const MoEOptions& settings) : options(settings) {
     options.gate().normalize(options.top_k() > 1 ? "topk" : "none");
   }
   if (const auto& capacity = options.capacity()) {
-    check_capacity(*capacity);
+    check_capacity(*capacity, options.num_experts());
     factor_.emplace(capacity->factor(), "Capacity", "factor");
     eval_factor_ = factor_;
     if (capacity->eval_factor()) {
       eval_factor_.emplace(*capacity->eval_factor(), "Capacity", "eval_factor");
     }
+    backup_ = at::tensor(capacity->backup(), at::kLong);
   }
   if (!options.router()) {
     options.router(RouterOptions(options.hidden_size(), options.num_experts()));
@@ -132,7 +156,7 @@ void MoEImpl::pretty_print(std::ostream& stream) const {
     if (capacity->eval_factor()) {
       stream << ", eval_capacity_factor=" << *capacity->eval_factor();
     }
-    stream << ", order=" << capacity->order();
+    stream << ", order=" << capacity->order() << ", overflow=" << capacity->overflow();
   }
   stream << ", balance_weight=" << options.balance_weight()
          << ", z_loss_weight=" << options.z_loss_weight() << ")";
@@ -151,14 +175,15 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>&
   // 2. Decide which experts, and what the full ones drop: integers only.
   routing.selected = select_experts(
       routing.logits.detach(), options.top_k(), std::nullopt, routing.token_mask);  // [T, K]
-  routing.indices = limit(routing.selected, counted);                               // [T, K]
+  routing.indices = limit(routing, counted);                                        // [T, K]
 
-  // 3. Weigh: before slots are dropped unless asked otherwise.
+  // 3. Weigh: rerouted slots as what they are now, and before slots are dropped unless asked
+  // otherwise.
   const auto& gate = options.gate();
   const bool after_drop = options.capacity() && options.capacity()->normalize() == "after_drop" &&
                           *gate.normalize() != "none";
   routing.weights = gate_weights(routing.logits,
-                                 after_drop ? routing.indices : routing.selected,
+                                 after_drop ? routing.indices : before_drop(routing),
                                  gate.score_function(),
                                  *gate.normalize(),
                                  gate.estimator());  // [T, K]
@@ -170,7 +195,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>&
   routing.tokens_per_expert = count(routing.selected, options.num_experts());  // [E]
   routing.kept_per_expert = options.capacity() ? count(routing.indices, options.num_experts())
                                                : routing.tokens_per_expert;
-  routing.losses = losses(routing, counted);
+  routing.losses = losses(routing);
   auto aux_loss = options.balance_weight() * routing.losses.at("load_balancing_loss");
   if (const auto z_loss = routing.losses.find("router_z_loss"); z_loss != routing.losses.end()) {
     aux_loss = aux_loss + options.z_loss_weight() * z_loss->second;
@@ -178,8 +203,8 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>&
   return {y.reshape(x.sizes()), std::move(aux_loss), std::move(routing)};
 }
 
-at::Tensor MoEImpl::limit(const at::Tensor& selected,
-                          const std::optional<at::Tensor>& counted) const {
+at::Tensor MoEImpl::limit(const Routing& routing, const std::optional<at::Tensor>& counted) const {
+  const auto& selected = routing.selected;
   if (!options.capacity()) {
     return selected;
   }
@@ -194,16 +219,22 @@ at::Tensor MoEImpl::limit(const at::Tensor& selected,
   const auto slots = counted
                          ? slots_of(*counted).expand({options.num_experts()})
                          : selected.new_full({options.num_experts()}, slots_of(selected.size(0)));
-  return limit_capacity(selected, slots, capacity.order(), std::nullopt, capacity.overflow());
+  const auto overflow = choose_overflow("Capacity", capacity.overflow());
+  return limit_capacity(
+      selected,
+      slots,
+      capacity.order(),
+      std::nullopt,
+      capacity.overflow(),
+      overflow == Overflow::drop ? std::nullopt : std::optional(routing.logits.detach()),
+      overflow == Overflow::backup ? std::optional(backup_.to(selected.device())) : std::nullopt);
 }
 
-std::map<std::string, at::Tensor> MoEImpl::losses(const Routing& routing,
-                                                  const std::optional<at::Tensor>& counted) const {
-  const auto counts = routing.tokens_per_expert.to(accumulate_dtype(routing.logits.scalar_type()));
+std::map<std::string, at::Tensor> MoEImpl::losses(const Routing& routing) const {
+  const auto& counts = routing.tokens_per_expert;
   // With no counted token the loss is 0 whatever the fraction, as long as that is a number.
-  const auto fraction =
-      counted ? counts / (options.top_k() * *counted).clamp_min(1)
-              : counts / std::max<int64_t>(options.top_k() * routing.logits.size(0), 1);
+  const auto fraction = counts.to(accumulate_dtype(routing.logits.scalar_type())) /
+                        counts.sum(-1, /*keepdim=*/true).clamp_min(1);
   std::map<std::string, at::Tensor> losses;
   losses["load_balancing_loss"] = load_balancing_loss(
       routing.logits, fraction, options.gate().score_function(), routing.token_mask);

@@ -24,7 +24,7 @@ struct Routing {
   at::Tensor logits;    ///< [T, E]; of no meaning where token_mask is false
   at::Tensor weights;   ///< [T, K]; the weight of a dropped slot is ignored
   at::Tensor selected;  ///< [T, K] int64: ids before capacity, -1 for masked tokens
-  at::Tensor indices;   ///< [T, K] int64: ids as routed, -1 also for dropped slots
+  at::Tensor indices;   ///< [T, K] int64: as routed, -1 where dropped, another id where rerouted
   std::optional<at::Tensor> token_mask;  ///< [T] bool
   at::Tensor tokens_per_expert;          ///< [E] int64: slots before any dropping
   at::Tensor kept_per_expert;            ///< [E] int64: slots after it
@@ -62,12 +62,12 @@ class MoEImpl : public torch::nn::Cloneable<MoEImpl> {
   FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())})
 
  private:
-  at::Tensor limit(const at::Tensor& selected, const std::optional<at::Tensor>& counted) const;
-  std::map<std::string, at::Tensor> losses(const Routing& routing,
-                                           const std::optional<at::Tensor>& counted) const;
+  at::Tensor limit(const Routing& routing, const std::optional<at::Tensor>& counted) const;
+  std::map<std::string, at::Tensor> losses(const Routing& routing) const;
 
   std::optional<CapacityFactor> factor_;
   std::optional<CapacityFactor> eval_factor_;
+  at::Tensor backup_;  ///< CapacityOptions::backup, undefined without capacity
 };
 TORCH_MODULE(MoE);
 

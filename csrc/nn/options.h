@@ -1,10 +1,12 @@
 // What a layer is built from. Names and defaults are those of the Python layer, which also has
-// usage scaling, replaceable routers and experts, and estimators of one's own.
+// usage and what reads it, priorities, groups, further losses, shared experts, replaceable parts and
+// estimators of one's own.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include <torch/arg.h>
 
@@ -33,8 +35,11 @@ struct CapacityOptions {
   TORCH_ARG(int64_t, minimum) = 0;
   /// "choice": all first choices in token order, then all second ones; "token": token by token.
   TORCH_ARG(std::string, order) = "choice";
-  /// "drop": a slot that does not fit is not routed.
+  /// What becomes of a slot that finds its expert full: "drop", "next_best" or "backup", see
+  /// limit_capacity.
   TORCH_ARG(std::string, overflow) = "drop";
+  /// With "backup": for each expert another one.
+  TORCH_ARG(std::vector<int64_t>, backup) = {};
   /// "before_drop" or "after_drop": whether dropped slots count where weights are normalised.
   TORCH_ARG(std::string, normalize) = "before_drop";
 };

@@ -13,16 +13,44 @@ at::Tensor limit_capacity(const at::Tensor& indices,
                           const at::Tensor& capacity,
                           std::string_view order,
                           const std::optional<at::Tensor>& priority,
-                          std::string_view overflow) {
+                          std::string_view overflow,
+                          const std::optional<at::Tensor>& scores,
+                          const std::optional<at::Tensor>& backup) {
   static const auto op = find_op<decltype(limit_capacity)>("torchmoe::limit_capacity");
-  return op.call(indices, capacity, order, priority, overflow);
+  return op.call(indices, capacity, order, priority, overflow, scores, backup);
 }
+
+namespace {
+
+/// An argument that some overflows read must come with them, and with no other.
+void check_presence(std::string_view name,
+                    const std::optional<at::Tensor>& tensor,
+                    bool is_read,
+                    std::string_view overflow) {
+  TORCH_CHECK_VALUE(tensor || !is_read,
+                    "limit_capacity: ",
+                    name,
+                    " must be given with overflow \"",
+                    overflow,
+                    "\", got None");
+  TORCH_CHECK_VALUE(!tensor || is_read,
+                    "limit_capacity: ",
+                    name,
+                    " must be None with overflow \"",
+                    overflow,
+                    "\", got a tensor of shape ",
+                    tensor->sym_sizes());
+}
+
+}  // namespace
 
 void check_limit_capacity(const at::Tensor& indices,
                           const at::Tensor& capacity,
                           std::string_view order,
                           const std::optional<at::Tensor>& priority,
-                          std::string_view overflow) {
+                          std::string_view overflow,
+                          const std::optional<at::Tensor>& scores,
+                          const std::optional<at::Tensor>& backup) {
   constexpr auto op = "limit_capacity";
   check_dim(op, "indices", indices, 2, "[num_tokens, top_k]");
   check_dtype(op, "indices", indices, at::kLong);
@@ -30,7 +58,6 @@ void check_limit_capacity(const at::Tensor& indices,
   check_dtype(op, "capacity", capacity, at::kLong);
   check_same_device(op, "capacity", capacity, "indices", indices);
   choose_order(op, order);
-  choose_overflow(op, overflow);
   if (priority) {
     check_shape(op,
                 "priority",
@@ -40,6 +67,44 @@ void check_limit_capacity(const at::Tensor& indices,
     check_floating(op, "priority", *priority);
     check_same_device(op, "priority", *priority, "indices", indices);
   }
+  const auto chosen = choose_overflow(op, overflow);
+  check_presence("scores", scores, chosen != Overflow::drop, overflow);
+  if (scores) {
+    check_shape(op,
+                "scores",
+                *scores,
+                {indices.sym_size(0), capacity.sym_size(0)},
+                "[num_tokens, num_experts]");
+    check_floating(op, "scores", *scores);
+    check_same_device(op, "scores", *scores, "indices", indices);
+  }
+  check_presence("backup", backup, chosen == Overflow::backup, overflow);
+  if (backup) {
+    check_shape(op, "backup", *backup, {capacity.sym_size(0)}, "[num_experts]");
+    check_dtype(op, "backup", *backup, at::kLong);
+    check_same_device(op, "backup", *backup, "indices", indices);
+  }
+}
+
+void check_limit_capacity_entries(at::IntArrayRef capacity, std::optional<at::IntArrayRef> backup) {
+  const auto num_experts = static_cast<int64_t>(capacity.size());
+  for (int64_t e = 0; e < num_experts; ++e) {
+    TORCH_CHECK_VALUE(capacity[e] >= 0,
+                      "limit_capacity: capacity must be >= 0 for every expert, got ",
+                      capacity[e],
+                      " for expert ",
+                      e);
+    if (backup) {
+      const int64_t other = (*backup)[e];
+      TORCH_CHECK_VALUE(other >= 0 && other < num_experts && other != e,
+                        "limit_capacity: backup must be another expert in [0, ",
+                        num_experts,
+                        ") for every expert, got ",
+                        other,
+                        " for expert ",
+                        e);
+    }
+  }
 }
 
 namespace {
@@ -48,8 +113,10 @@ at::Tensor limit_capacity_meta(const at::Tensor& indices,
                                const at::Tensor& capacity,
                                std::string_view order,
                                const std::optional<at::Tensor>& priority,
-                               std::string_view overflow) {
-  check_limit_capacity(indices, capacity, order, priority, overflow);
+                               std::string_view overflow,
+                               const std::optional<at::Tensor>& scores,
+                               const std::optional<at::Tensor>& backup) {
+  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup);
   return at::empty_symint(indices.sym_sizes(), indices.options());
 }
 

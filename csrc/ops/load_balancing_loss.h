@@ -14,8 +14,8 @@ namespace torchmoe {
 ///     p = score_function(logits)
 ///
 /// Exactly 1 when either is uniform, E when all tokens sit on one expert with certainty and K = 1.
-/// Leading dimensions are independent; the result is the mean over them, one without a counted
-/// token counting 0.
+/// Leading dimensions are independent; the result is the mean over those that have a counted token,
+/// so that padding changes nothing, and 0 where none has.
 ///
 /// logits [..., T, E] floating; fraction [..., E] floating, each expert's share of the slots;
 /// token_mask [..., T] bool, true = the token counts -> scalar, float32 (float64 for float64

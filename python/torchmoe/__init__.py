@@ -10,8 +10,9 @@ from torchmoe import _library
 _BUILD_INFO = _library.load()
 
 # The ops must be registered before any module that names them is imported.
-from torchmoe import nn, ops, testing  # noqa: E402
-from torchmoe.capacity import expert_capacity  # noqa: E402
+from torchmoe import losses, nn, ops, testing  # noqa: E402
+from torchmoe.capacity import dynamic_capacity, expert_capacity  # noqa: E402
+from torchmoe.selection_bias import update_selection_bias  # noqa: E402
 
 __version__ = _BUILD_INFO["torchmoe"]
 
@@ -34,8 +35,11 @@ __all__ = [
     "__version__",
     "build_info",
     "cmake_prefix_path",
+    "dynamic_capacity",
     "expert_capacity",
+    "losses",
     "nn",
     "ops",
     "testing",
+    "update_selection_bias",
 ]

@@ -1,4 +1,4 @@
-"""How many slots an expert keeps, in integers.
+"""How many slots an expert keeps: one number for all in integers, or one each from their history.
 
 A float product rounds 1.1 * 2 * 200 / 4 up past 110, and a ceiling then gives 111. So a capacity
 factor is taken as the decimal number its author wrote (1.1 is 11/10) and everything after that is
@@ -21,6 +21,12 @@ from torch import Tensor
 # does compiled code. With a numerator of at most factor * 2^28 the product of both stays below 2^63
 # for factors up to 128.
 _MOST_SLOTS = 2**28
+
+# How far, relative to itself, a capacity in float64 may lie above a whole number and still count as
+# that number: far above what rounding does to it.
+_EXCESS = 1e-6
+
+ROUNDINGS = ("up", "down")
 
 
 def capacity_ratio(
@@ -59,6 +65,7 @@ def expert_capacity(
     top_k: int,
     capacity_factor: float | Fraction | Decimal,
     min_capacity: int = 0,
+    rounding: str = "up",
 ) -> int: ...
 @overload
 def expert_capacity(
@@ -67,6 +74,7 @@ def expert_capacity(
     top_k: int,
     capacity_factor: float | Fraction | Decimal,
     min_capacity: int = 0,
+    rounding: str = "up",
 ) -> Tensor: ...
 def expert_capacity(
     num_tokens: int | Tensor,
@@ -74,6 +82,7 @@ def expert_capacity(
     top_k: int,
     capacity_factor: float | Fraction | Decimal,
     min_capacity: int = 0,
+    rounding: str = "up",
 ) -> int | Tensor:
     """The most slots an expert keeps: ceil(capacity_factor * top_k * num_tokens / num_experts).
 
@@ -90,14 +99,16 @@ def expert_capacity(
         capacity_factor: 1 is just enough room when the tokens spread evenly. int, float, Fraction
             or Decimal.
         min_capacity: lower bound, for batches of very few tokens.
+        rounding: "up", or "down" for the floor instead of the ceiling (Mesh TensorFlow and what
+            was made after it).
 
     Returns:
         The capacity, 0 for no tokens.
 
     Raises:
         TypeError: capacity_factor is not a number.
-        ValueError: an argument is out of range, or num_tokens is a tensor that is not of an integer
-            dtype.
+        ValueError: an argument is out of range or unknown, or num_tokens is a tensor that is not of
+            an integer dtype.
     """
     if not isinstance(num_tokens, int | torch.SymInt | Tensor):
         raise TypeError(f"expert_capacity: num_tokens must be an int or tensor, got {num_tokens!r}")
@@ -105,10 +116,12 @@ def expert_capacity(
         raise ValueError(f"expert_capacity: num_experts must be >= 1, got {num_experts}")
     if top_k < 1:
         raise ValueError(f"expert_capacity: top_k must be >= 1, got {top_k}")
+    if rounding not in ROUNDINGS:
+        raise ValueError(f'expert_capacity: rounding must be "up" or "down", got "{rounding}"')
     ratio = capacity_ratio(capacity_factor)
     if computes_in_int64(num_tokens):
-        ratio = int64_ratio(ratio)
-    return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, min_capacity)
+        ratio = int64_ratio(ratio, rounding)
+    return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, min_capacity, rounding)
 
 
 def capacity_from_ratio(
@@ -117,6 +130,7 @@ def capacity_from_ratio(
     top_k: int,
     ratio: tuple[int, int],
     min_capacity: int,
+    rounding: str,
 ) -> int | Tensor:
     """`expert_capacity` for a factor that is two integers already; see there."""
     if min_capacity < 0:
@@ -125,6 +139,7 @@ def capacity_from_ratio(
     # A capacity above num_tokens means nothing, so a larger factor is cut here, before it can
     # overflow an int64 tensor.
     numerator = min(numerator, denominator)
+    excess = denominator - 1 if rounding == "up" else 0
 
     if isinstance(num_tokens, Tensor):
         if num_tokens.dtype not in (torch.int64, torch.int32):
@@ -133,12 +148,12 @@ def capacity_from_ratio(
                 f"got a tensor of {num_tokens.dtype}"
             )
         tokens = num_tokens.to(torch.int64)
-        slots = (tokens * numerator + (denominator - 1)) // denominator
+        slots = (tokens * numerator + excess) // denominator
         return torch.minimum(slots.clamp(min=min_capacity), tokens)
 
     if isinstance(num_tokens, int) and num_tokens < 0:
         raise ValueError(f"expert_capacity: num_tokens must be >= 0, got {num_tokens}")
-    slots_int = (num_tokens * numerator + (denominator - 1)) // denominator
+    slots_int = (num_tokens * numerator + excess) // denominator
     # torch.sym_max and sym_min, unlike max and min, put no guard on a symbolic number of tokens.
     at_least = torch.sym_max(slots_int, min_capacity)  # type: ignore[no-untyped-call]
     capacity: int = torch.sym_min(at_least, num_tokens)  # type: ignore[no-untyped-call]
@@ -150,18 +165,30 @@ def computes_in_int64(num_tokens: int | Tensor) -> bool:
     return isinstance(num_tokens, Tensor | torch.SymInt) or torch.compiler.is_compiling()
 
 
-def int64_ratio(ratio: tuple[int, int]) -> tuple[int, int]:
-    """The smallest fraction >= ratio with a denominator up to _MOST_SLOTS.
+def int64_ratio(ratio: tuple[int, int], rounding: str) -> tuple[int, int]:
+    """The closest fraction with a denominator up to _MOST_SLOTS, on the side that rounding goes.
 
     For n slots, n at most _MOST_SLOTS, no c * num_experts / n lies between the two, so that the
-    smallest whole c with c * num_experts / n >= ratio, which is the capacity, is the same for both.
-    Found by a walk down the Stern-Brocot tree.
+    smallest whole c with c * num_experts / n >= ratio (rounding "up", or the largest with <= for
+    "down"), which is the capacity, is the same for both.
     """
     whole, rest = divmod(ratio[0], ratio[1])
     common = math.gcd(rest, ratio[1])
     a, b = rest // common, ratio[1] // common
     if b <= _MOST_SLOTS:
         return whole * b + a, b
+    if rounding == "up":
+        numerator, denominator = _fraction_above(a, b)
+        return whole * denominator + numerator, denominator
+    numerator, denominator = _fraction_above(b - a, b)
+    return (whole + 1) * denominator - numerator, denominator
+
+
+def _fraction_above(a: int, b: int) -> tuple[int, int]:
+    """The smallest fraction >= a / b, in (0, 1), with a denominator up to _MOST_SLOTS < b.
+
+    Found by a walk down the Stern-Brocot tree.
+    """
     low, low_parts, high, high_parts = 0, 1, 1, 1
     while low_parts + high_parts <= _MOST_SLOTS:
         # The distances to a / b, times b and their own denominator: positive and never equal, since
@@ -173,4 +200,59 @@ def int64_ratio(ratio: tuple[int, int]) -> tuple[int, int]:
         else:
             steps = min((above - 1) // below, (_MOST_SLOTS - high_parts) // low_parts)
             high, high_parts = high + steps * low, high_parts + steps * low_parts
-    return whole * high_parts + high, high_parts
+    return high, high_parts
+
+
+def dynamic_capacity(
+    usage: Tensor, num_slots: int | Tensor, factor: float | Fraction | Decimal = 1
+) -> Tensor:
+    """A capacity for each expert that follows its history: more room where the load has been high.
+
+        capacity_i = ceil(max(1, usage_i / mean(usage)) * factor * num_slots / num_experts)
+
+    in float64, where an excess below 1e-6 of the number does not round up; at most num_slots. An
+    expert asks for as many slots as it has chosen tokens in this batch; what lies beyond its
+    capacity is refused (`torchmoe.ops.limit_capacity`). The load that asks is this batch's, the
+    load in the factor is history (`Router.usage`): with the current load in both places no expert
+    could ever ask for more than it may take, and the rule would refuse nothing.
+
+    Args:
+        usage: [E] floating, each expert's share of the slots so far; only its proportions matter.
+            An entry that is not above the mean, NaN included, counts as the mean.
+        num_slots: top_k times the number of counted tokens: an int, a symbolic int under
+            torch.compile, or an integer scalar on usage's device.
+        factor: 1 is just enough room when the tokens spread as they have; a finite number >= 0.
+
+    Returns:
+        [E] int64 on usage's device, computed without a sync; exact to about nine digits.
+
+    Raises:
+        TypeError: factor is not a number.
+        ValueError: factor is negative, NaN or infinite, or num_slots is a negative int.
+        RuntimeError: usage has another shape or is not floating.
+    """
+    ratio = capacity_ratio(factor, op="dynamic_capacity", argument="factor")
+    return dynamic_from_ratio(usage, num_slots, ratio)
+
+
+def dynamic_from_ratio(usage: Tensor, num_slots: int | Tensor, ratio: tuple[int, int]) -> Tensor:
+    """`dynamic_capacity` for a factor that is two integers already; see there."""
+    if usage.dim() != 1 or not usage.is_floating_point():
+        raise RuntimeError(
+            "dynamic_capacity: usage must be [num_experts] and floating, "
+            f"got {usage.dtype} of shape {list(usage.shape)}"
+        )
+    if isinstance(num_slots, int) and num_slots < 0:
+        raise ValueError(f"dynamic_capacity: num_slots must be >= 0, got {num_slots}")
+    num_experts = usage.shape[0]
+    # A larger factor gives no expert more, and might not fit a float.
+    factor = ratio[0] / ratio[1] if ratio[0] < num_experts * ratio[1] else num_experts
+    load = usage.double()
+    relative = load / load.mean()
+    relative = torch.where(relative > 1, relative, 1.0)
+    places = relative * (factor / max(num_experts, 1)) * num_slots
+    whole = places.floor()
+    capacity = torch.where(places - whole > _EXCESS * places, whole + 1, whole)
+    if isinstance(num_slots, Tensor):
+        return torch.minimum(capacity, num_slots.double()).to(torch.int64)
+    return capacity.clamp(max=num_slots).to(torch.int64)

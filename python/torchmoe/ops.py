@@ -92,24 +92,42 @@ def limit_capacity(
     order: str = "choice",
     priority: Tensor | None = None,
     overflow: str = "drop",
+    scores: Tensor | None = None,
+    backup: Tensor | None = None,
     num_experts: int | None = None,
 ) -> Tensor:
-    """Drops what an expert cannot take.
+    """Drops or reroutes what an expert cannot take.
 
-    Serves the slots in an order; an expert keeps the first `capacity` that ask for it, every later
-    one becomes -1. Not differentiable. `torchmoe.expert_capacity` computes the usual capacity.
+    Serves the slots one after another; an expert keeps the first `capacity` slots that it gets. A
+    slot that finds its expert full overflows: it is given to another expert at once, before the
+    next slot is served, or becomes -1. Not differentiable. `torchmoe.expert_capacity` computes the
+    usual capacity, `torchmoe.dynamic_capacity` one that follows the history of the load.
+
+    For a given capacity, whether a later token can change what happens to an earlier one (whether
+    the routing is not causal) depends on who is served first, and on nothing else:
+
+    - order "token" without a priority: never, with any overflow
+    - order "choice" with more than one choice, or a priority: it can
+
+    Time grows linearly with the number of slots, with a priority as a sort does; a rerouted slot
+    costs a look at the experts that still have room.
 
     Args:
         indices: [T, K] int64. Ids outside [0, E) take no room and come out as -1.
-        capacity: [E] int64, one per expert (a negative entry keeps nothing); or one int >= 0 for
-            all, with num_experts.
+        capacity: [E] int64, one >= 0 per expert; or one int >= 0 for all, with num_experts.
         order: "choice": every token's first choice in token order, then all second choices, and so
             on (GShard, arXiv 2006.16668; ST-MoE, arXiv 2202.08906). "token": token by token, first
             choice before second; the only order in which a token's fate never depends on later
             tokens, so the only causal one.
         priority: [T, K] floating, replaces the order: larger first over all slots, NaN last, equal
             ones by `order` (V-MoE, arXiv 2106.05974).
-        overflow: "drop".
+        overflow: "drop": the slot is dropped. "next_best": it goes to the token's best other expert
+            with room, by scores, ties to the lower id and NaN last, never to an expert that another
+            slot of the token names, served or still waiting; it is dropped only where there is
+            none. "backup": to backup[e] of its expert e if that has room and no other slot of the
+            token names it, else as in "next_best".
+        scores: [T, E] floating, for overflow "next_best" and "backup" only.
+        backup: [E] int64, for overflow "backup" only: for each expert another one.
         num_experts: E; required when capacity is an int, not allowed to differ from its size when
             it is a tensor.
 
@@ -118,8 +136,10 @@ def limit_capacity(
 
     Raises:
         TypeError: capacity is neither an int nor a tensor.
-        ValueError: an unknown order or overflow, a negative num_experts or int capacity, or an int
-            capacity without num_experts.
+        ValueError: an unknown order or overflow, a negative num_experts or int capacity, an int
+            capacity without num_experts, scores or backup without their overflow or missing with
+            it; and, unless the tensors are on a device that would have to be waited for, a negative
+            entry of capacity or one of backup that names no expert or its own.
         RuntimeError: a shape, dtype or device does not fit.
     """
     if isinstance(capacity, Tensor):
@@ -143,7 +163,13 @@ def limit_capacity(
     return cast(
         Tensor,
         _ops.limit_capacity.default(
-            indices, capacity, order=order, priority=priority, overflow=overflow
+            indices,
+            capacity,
+            order=order,
+            priority=priority,
+            overflow=overflow,
+            scores=scores,
+            backup=backup,
         ),
     )
 
@@ -342,7 +368,7 @@ def load_balancing_loss(
 
     Args:
         logits: [..., T, E] floating; leading dimensions are independent and the losses are averaged
-            over them.
+            over those that have a counted token.
         fraction: [..., E]: each expert's share of the slots. Gets no gradient.
         score_function: "softmax" or "sigmoid"; the scores are divided by their sum over the
             experts.
@@ -361,6 +387,27 @@ def load_balancing_loss(
             logits, fraction, score_function=score_function, token_mask=token_mask
         ),
     )
+
+
+def mean_over_tokens(values: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """The mean over counted tokens, with the same bits for any number of threads.
+
+    torch's own mean over tokens is split by threads. Losses and statistics of a router are composed
+    from this one: `torchmoe.losses`, `torchmoe.routing_statistics`.
+
+    Args:
+        values: [..., T, C] floating; leading dimensions are independent. What it holds for a token
+            that does not count, NaN included, does not matter.
+        token_mask: [..., T] bool, True = the token counts.
+
+    Returns:
+        [..., C], float32 (float64 for float64 values), summed in float64; 0 where no token counts.
+        Differentiable in values, any number of times.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _ops.mean_over_tokens.default(values, token_mask=token_mask))
 
 
 def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:

@@ -54,6 +54,13 @@ Named all_ops(at::ScalarType dtype) {
         "limit_capacity by priority " + order,
         torchmoe::limit_capacity(selected, capacity, order, wave(selected.sizes(), 1)));
   }
+  const Tensor backup = torch::arange(kExperts).add(1).remainder(kExperts);
+  results.emplace_back(
+      "limit_capacity with next_best",
+      torchmoe::limit_capacity(selected, capacity, "token", {}, "next_best", logits.detach()));
+  results.emplace_back("limit_capacity with backup",
+                       torchmoe::limit_capacity(
+                           selected, capacity, "choice", {}, "backup", logits.detach(), backup));
   const Tensor indices = torchmoe::limit_capacity(selected, capacity);
   for (const std::string normalize : {"none", "topk"}) {
     for (const std::string score : {"softmax", "sigmoid"}) {
@@ -96,6 +103,7 @@ Named all_ops(at::ScalarType dtype) {
          torchmoe::load_balancing_loss(logits, fraction, score, mask),
          {logits});
   }
+  keep("mean_over_tokens", torchmoe::mean_over_tokens(logits, mask), {logits});
   keep("router_z_loss", torchmoe::router_z_loss(logits, mask), {logits});
   keep("scale_gradient", torchmoe::scale_gradient(x, wave({kTokens, 1}, 13)), {x});
   const Tensor loss = leaf({});

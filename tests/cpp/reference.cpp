@@ -116,7 +116,10 @@ Tensor select_experts(const Tensor& scores,
 Tensor limit_capacity(const Tensor& indices,
                       const std::vector<int64_t>& capacity,
                       const std::string& order,
-                      const OptionalTensor& priority) {
+                      const OptionalTensor& priority,
+                      const std::string& overflow,
+                      const OptionalTensor& scores,
+                      const std::vector<int64_t>& backup) {
   std::vector<std::pair<int64_t, int64_t>> slots;
   for (int64_t t = 0; t < indices.size(0); ++t) {
     for (int64_t j = 0; j < indices.size(1); ++j) {
@@ -134,13 +137,36 @@ Tensor limit_capacity(const Tensor& indices,
                           value(*priority, {b.first, b.second}));
     });
   }
-  Tensor kept = torch::full(indices.sizes(), -1, torch::kLong);
+  const auto experts = static_cast<int64_t>(capacity.size());
+  // What a slot has got, or still asks for.
+  Tensor kept = torch::where(indices.ge(0) & indices.lt(experts), indices, -1);
   std::vector<int64_t> room = capacity;
-  for (const auto& [t, j] : slots) {
-    const int64_t e = integer(indices, {t, j});
-    if (e >= 0 && e < static_cast<int64_t>(room.size()) && room[static_cast<size_t>(e)]-- > 0) {
-      kept[t][j] = e;
+  for (const auto& slot : slots) {
+    const int64_t t = slot.first, j = slot.second, e = integer(kept, {t, j});
+    if (e < 0) {
+      continue;
     }
+    std::vector<int64_t> others;
+    if (overflow == "backup") {
+      others.push_back(backup[static_cast<size_t>(e)]);
+    }
+    if (overflow != "drop") {
+      const Tensor best = select_experts(scores->slice(0, t, t + 1), experts);
+      for (int64_t i = 0; i < experts; ++i) {
+        others.push_back(integer(best, {0, i}));
+      }
+    }
+    int64_t got = room[static_cast<size_t>(e)] > 0 ? e : -1;
+    for (const int64_t other : others) {
+      const bool is_named = kept[t].eq(other).any().item<bool>();
+      if (got < 0 && room[static_cast<size_t>(other)] > 0 && !is_named) {
+        got = other;
+      }
+    }
+    if (got >= 0) {
+      --room[static_cast<size_t>(got)];
+    }
+    kept[t][j] = got;
   }
   return kept;
 }
@@ -339,6 +365,22 @@ double load_balancing_loss(const Tensor& logits,
     }
   }
   return counted == 0 ? 0 : static_cast<double>(experts) * loss / static_cast<double>(counted);
+}
+
+Tensor mean_over_tokens(const Tensor& values, const OptionalTensor& token_mask) {
+  Tensor mean = torch::zeros({values.size(1)}, torch::kDouble);
+  for (int64_t c = 0; c < values.size(1); ++c) {
+    double sum = 0;
+    int64_t counted = 0;
+    for (int64_t t = 0; t < values.size(0); ++t) {
+      if (counts(token_mask, t)) {
+        ++counted;
+        sum += value(values, {t, c});
+      }
+    }
+    mean[c] = counted == 0 ? 0 : sum / static_cast<double>(counted);
+  }
+  return mean;
 }
 
 double router_z_loss(const Tensor& logits, const OptionalTensor& token_mask) {

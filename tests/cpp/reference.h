@@ -25,7 +25,10 @@ Tensor select_experts(const Tensor& scores,
 Tensor limit_capacity(const Tensor& indices,
                       const std::vector<int64_t>& capacity,
                       const std::string& order,
-                      const OptionalTensor& priority = {});
+                      const OptionalTensor& priority = {},
+                      const std::string& overflow = "drop",
+                      const OptionalTensor& scores = {},
+                      const std::vector<int64_t>& backup = {});
 
 // score_function(logits) over all experts.
 Tensor probabilities(const Tensor& logits, const std::string& score_function);
@@ -66,6 +69,9 @@ double load_balancing_loss(const Tensor& logits,
                            const Tensor& fraction,
                            const std::string& score_function,
                            const OptionalTensor& token_mask = {});
+
+// values [T, C] -> [C].
+Tensor mean_over_tokens(const Tensor& values, const OptionalTensor& token_mask = {});
 
 double router_z_loss(const Tensor& logits, const OptionalTensor& token_mask = {});
 

@@ -38,7 +38,7 @@ from op_case import (
     tolerance,
     wide_dtype,
 )
-from situations import COMPILED_TOKENS, PLAN, SITUATIONS, THREADS, Situation
+from situations import COMPILED_TOKENS, SITUATIONS, TABLES, THREADS, Situation
 
 
 def _index(entry: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -107,7 +107,7 @@ class OpTests:
         case = self.case
         plain = case.make(SITUATIONS["plain"], torch.float32, **variant)
         for name, value in plain.items():
-            if not isinstance(value, Tensor) or (style == "expanded" and name in PLAN):
+            if not isinstance(value, Tensor) or (style == "expanded" and name in TABLES):
                 continue
             view = strided(value, style)
             actual = case(plain | {name: view})

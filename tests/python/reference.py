@@ -61,6 +61,11 @@ def slot_order(num_tokens: int, top_k: int, order: str) -> list[tuple[int, int]]
     return [(t, j) for t in range(num_tokens) for j in range(top_k)]
 
 
+def _rank(value: float) -> tuple[bool, float]:
+    """The key that sorts larger numbers first and NaN last."""
+    return math.isnan(value), 0.0 if math.isnan(value) else -value
+
+
 def limit_capacity(
     indices: Tensor,
     capacity: Tensor,
@@ -68,26 +73,34 @@ def limit_capacity(
     order: str = "choice",
     priority: Tensor | None = None,
     overflow: str = "drop",
+    scores: Tensor | None = None,
+    backup: Tensor | None = None,
 ) -> Tensor:
-    """Serve slots one after another; an expert keeps the first `capacity` it is asked for."""
-    assert overflow == "drop"
+    """Serve slots one after another, each with what is left at that moment."""
     num_experts = capacity.numel()
     queue = slot_order(*indices.shape, order)
     if priority is not None:
-
-        def rank(slot: tuple[int, int]) -> tuple[bool, float]:
-            value = float(priority[slot])
-            return math.isnan(value), 0.0 if math.isnan(value) else -value
-
-        queue.sort(key=rank)
+        queue.sort(key=lambda slot: _rank(float(priority[slot])))
     left = capacity.tolist()
-    result = torch.full_like(indices, -1)
-    for slot in queue:
-        expert = int(indices[slot])
-        if is_routed(expert, num_experts) and left[expert] > 0:
-            left[expert] -= 1
-            result[slot] = expert
-    return result
+    # What a slot has got, or still asks for.
+    held = [[e if is_routed(e, num_experts) else -1 for e in row] for row in indices.tolist()]
+    for token, choice in queue:
+        expert = held[token][choice]
+        if expert == -1:
+            continue
+        wishes = [expert]
+        if overflow == "backup":
+            wishes.append(int(backup[expert]))
+        if overflow != "drop":
+            row = scores[token].tolist()
+            wishes += sorted(range(num_experts), key=lambda e: (_rank(row[e]), e))
+        others = held[token][:choice] + held[token][choice + 1 :]
+        # Its own expert a slot may share with another of its token: that is what was asked for.
+        free = [e for e in wishes if left[e] > 0 and (e == expert or e not in others)]
+        held[token][choice] = free[0] if free else -1
+        if free:
+            left[free[0]] -= 1
+    return torch.tensor(held, dtype=torch.int64).reshape(indices.shape)
 
 
 # --- weigh --------------------------------------------------------------------------------------
@@ -338,7 +351,7 @@ def attach_dense_gradient(
 def load_balancing_loss(
     logits: Tensor, fraction: Tensor, *, score_function: str, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Mean over the leading dimensions of E * sum_i fraction_i * P_i."""
+    """Mean over those leading dimensions with a counted token of E * sum_i fraction_i * P_i."""
     num_tokens, num_experts = logits.shape[-2:]
     groups = math.prod(logits.shape[:-2])
     logits = logits.reshape(groups, num_tokens, num_experts).double()
@@ -347,6 +360,7 @@ def load_balancing_loss(
     if token_mask is not None:
         mask = token_mask.reshape(groups, num_tokens)
     total = torch.zeros((), dtype=torch.float64)
+    counted = 0
     for group in range(groups):
         shares = []
         for token in range(num_tokens):
@@ -355,9 +369,24 @@ def load_balancing_loss(
                 mass = p.sum()
                 shares.append(torch.zeros_like(p) if bool(mass == 0) else p / mass)
         if shares:
+            counted += 1
             mean = torch.stack(shares).sum(0) / len(shares)
             total = total + num_experts * (fraction[group] * mean).sum()
-    return total / groups if groups else total
+    return total / counted if counted else total
+
+
+def mean_over_tokens(values: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """The counted tokens' sum over their number, for each leading dimension and column."""
+    *leading, num_tokens, columns = values.shape
+    groups = values.reshape(math.prod(leading), num_tokens, columns).double()
+    mask = torch.ones(len(groups), num_tokens, dtype=torch.bool)
+    if token_mask is not None:
+        mask = token_mask.reshape(mask.shape)
+    means = [
+        group[counts].sum(0) / max(int(counts.sum()), 1)
+        for group, counts in zip(groups, mask, strict=True)
+    ]
+    return _stack(means, (*leading, columns), values)
 
 
 def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:

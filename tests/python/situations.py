@@ -120,3 +120,6 @@ BLOCKS = Situation("blocks", T=1300, H=6, I=131, E=18, K=2)
 COMPILED_TOKENS = (7, 11, 16)
 
 PLAN = ("expert_offsets", "row_to_slot", "slot_to_row")
+
+# Inputs that would mean something else, or nothing, if all their entries were the same.
+TABLES = (*PLAN, "backup")

@@ -25,7 +25,7 @@ from torchmoe.nn import (
     StraightThroughDense,
 )
 from torchmoe.nn.estimators._dense_gradient import attach_dense_gradient
-from torchmoe.nn.estimators._slots import by_expert
+from torchmoe._slots import by_expert
 from torchmoe.testing import check_surrogate
 
 BUILT_IN = (

@@ -1,5 +1,6 @@
 """The layer and its parts: parameters, buffers and configuration around `torchmoe.ops`."""
 
+from torchmoe.nn.assistance import Assistance
 from torchmoe.nn.attached_loss import WithAttachedLoss
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.estimators.default_vector import DefaultVector
@@ -18,6 +19,7 @@ from torchmoe.nn.router import Router
 from torchmoe.nn.routing import MoEOutput, Routing
 
 __all__ = [
+    "Assistance",
     "Capacity",
     "DefaultVector",
     "Estimator",

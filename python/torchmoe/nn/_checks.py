@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 from torch import nn
@@ -42,12 +42,31 @@ def check_share(owner: str, argument: str, value: float) -> None:
         raise ValueError(f"{owner}: {argument} must be in [0, 1), got {value}")
 
 
+def check_backup(owner: str, backup: Sequence[int]) -> tuple[int, ...]:
+    """The table as a tuple; raises unless it names another expert for each (ValueError)."""
+    experts = range(len(backup))
+    for expert, other in enumerate(backup):
+        check_integer(owner, "backup", other)
+        if other not in experts or other == expert:
+            raise ValueError(
+                f"{owner}: backup must be another expert in [0, {len(backup)}) for every expert, "
+                f"got {other} for expert {expert}"
+            )
+    return tuple(backup)
+
+
 class Level:
-    """A module's float attribute that is >= 0, kept as None in `_name` while it is 0.
+    """A module's float attribute that is >= 0, kept as None in `_name` while it has no effect.
 
     Under torch.compile(dynamic=True) a float is symbolic, and asking whether it is above 0 compiles
     the graph twice; asking whether it is None does not.
+
+    Args:
+        neutral: the value that has no effect.
     """
+
+    def __init__(self, neutral: float = 0.0) -> None:
+        self._neutral = neutral
 
     def __set_name__(self, owner: type[nn.Module], name: str) -> None:
         self._name = name
@@ -60,8 +79,8 @@ class Level:
         if module is None:
             return self
         level: float | None = module.__dict__["_" + self._name]
-        return 0.0 if level is None else level
+        return self._neutral if level is None else level
 
     def __set__(self, module: nn.Module, value: float) -> None:
         check_not_negative(type(module).__name__, self._name, value)
-        module.__dict__["_" + self._name] = value or None
+        module.__dict__["_" + self._name] = None if value == self._neutral else value

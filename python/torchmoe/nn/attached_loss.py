@@ -32,8 +32,14 @@ class WithAttachedLoss(nn.Module):
         self.moe = moe
         self.scale = scale
 
-    def forward(self, x: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        earlier_counts: Tensor | None = None,
+    ) -> Tensor:
         """The layer's hidden states; arguments as for MoE."""
-        output: MoEOutput = self.moe(x, token_mask=token_mask)
+        output: MoEOutput = self.moe(x, token_mask=token_mask, earlier_counts=earlier_counts)
         # As a factor of the loss, not as the op's argument: a changed scale then compiles nothing.
         return ops.attach_loss(output.hidden_states, self.scale * output.aux_loss)

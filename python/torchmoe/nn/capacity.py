@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from torchmoe.capacity import (
+    ROUNDINGS,
     capacity_from_ratio,
     capacity_ratio,
     computes_in_int64,
+    dynamic_from_ratio,
     int64_ratio,
 )
-from torchmoe.nn._checks import check_at_least, check_choice
+from torchmoe.nn._checks import check_at_least, check_backup, check_choice
 
 ORDERS = ("choice", "token")
-_OVERFLOWS = ("drop",)
+OVERFLOWS = ("drop", "next_best", "backup")
+_PRIORITIES = ("random", "weight")
 _NORMALIZES = ("before_drop", "after_drop")
 
 
@@ -23,7 +31,20 @@ _NORMALIZES = ("before_drop", "after_drop")
 class Capacity:
     """Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts).
 
-    The arithmetic is that of `torchmoe.expert_capacity`.
+    The arithmetic is that of `torchmoe.expert_capacity`. One line each:
+
+        Capacity(1.25)                                     all first choices, then all second ones
+        Capacity(1.25, order="token")                      token by token
+        Capacity(1.25, priority="random")                  random dropping
+        Capacity(1.25, priority="weight")                  the least weights are dropped
+        Capacity(1, overflow="next_best")                  nobody is dropped while there is room
+        Capacity(1, overflow="backup", backup=(1, 2, 0))   what expert i cannot take goes to backup
+        Capacity(1, dynamic=True)                          more room where the load has been high
+
+    Whether a later token can change what an earlier one gets: the capacity itself grows with the
+    number of tokens in the call, so that no option makes the layer causal over calls of different
+    lengths. In a call of a given length, order "token" without a priority is causal, whatever the
+    overflow; order "choice" (with top_k above 1) and both priorities are not.
 
     Attributes:
         factor: capacity factor in training; 1 is just enough room when tokens spread evenly. Taken
@@ -33,47 +54,102 @@ class Capacity:
         order: who is served first, see `torchmoe.ops.limit_capacity`. "choice" (all first choices,
             then all second ones) lets a later token's first choice displace an earlier token's
             second, so it is not causal; "token" is.
-        overflow: "drop": a slot that finds its expert full is dropped.
+        overflow: what happens to a slot that finds its expert full, see
+            `torchmoe.ops.limit_capacity`. "drop", "next_best" (by the scores that rank the experts,
+            those outside the token's expert groups last) or "backup". The weights of rerouted slots
+            are those of their new experts.
         normalize: "before_drop": weights are formed before slots are dropped, so a token that loses
             a slot keeps the other's weight and its router a gradient. "after_drop": over the slots
             that are left, so that they sum to 1 again. With the gate's normalize "none" there is no
             difference.
+        priority: None: as `order` says. "random": in training by a draw for every slot, from
+            torch's default generator, in evaluation by `order`. "weight": the larger combine weight
+            first (V-MoE, arXiv 2106.05974), equal ones by `order`.
+        backup: for overflow "backup": for each expert another one.
+        rounding: "up", or "down" for the floor of the formula.
+        dynamic: the capacity of each expert is that of `torchmoe.dynamic_capacity` with the
+            router's `usage`: history decides which expert may take more.
 
     Raises:
-        TypeError: a factor is not a number.
-        ValueError: a value is out of range or unknown.
+        TypeError: a factor is not a number, or an entry of backup not an int.
+        ValueError: a value is out of range or unknown, or does not go with another.
     """
 
-    factor: float
-    eval_factor: float | None = None
+    factor: float | Fraction | Decimal
+    eval_factor: float | Fraction | Decimal | None = None
     minimum: int = 0
     order: str = "choice"
     overflow: str = "drop"
     normalize: str = "before_drop"
+    priority: str | None = None
+    backup: Sequence[int] | None = None
+    rounding: str = "up"
+    dynamic: bool = False
     # The factor in training and in evaluation, each as two integers and as two that suit int64.
     _ratios: dict[tuple[bool, bool], tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Checks every field and turns the factors into integers, once."""
         check_at_least("Capacity", "minimum", self.minimum, 0)
+        check_choice("Capacity", "rounding", self.rounding, ROUNDINGS)
         check_choice("Capacity", "order", self.order, ORDERS)
-        check_choice("Capacity", "overflow", self.overflow, _OVERFLOWS)
+        if self.priority is not None:
+            check_choice("Capacity", "priority", self.priority, _PRIORITIES)
+        check_choice("Capacity", "overflow", self.overflow, OVERFLOWS)
         check_choice("Capacity", "normalize", self.normalize, _NORMALIZES)
+        if (self.backup is not None) != (self.overflow == "backup"):
+            requirement = "given" if self.backup is None else "None"
+            raise ValueError(
+                f'Capacity: backup must be {requirement} with overflow "{self.overflow}", '
+                f"got {self.backup}"
+            )
+        if self.backup is not None:
+            object.__setattr__(self, "backup", check_backup("Capacity", self.backup))
+        if self.dynamic and self.rounding != "up":
+            raise ValueError(
+                f'Capacity: rounding must be "up" with dynamic=True, got "{self.rounding}"'
+            )
         ratio = capacity_ratio(self.factor, op="Capacity", argument="factor")
         eval_ratio = ratio
         if self.eval_factor is not None:
             eval_ratio = capacity_ratio(self.eval_factor, op="Capacity", argument="eval_factor")
         ratios = {
             (True, False): ratio,
-            (True, True): int64_ratio(ratio),
+            (True, True): int64_ratio(ratio, self.rounding),
             (False, False): eval_ratio,
-            (False, True): int64_ratio(eval_ratio),
+            (False, True): int64_ratio(eval_ratio, self.rounding),
         }
         object.__setattr__(self, "_ratios", ratios)
 
     def slots(
-        self, num_tokens: int | Tensor, num_experts: int, top_k: int, *, training: bool
+        self,
+        num_tokens: int | Tensor,
+        num_experts: int,
+        top_k: int,
+        *,
+        training: bool,
+        usage: Tensor | None = None,
     ) -> int | Tensor:
-        """The most slots an expert keeps of num_tokens counted tokens; a tensor for a tensor."""
-        ratio = self._ratios[training, computes_in_int64(num_tokens)]
-        return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, self.minimum)
+        """The most slots an expert keeps of num_tokens counted tokens.
+
+        Args:
+            num_tokens: an int, a symbolic int, or an integer scalar.
+            num_experts: E.
+            top_k: K.
+            training: which of the two factors.
+            usage: [E], for a dynamic capacity.
+
+        Returns:
+            One number for all, a scalar tensor if num_tokens is one; if dynamic [E].
+        """
+        if not self.dynamic:
+            ratio = self._ratios[training, computes_in_int64(num_tokens)]
+            return capacity_from_ratio(
+                num_tokens, num_experts, top_k, ratio, self.minimum, self.rounding
+            )
+        ratio = self._ratios[training, False]
+        slots = dynamic_from_ratio(cast(Tensor, usage), top_k * num_tokens, ratio)
+        slots = slots.clamp(min=self.minimum)
+        if isinstance(num_tokens, Tensor):
+            return torch.minimum(slots, num_tokens)
+        return slots.clamp(max=num_tokens)

@@ -1,10 +1,10 @@
-"""How the weights of the chosen experts are formed, and how their gradient is estimated."""
+"""How experts are ranked, their weights formed, and the gradient of those estimated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchmoe.nn._checks import check_choice
+from torchmoe.nn._checks import check_at_least, check_choice
 from torchmoe.nn.estimators.estimator import NORMALIZES, SCORE_FUNCTIONS, Estimator
 from torchmoe.nn.estimators.registry import known_estimators
 
@@ -21,15 +21,22 @@ class Gate:
             `Estimator`, built with other settings or of your own, which becomes the layer's
             `estimator` submodule. Give each layer an instance of its own: one shared by two layers
             shares its parameters and its state.
+        num_groups: divides the experts into this many groups of neighbours. Above 1 a token's
+            experts come from its `top_groups` best groups only, where a group's score is the sum of
+            its two best experts' score_function(logits) + selection bias (DeepSeek-V3, arXiv
+            2412.19437). The other groups' scores count as -inf.
+        top_groups: how many groups a token chooses from.
 
     Raises:
-        TypeError: estimator is neither a string nor an Estimator.
-        ValueError: a name is unknown.
+        TypeError: estimator is neither a string nor an Estimator, or a number not an int.
+        ValueError: a name is unknown, or a number out of range.
     """
 
     score_function: str = "softmax"
     normalize: str | None = None
     estimator: str | Estimator = "exact"
+    num_groups: int = 1
+    top_groups: int = 1
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -41,4 +48,11 @@ class Gate:
         elif not isinstance(self.estimator, Estimator):
             raise TypeError(
                 f"Gate: estimator must be a name or an Estimator, got {self.estimator!r}"
+            )
+        check_at_least("Gate", "num_groups", self.num_groups, 1)
+        check_at_least("Gate", "top_groups", self.top_groups, 1)
+        if self.top_groups > self.num_groups:
+            raise ValueError(
+                f"Gate: top_groups must be in [1, {self.num_groups}], the number of groups, "
+                f"got {self.top_groups}"
             )

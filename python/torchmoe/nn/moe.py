@@ -5,26 +5,39 @@ Shapes: T tokens (the input's leading dimensions, flattened), H hidden size, E e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe.losses import LOSSES, Loss, LossInputs
 from torchmoe.nn import _reduce
-from torchmoe.nn._checks import Level, check_at_least, check_integer, check_not_negative
+from torchmoe.nn._buffers import keep_wide
+from torchmoe.nn._checks import (
+    Level,
+    check_at_least,
+    check_choice,
+    check_integer,
+    check_not_negative,
+)
+from torchmoe.nn.assistance import Assistance
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.estimators.estimator import ExpertFunction
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.router import Router
-from torchmoe.nn.routing import MoEOutput, Routing
+from torchmoe.nn.routing import MoEOutput, Routing, before_drop
+from torchmoe.selection_bias import update_selection_bias
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")
+FRACTION_CHOICES = ("all", "first")
 _DEFAULT_GATE = Gate()
 
 
@@ -49,30 +62,58 @@ class MoE(nn.Module):
         bias: gives the experts' projections a bias; the router's is Router(bias=True).
         gate: how weights are formed and their gradient estimated.
         capacity: limits the slots of an expert; None keeps every slot.
+        assistance: gives experts under sustained load a backup in one more slot. An instance
+            belongs to one layer.
         balance_weight: coefficient of load_balancing_loss in aux_loss.
         z_loss_weight: coefficient of router_z_loss in aux_loss; at 0 it is not computed.
+        losses: further terms of aux_loss as (term, weight): the name of a function in
+            `torchmoe.losses`, or a function of your own from `torchmoe.losses.LossInputs` to a
+            scalar, which goes by its __name__.
+        fraction_from: where the fractions of load_balancing_loss come from, each expert's share of
+            the slots. "batch": the tokens of this call. "sequence": each sequence on its own, the
+            losses averaged (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv
+            2412.19437, equation 17). "global_batch": the calls of all processes, summed by an
+            all-reduce in forward (Qiu et al., arXiv 2501.11873); each process's mean scores are its
+            own, so that averaging gradients gives the loss of the whole. "history": the router's
+            `usage`. Only for "history" and "sequence" does accumulating the gradients of
+            micro-batches give exactly that of one batch; see `earlier_counts` for the others.
+        fraction_choices: "all" choices of a token count in the fractions, or the "first" only
+            (GShard, arXiv 2006.16668). History knows all choices only.
+        process_group: the processes of "global_batch" and of `update`; None is all.
+        selection_bias_rate: above 0 the layer has a selection bias that `update` moves by this much
+            against the load, see `torchmoe.update_selection_bias`.
+        selection_bias_centred: keeps the mean of the selection bias where it is.
+        shared_experts: a module [T, H] -> [T, H] whose output is added for every token.
+        routed_scaling_factor: multiplies the routed experts' output, not the shared ones'.
         router: replaces the router: a module from x [T, H] to logits [T, E].
         experts: replaces the experts: anything called as experts(x, indices, weights) -> y [T, H].
         device: where the parameters are made.
         dtype: their dtype.
 
     Attributes:
-        balance_weight: see above; may be changed at any time, as z_loss_weight.
+        balance_weight: see above; may be changed at any time, as z_loss_weight,
+            routed_scaling_factor and selection_bias_rate.
         z_loss_weight: see above.
         router: the router.
         estimator: the gradient estimator, from gate.
+        assistance: see above.
         experts: the experts.
-        selection_bias: [E] buffer or None: when set, experts are ranked by score_function(logits) +
-            selection_bias. It never enters the weights.
+        shared_experts: see above.
+        selection_bias: [E] buffer, float32 or wider, or None: when set, experts are ranked by
+            score_function(logits) + selection_bias. It never enters the weights.
 
     Raises:
-        TypeError: a size is not an int, or gate or capacity has another type.
-        ValueError: a value is out of range, or a replaced part has another number of experts.
+        TypeError: a size is not an int, or a part has another type.
+        ValueError: a value is out of range or does not go with another, or a replaced part has
+            another number of experts.
     """
 
     selection_bias: Tensor | None
+    capacity_backup: Tensor | None
     z_loss_weight = Level()
     _z_loss_weight: float | None
+    routed_scaling_factor = Level(neutral=1.0)
+    _routed_scaling_factor: float | None
 
     def __init__(
         self,
@@ -85,8 +126,17 @@ class MoE(nn.Module):
         bias: bool = False,
         gate: Gate = _DEFAULT_GATE,
         capacity: Capacity | None = None,
+        assistance: Assistance | None = None,
         balance_weight: float = 0.01,
         z_loss_weight: float = 0.0,
+        losses: Sequence[tuple[str | Loss, float]] = (),
+        fraction_from: str = "batch",
+        fraction_choices: str = "all",
+        process_group: ProcessGroup | None = None,
+        selection_bias_rate: float = 0.0,
+        selection_bias_centred: bool = False,
+        shared_experts: nn.Module | None = None,
+        routed_scaling_factor: float = 1.0,
         router: nn.Module | None = None,
         experts: ExpertFunction | None = None,
         device: torch.device | str | None = None,
@@ -101,20 +151,64 @@ class MoE(nn.Module):
         check_not_negative("MoE", "balance_weight", balance_weight)
         if not isinstance(gate, Gate):
             raise TypeError(f"MoE: gate must be a Gate, got {gate!r}")
+        _check_groups(gate, num_experts, top_k)
         if capacity is not None and not isinstance(capacity, Capacity):
             raise TypeError(f"MoE: capacity must be a Capacity or None, got {capacity!r}")
+        backup = None if capacity is None else capacity.backup
+        if backup is not None and len(backup) != num_experts:
+            raise ValueError(
+                f"MoE: capacity.backup must have {num_experts} entries, one for each expert, "
+                f"got {len(backup)}"
+            )
+        if assistance is not None and not isinstance(assistance, Assistance):
+            raise TypeError(f"MoE: assistance must be an Assistance or None, got {assistance!r}")
+        if shared_experts is not None and not isinstance(shared_experts, nn.Module):
+            raise TypeError(f"MoE: shared_experts must be a module or None, got {shared_experts!r}")
+        check_choice("MoE", "fraction_from", fraction_from, FRACTIONS_FROM)
+        check_choice("MoE", "fraction_choices", fraction_choices, FRACTION_CHOICES)
+        if fraction_from == "history" and fraction_choices != "all":
+            raise ValueError(
+                'MoE: fraction_choices must be "all" with fraction_from "history", '
+                f'got "{fraction_choices}"'
+            )
+        check_not_negative("MoE", "selection_bias_rate", selection_bias_rate)
         _check_part("router", router, num_experts=num_experts, hidden_size=hidden_size)
         _check_part("experts", experts, num_experts=num_experts, hidden_size=hidden_size)
+        _check_part("assistance", assistance, num_experts=num_experts)
 
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
         self.capacity = capacity
         self.balance_weight = balance_weight
+        self.losses, z_loss_weight = _check_losses(losses, z_loss_weight)
         self.z_loss_weight = z_loss_weight
+        self.fraction_from = fraction_from
+        self.fraction_choices = fraction_choices
+        self.process_group = process_group
+        self.selection_bias_rate = selection_bias_rate
+        self.selection_bias_centred = selection_bias_centred
+        self.routed_scaling_factor = routed_scaling_factor
 
+        readers = {
+            "a dynamic capacity": capacity is not None and capacity.dynamic,
+            "assistance": assistance is not None,
+            'fraction_from "history"': fraction_from == "history",
+        }
+        reader = next((name for name, reads in readers.items() if reads), None)
         if router is None:
-            router = Router(hidden_size, num_experts, device=device, dtype=dtype)
+            router = Router(
+                hidden_size,
+                num_experts,
+                track_usage=reader is not None,
+                device=device,
+                dtype=dtype,
+            )
+        elif reader is not None and getattr(router, "usage", None) is None:
+            raise ValueError(
+                f"MoE: router must keep usage for {reader}, as Router(track_usage=True) does, "
+                "got one without"
+            )
         if experts is None:
             if intermediate_size is None:
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
@@ -135,21 +229,44 @@ class MoE(nn.Module):
             hidden_size=hidden_size,
             score_function=gate.score_function,
             normalize=gate.normalize,
+            num_groups=gate.num_groups,
+            top_groups=gate.top_groups,
             device=device,
             dtype=dtype,
         )
+        self.assistance: Assistance | None = assistance
+        if assistance is not None and device is not None:
+            assistance.to(device)
         self.experts = experts
-        self.register_buffer("selection_bias", None)
+        self.shared_experts: nn.Module | None = shared_experts
+        selection_bias = None
+        if selection_bias_rate > 0:
+            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            selection_bias = torch.zeros(num_experts, device=device, dtype=wide)
+        self.register_buffer("selection_bias", selection_bias)
+        # A buffer, so that forward copies nothing to the device; no part of the state.
+        table = None if backup is None else torch.tensor(backup, dtype=torch.int64, device=device)
+        self.register_buffer("capacity_backup", table, persistent=False)
 
     def reset_parameters(self) -> None:
         """Gives the parameters and buffers of every part their first values again."""
-        for part in (self.router, self.estimator, self.experts):
+        parts = (self.router, self.estimator, self.assistance, self.experts, self.shared_experts)
+        for part in parts:
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
+        if self.capacity_backup is not None and self.capacity is not None:
+            with torch.no_grad():
+                self.capacity_backup.copy_(torch.tensor(self.capacity.backup))
 
-    def forward(self, x: Tensor, *, token_mask: Tensor | None = None) -> MoEOutput:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_mask: Tensor | None = None,
+        earlier_counts: Tensor | None = None,
+    ) -> MoEOutput:
         """Decide, weigh, dispatch and compute, account.
 
         Args:
@@ -157,15 +274,21 @@ class MoE(nn.Module):
             token_mask: x's leading dimensions, bool, True = the token counts. A masked token gets y
                 = 0, no gradient, and no place in counts, capacity and losses; what x holds there,
                 NaN included, does not matter.
+            earlier_counts: [E] integers, the counts of earlier micro-batches of the same optimizer
+                step in this process: the sum of their routings' tokens_per_expert (with
+                fraction_choices "first", of their first choices). They are added to this call's
+                before the fractions of load_balancing_loss are formed. With fraction_from "batch"
+                and "global_batch" only.
 
         Returns:
-            hidden_states in x's shape, aux_loss = balance_weight * load_balancing_loss +
-            z_loss_weight * router_z_loss, and the routing.
+            hidden_states in x's shape: routed_scaling_factor times the routed experts' output plus
+            that of the shared ones; aux_loss = balance_weight * load_balancing_loss + z_loss_weight
+            * router_z_loss + the weighted `losses`; and the routing.
 
         Raises:
             RuntimeError: a shape or dtype does not fit.
             ValueError: the gate's exact gradient is zero everywhere (top_k = 1 with normalize
-                "topk", or normalize "uniform").
+                "topk", or normalize "uniform"), or earlier_counts have no meaning here.
         """
         tokens, mask = self._flatten(x, token_mask)  # [T, H], [T]
         num_tokens = tokens.shape[0] if mask is None else mask.sum()
@@ -173,34 +296,51 @@ class MoE(nn.Module):
         # 1. Logits: one per token and expert.
         logits = self._logits(tokens)  # [T, E]
 
-        # 2. Decide which experts, and what the full ones drop: integers only.
-        selected = self.estimator.select(
+        # 2. Decide which experts, who assists them, and what becomes of the slots that find them
+        # full: integers only.
+        chosen = self.estimator.select(
             logits, selection_bias=self.selection_bias, token_mask=mask
         )  # [T, K]
-        indices = self._limit(selected, num_tokens)  # [T, K]
+        selected = chosen if self.assistance is None else self.assistance(chosen)  # [T, K']
+        indices = self._limit(logits, selected, num_tokens)  # [T, K']
 
         # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise,
         # which concerns the normalisation alone.
-        after_drop = (
-            self.capacity is not None
-            and self.capacity.normalize == "after_drop"
-            and self.estimator.normalize != "none"
-        )
-        weights = self.estimator.weigh(logits, indices if after_drop else selected)  # [T, K]
+        weighed = self._weighed(selected, indices)  # [T, K']
+        weights = self.estimator.weigh(logits, weighed)  # [T, K']
 
         # 4. Dispatch and compute.
         combined = self.estimator.combine(
             tokens, logits, indices, weights, self.experts, token_mask=mask
         )
         y, statistics = combined if isinstance(combined, tuple) else (combined, None)  # [T, H]
+        y = self._add_shared(y, tokens, mask)
 
         # 5. Account: counts, the losses, and everything above for whoever wants to look.
-        tokens_per_expert = self._count(selected)  # [E]
-        kept_per_expert = tokens_per_expert if indices is selected else self._count(indices)
-        losses = self._losses(logits, tokens_per_expert, num_tokens, mask)
+        tokens_per_expert = self._count(chosen)  # [E]
+        kept_per_expert = tokens_per_expert if indices is chosen else self._count(indices)
+        counts = tokens_per_expert
+        if self.fraction_choices == "first":
+            counts = self._count(chosen[:, :1])
+        sequence_shape = x.shape[:-1] if self.fraction_from == "sequence" else None
+        losses = {
+            "load_balancing_loss": self._balancing_loss(
+                logits, chosen, counts, mask, sequence_shape, earlier_counts
+            )
+        }
         aux_loss = self.balance_weight * losses["load_balancing_loss"]
-        if self._z_loss_weight is not None:
-            aux_loss = aux_loss + self._z_loss_weight * losses["router_z_loss"]
+        given = LossInputs(
+            logits=logits,
+            weights=weights,
+            indices=weighed,
+            token_mask=mask,
+            score_function=self.estimator.score_function,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+        )
+        for name, term, weight in self._weighted_losses():
+            losses[name] = term(given)
+            aux_loss = aux_loss + weight * losses[name]
 
         routing = Routing(
             logits=logits,
@@ -219,7 +359,9 @@ class MoE(nn.Module):
     def update(
         self, routing: Routing | Sequence[Routing], *, group: ProcessGroup | None = None
     ) -> None:
-        """Moves the running averages by one step: the router's usage and the estimator's own state.
+        """Moves by one step what the layer remembers.
+
+        The router's usage, then who is assisted; the selection bias; the estimator's own state.
 
         Call it once per optimizer step, with the routing of that step or with those of all its
         micro-batches, whose counts are summed. When torch.distributed is initialised the counts are
@@ -227,7 +369,7 @@ class MoE(nn.Module):
 
         Args:
             routing: one, or a list of them.
-            group: the processes that hold this layer; None is all.
+            group: the processes that hold this layer; None is the layer's process_group.
 
         Raises:
             TypeError: an item is not a Routing.
@@ -242,9 +384,24 @@ class MoE(nn.Module):
                 )
         if not routings:
             raise ValueError("MoE: routing must hold at least one Routing, got an empty list")
-        if isinstance(self.router, Router) and self.router.usage is not None:
-            counts = [(r.tokens_per_expert, _num_slots(r)) for r in routings]
-            self.router.update(*_reduce.total(counts, group))
+        group = self.process_group if group is None else group
+        keeps_usage = getattr(self.router, "usage", None) is not None
+        moves_bias = self.selection_bias is not None and self.selection_bias_rate > 0
+        if keeps_usage or moves_bias:
+            counts = _reduce.total([r.tokens_per_expert for r in routings], group)
+            if keeps_usage:
+                cast(Router, self.router).update(counts, counts.sum())
+            if self.assistance is not None:
+                self.assistance.update(cast(Tensor, self.router.usage))
+            if self.selection_bias is not None and moves_bias:
+                self.selection_bias.copy_(
+                    update_selection_bias(
+                        self.selection_bias,
+                        counts,
+                        self.selection_bias_rate,
+                        self.selection_bias_centred,
+                    )
+                )
         self.estimator.update(_reduce.total([r.statistics for r in routings], group))
 
     def extra_repr(self) -> str:
@@ -254,7 +411,25 @@ class MoE(nn.Module):
             text += f", capacity={self.capacity}"
         if not isinstance(self.experts, nn.Module):
             text += f", experts={self.experts!r}"
-        return f"{text}, balance_weight={self.balance_weight}, z_loss_weight={self.z_loss_weight}"
+        text += f", balance_weight={self.balance_weight}, z_loss_weight={self.z_loss_weight}"
+        if self.losses:
+            listed = ", ".join(f"({_name_of(term)!r}, {weight})" for term, weight in self.losses)
+            text += f", losses=[{listed}]"
+        for name, usual in (
+            ("fraction_from", "batch"),
+            ("fraction_choices", "all"),
+            ("selection_bias_rate", 0.0),
+            ("selection_bias_centred", False),
+            ("routed_scaling_factor", 1.0),
+        ):
+            if (value := getattr(self, name)) != usual:
+                text += f", {name}={value!r}"
+        return text
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        with keep_wide(self, "selection_bias"):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if x.dim() < 1 or x.shape[-1] != self.hidden_size:
@@ -285,59 +460,183 @@ class MoE(nn.Module):
         # A router of the user's own may return a 16-bit type, under autocast at the latest.
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _limit(self, selected: Tensor, num_tokens: int | Tensor) -> Tensor:
-        if self.capacity is None:
+    def _limit(self, logits: Tensor, selected: Tensor, num_tokens: int | Tensor) -> Tensor:
+        capacity = self.capacity
+        if capacity is None:
             return selected
-        slots = self.capacity.slots(
-            num_tokens, self.num_experts, self.top_k, training=self.training
+        slots = capacity.slots(
+            num_tokens,
+            self.num_experts,
+            self.top_k,
+            training=self.training,
+            usage=cast(Tensor, self.router.usage) if capacity.dynamic else None,
         )
+        scores = None
+        if capacity.overflow != "drop":
+            scores = self.estimator.rank(logits, selection_bias=self.selection_bias)
         return ops.limit_capacity(
             selected,
             slots.expand(self.num_experts) if isinstance(slots, Tensor) else slots,
-            order=self.capacity.order,
-            overflow=self.capacity.overflow,
+            order=capacity.order,
+            priority=self._priority(logits, selected),
+            overflow=capacity.overflow,
+            scores=scores,
+            backup=self.capacity_backup,
             num_experts=self.num_experts,
         )
 
-    def _count(self, indices: Tensor) -> Tensor:
-        return ops.dispatch_plan(indices, self.num_experts).expert_offsets.diff()
+    def _priority(self, logits: Tensor, selected: Tensor) -> Tensor | None:
+        wanted = None if self.capacity is None else self.capacity.priority
+        if wanted == "weight":
+            with torch.no_grad():
+                return self.estimator.weigh(logits, selected)
+        if wanted == "random" and self.training:
+            return torch.rand(selected.shape, device=selected.device)
+        return None
 
-    def _losses(
+    def _weighed(self, selected: Tensor, indices: Tensor) -> Tensor:
+        """The ids that weights are formed for."""
+        capacity = self.capacity
+        if capacity is None:
+            return selected
+        if capacity.normalize == "after_drop" and self.estimator.normalize != "none":
+            return indices
+        return selected if capacity.overflow == "drop" else before_drop(selected, indices)
+
+    def _add_shared(self, y: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if self._routed_scaling_factor is not None:
+            y = self._routed_scaling_factor * y
+        if self.shared_experts is None:
+            return y
+        shared: Tensor = self.shared_experts(tokens)
+        if shared.shape != y.shape:
+            raise RuntimeError(
+                f"MoE: shared_experts must return [num_tokens, hidden_size] = {list(y.shape)}, "
+                f"got shape {list(shared.shape)}"
+            )
+        return y + (shared if mask is None else shared.masked_fill(~mask.unsqueeze(-1), 0))
+
+    def _count(self, indices: Tensor) -> Tensor:
+        return _count(indices, self.num_experts)
+
+    def _weighted_losses(self) -> list[tuple[str, Loss, float]]:
+        """The terms beside load_balancing_loss."""
+        given: list[tuple[str | Loss, float]] = []
+        if self._z_loss_weight is not None:
+            given.append(("router_z_loss", self._z_loss_weight))
+        return [
+            (_name_of(term), LOSSES[term] if isinstance(term, str) else term, weight)
+            for term, weight in (*given, *self.losses)
+        ]
+
+    def _balancing_loss(
         self,
         logits: Tensor,
-        tokens_per_expert: Tensor,
-        num_tokens: int | Tensor,
+        chosen: Tensor,
+        counts: Tensor,
         mask: Tensor | None,
-    ) -> dict[str, Tensor]:
-        counts = tokens_per_expert.to(logits.dtype)
-        # With no counted token the loss is 0 whatever the fraction, as long as that is a number.
-        slots = _at_least_one(self.top_k * num_tokens)
-        losses = {
-            "load_balancing_loss": ops.load_balancing_loss(
-                logits,
-                counts / slots,
-                score_function=self.estimator.score_function,
-                token_mask=mask,
+        sequence_shape: torch.Size | None,
+        earlier_counts: Tensor | None,
+    ) -> Tensor:
+        if earlier_counts is not None:
+            self._check_earlier(earlier_counts)
+            counts = counts + earlier_counts
+        if self.fraction_from == "history":
+            counts = cast(Tensor, self.router.usage)
+        elif self.fraction_from == "global_batch":
+            counts = _reduce.total([counts], self.process_group)
+        elif sequence_shape is not None:
+            length = sequence_shape[-1] if len(sequence_shape) else 1
+            sequences = math.prod(sequence_shape[:-1])
+            logits = logits.view(sequences, length, self.num_experts)
+            mask = None if mask is None else mask.view(sequences, length)
+            choices = chosen[:, : 1 if self.fraction_choices == "first" else None]
+            counts = _count_by_sequence(choices, sequences, self.num_experts)
+        return ops.load_balancing_loss(
+            logits,
+            _shares(counts, logits.dtype),
+            score_function=self.estimator.score_function,
+            token_mask=mask,
+        )
+
+    def _check_earlier(self, earlier_counts: Tensor) -> None:
+        if self.fraction_from not in ("batch", "global_batch"):
+            raise ValueError(
+                f'MoE: earlier_counts must be None with fraction_from "{self.fraction_from}", '
+                f"got a tensor of shape {list(earlier_counts.shape)}"
             )
-        }
-        if self._z_loss_weight is not None:
-            losses["router_z_loss"] = ops.router_z_loss(logits, token_mask=mask)
-        return losses
+        if earlier_counts.shape != (self.num_experts,) or earlier_counts.is_floating_point():
+            raise RuntimeError(
+                f"MoE: earlier_counts must be integers [num_experts] = [{self.num_experts}], "
+                f"got {earlier_counts.dtype} of shape {list(earlier_counts.shape)}"
+            )
 
 
-def _at_least_one(count: int | Tensor) -> int | Tensor:
-    if isinstance(count, Tensor):
-        return count.clamp(min=1)
-    at_least_one: int = torch.sym_max(count, 1)  # type: ignore[no-untyped-call]
-    return at_least_one
+def _count(indices: Tensor, num_experts: int) -> Tensor:
+    """Slots per expert: [E]."""
+    return ops.dispatch_plan(indices, num_experts).expert_offsets.diff()
 
 
-def _num_slots(routing: Routing) -> Tensor:
-    """K times the number of counted tokens, a scalar on the routing's device."""
-    top_k = routing.indices.shape[1]
-    if routing.token_mask is not None:
-        return top_k * routing.token_mask.sum()
-    return routing.tokens_per_expert.new_tensor(routing.indices.numel())
+def _count_by_sequence(chosen: Tensor, sequences: int, num_experts: int) -> Tensor:
+    """Slots per sequence and expert, [B, E], of the choices [B * S, K]."""
+    slots = chosen.reshape(sequences, -1)  # [B, S * K]
+    # Every sequence has experts of its own, which one plan counts.
+    first = num_experts * torch.arange(sequences, device=chosen.device).unsqueeze(1)
+    routed = (slots >= 0) & (slots < num_experts)
+    counts = _count((slots + first).where(routed, -1), sequences * num_experts)
+    return counts.view(sequences, num_experts)
+
+
+def _shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The counts over their sum along the last dimension; 0 where nothing is counted."""
+    if counts.is_floating_point():
+        return counts.to(dtype)
+    return counts.to(dtype) / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def _check_losses(
+    losses: Sequence[tuple[str | Loss, float]], z_loss_weight: float
+) -> tuple[tuple[tuple[str | Loss, float], ...], float]:
+    """The terms without router_z_loss, and the weight of that one, wherever it is given."""
+    weights = {} if z_loss_weight == 0 else {"router_z_loss": z_loss_weight}
+    rest = []
+    for term, weight in losses:
+        if isinstance(term, str):
+            check_choice("MoE", "losses", term, LOSSES)
+        elif not callable(term) or not hasattr(term, "__name__"):
+            raise TypeError(
+                "MoE: losses must hold a name or a function with a __name__ in each pair, "
+                f"got {term!r}"
+            )
+        name = _name_of(term)
+        check_not_negative("MoE", f'the weight of "{name}"', weight)
+        if name in weights or name == "load_balancing_loss":
+            raise ValueError(
+                "MoE: losses must name every term once, and load_balancing_loss by balance_weight, "
+                f'got "{name}"'
+            )
+        weights[name] = weight
+        if name != "router_z_loss":
+            rest.append((term, weight))
+    return tuple(rest), weights.get("router_z_loss", z_loss_weight)
+
+
+def _name_of(term: str | Loss) -> str:
+    return term if isinstance(term, str) else term.__name__
+
+
+def _check_groups(gate: Gate, num_experts: int, top_k: int) -> None:
+    """Raises ValueError where the groups do not fit the layer's sizes."""
+    if num_experts % gate.num_groups:
+        raise ValueError(
+            f"MoE: gate.num_groups must divide num_experts {num_experts}, got {gate.num_groups}"
+        )
+    offered = gate.top_groups * num_experts // gate.num_groups
+    if top_k > offered:
+        raise ValueError(
+            f"MoE: top_k must be in [1, {offered}], the experts of gate.top_groups "
+            f"{gate.top_groups}, got {top_k}"
+        )
 
 
 def _check_part(argument: str, part: object, **sizes: int) -> None:

@@ -32,7 +32,9 @@ class Router(nn.Module):
             arXiv 1701.06538). The noisy logits are the layer's logits: they rank, weigh and enter
             the losses.
         usage_scaling: multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that
-            experts in frequent use learn to attract tokens more slowly. `MoE.update` keeps `usage`.
+            experts in frequent use learn to attract tokens more slowly. It needs `usage`.
+        track_usage: keeps `usage`, which `MoE.update` moves, for whatever reads it: a dynamic
+            capacity, assistance, or the balancing loss with fractions from history.
         device: where the parameters are made.
         dtype: their dtype.
 
@@ -62,6 +64,7 @@ class Router(nn.Module):
         input_jitter: float = 0.0,
         logit_noise: float = 0.0,
         usage_scaling: bool = False,
+        track_usage: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,6 +75,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
+        self.usage_scaling = usage_scaling
         self.usage_decay = _USAGE_DECAY
 
         self.weight = nn.Parameter(
@@ -82,7 +86,7 @@ class Router(nn.Module):
         else:
             self.register_parameter("bias", None)
         usage = None
-        if usage_scaling:
+        if usage_scaling or track_usage:
             usage_dtype = torch.promote_types(self.weight.dtype, torch.float32)
             usage = torch.empty(num_experts, device=device, dtype=usage_dtype)
         self.register_buffer("usage", usage)
@@ -108,7 +112,7 @@ class Router(nn.Module):
         """
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if self.usage is not None:
+        if self.usage_scaling and self.usage is not None:
             weight = ops.scale_gradient(weight, (1 - self.usage).unsqueeze(-1))
         if self.training and (eps := self._input_jitter) is not None:
             # In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside
@@ -126,12 +130,12 @@ class Router(nn.Module):
     def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
         """Moves usage towards the shares of one step.
 
-        Changes nothing without usage_scaling, or when no token was counted.
+        Changes nothing where no usage is kept, or when no token was counted.
 
         Args:
             tokens_per_expert: [E] integers: slots per expert, summed over micro-batches and
                 processes.
-            num_slots: integer scalar: slots of all counted tokens, K times their number.
+            num_slots: integer scalar: their sum.
         """
         if self.usage is None:
             return
@@ -148,8 +152,10 @@ class Router(nn.Module):
             parts.append(f"input_jitter={self.input_jitter}")
         if self.logit_noise:
             parts.append(f"logit_noise={self.logit_noise}")
-        if self.usage is not None:
+        if self.usage_scaling:
             parts.append("usage_scaling=True")
+        elif self.usage is not None:
+            parts.append("track_usage=True")
         return ", ".join(parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:

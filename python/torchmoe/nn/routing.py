@@ -10,6 +10,7 @@ from torch import Tensor
 class Routing(NamedTuple):
     """What the layer decided and how it accounts for it; T counts the flattened tokens.
 
+    With assistance there are K + 1 columns instead of K, the last one for the slots that it adds.
     `logits`, `weights` and `losses` are the graph's own tensors, not detached: a loss of your own
     may be formed from them.
     """
@@ -21,17 +22,18 @@ class Routing(NamedTuple):
     selected: Tensor
     """[T, K] int64: ids as selected, before capacity; -1 for masked tokens."""
     indices: Tensor
-    """[T, K] int64: ids as routed; -1 also for dropped slots."""
+    """[T, K] int64: ids as routed; -1 also for dropped slots, another id for rerouted ones."""
     token_mask: Tensor | None
     """[T] bool, True = the token counts; None if all do."""
     tokens_per_expert: Tensor
-    """[E] int64: slots per expert before any dropping."""
+    """[E] int64: the router's own choices, before dropping, rerouting and assistance."""
     kept_per_expert: Tensor
-    """[E] int64: slots per expert after dropping."""
+    """[E] int64: slots per expert after all of that."""
     losses: dict[str, Tensor]
-    """The unweighted terms of aux_loss under their op names.
+    """The unweighted terms of aux_loss by name.
 
-    "load_balancing_loss" always, "router_z_loss" when z_loss_weight is above 0.
+    "load_balancing_loss" always, "router_z_loss" when z_loss_weight is above 0, and those of the
+    layer's `losses`.
     """
     statistics: Any
     """What the estimator's combine returned next to the output, or None."""
@@ -46,3 +48,8 @@ class MoEOutput(NamedTuple):
     """Weighted sum of the losses: a scalar, float32 or wider, ready to add to the task loss."""
     routing: Routing
     """Decisions, counts and unweighted losses."""
+
+
+def before_drop(selected: Tensor, indices: Tensor) -> Tensor:
+    """The ids that weights are formed for: rerouted ones replaced, dropped ones not yet removed."""
+    return indices.where(indices >= 0, selected)

@@ -14,7 +14,7 @@ from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
-from torchmoe.nn.routing import MoEOutput
+from torchmoe.nn.routing import MoEOutput, before_drop
 from torchmoe.testing._gradcheck import (
     Observation,
     Observer,
@@ -214,7 +214,8 @@ class _Surrogate(nn.Module):
 
     def _weights(self, logits: Tensor) -> Tensor | None:
         routing = self.routing
-        return self.moe.estimator.surrogate(logits, routing.selected, routing.indices)
+        weighed = before_drop(routing.selected, routing.indices)
+        return self.moe.estimator.surrogate(logits, weighed, routing.indices)
 
 
 def _counted(rows: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -120,7 +120,7 @@ TEST_CASE("MoE prints what it is made of", "[nn]") {
   CHECK(text.str() ==
         "torchmoe::nn::MoE(hidden_size=6, num_experts=4, top_k=2, score_function=softmax, "
         "normalize=topk, estimator=exact, capacity_factor=1.25, eval_capacity_factor=2, "
-        "order=choice, balance_weight=0.01, z_loss_weight=0)(\n"
+        "order=choice, overflow=drop, balance_weight=0.01, z_loss_weight=0)(\n"
         "  (router): torchmoe::nn::Router(hidden_size=6, num_experts=4)\n"
         "  (experts): torchmoe::nn::Experts(hidden_size=6, intermediate_size=5, num_experts=4, "
         "activation=swiglu)\n"
@@ -154,7 +154,15 @@ TEST_CASE("MoE refuses what no layer can be", "[nn]") {
   refuses(sizes().capacity(CapacityOptions(1).order("random")),
           "Capacity: order must be one of \"choice\", \"token\", got \"random\"");
   refuses(sizes().capacity(CapacityOptions(1).overflow("wait")),
-          "Capacity: overflow must be one of \"drop\", got \"wait\"");
+          "Capacity: overflow must be one of \"drop\", \"next_best\", \"backup\", got \"wait\"");
+  refuses(sizes().capacity(CapacityOptions(1).overflow("backup")),
+          "Capacity: backup must have 4 entries with overflow \"backup\", got 0");
+  refuses(sizes().capacity(CapacityOptions(1).backup({1, 0, 3, 2})),
+          "Capacity: backup must have 0 entries with overflow \"drop\", got 4");
+  refuses(sizes().capacity(CapacityOptions(1).overflow("backup").backup({1, 0, 2, 3})),
+          "Capacity: backup must be another expert in [0, 4) for every expert, got 2 for expert 2");
+  refuses(sizes().capacity(CapacityOptions(1).overflow("backup").backup({1, 0, 3, 4})),
+          "Capacity: backup must be another expert in [0, 4) for every expert, got 4 for expert 3");
   refuses(sizes().capacity(CapacityOptions(1).normalize("never")),
           "Capacity: normalize must be one of \"before_drop\", \"after_drop\", got \"never\"");
   refuses(sizes().router(RouterOptions(6, 5)), "MoE: router must have num_experts 4, got 5");

@@ -55,6 +55,27 @@ Tensor mask_of(std::initializer_list<bool> counted) {
 
 }  // namespace
 
+TEST_CASE("MoE weighs rerouted slots as what they are now", "[nn]") {
+  const auto x = wave({kTokens, kHidden});
+  for (const std::string overflow : {"next_best", "backup"}) {
+    CAPTURE(overflow);
+    auto capacity = CapacityOptions(0.7).overflow(overflow);  // 5 places of 4 experts, 24 slots
+    if (overflow == "backup") {
+      capacity.backup({1, 2, 3, 0});
+    }
+    auto moe = make(sizes().capacity(capacity));
+    torch::NoGradGuard no_grad;
+    const auto routing = moe(x + 1).routing;  // all tokens alike, so that some experts are crowded
+    const auto kept = routing.indices.ge(0);
+    CHECK((kept & routing.indices.ne(routing.selected)).any().item<bool>());
+    CHECK(kept.logical_not().any().item<bool>());
+    const auto weighed = torch::where(kept, routing.indices, routing.selected);
+    const auto expected =
+        torchmoe::reference::gate_weights(routing.logits, weighed, "softmax", "topk");
+    CHECK(difference(routing.weights, expected, kExperts) == "");
+  }
+}
+
 TEST_CASE("MoE composes the formulas of its steps", "[nn]") {
   namespace reference = torchmoe::reference;
   const auto x = wave({kTokens, kHidden});

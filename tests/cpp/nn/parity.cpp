@@ -52,6 +52,13 @@ class Fields {
   c10::impl::GenericDict dict_;
 };
 
+std::vector<int64_t> backup_of(const Fields& config) {
+  const auto table = config.find<at::Tensor>("capacity_backup");
+  return table ? std::vector<int64_t>(table->data_ptr<int64_t>(),
+                                      table->data_ptr<int64_t>() + table->numel())
+               : std::vector<int64_t>();
+}
+
 MoEOptions options_of(const Fields& config) {
   const auto hidden_size = config.get<int64_t>("hidden_size");
   const auto num_experts = config.get<int64_t>("num_experts");
@@ -76,6 +83,8 @@ MoEOptions options_of(const Fields& config) {
                          .eval_factor(config.find<double>("capacity_eval_factor"))
                          .minimum(config.get<int64_t>("capacity_minimum"))
                          .order(config.get<std::string>("capacity_order"))
+                         .overflow(config.get<std::string>("capacity_overflow"))
+                         .backup(backup_of(config))
                          .normalize(config.get<std::string>("capacity_normalize")));
   }
   return options;

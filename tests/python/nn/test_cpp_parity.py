@@ -40,6 +40,8 @@ SETTINGS: dict[str, Any] = {
     "capacity_eval_factor": None,
     "capacity_minimum": 0,
     "capacity_order": "choice",
+    "capacity_overflow": "drop",
+    "capacity_backup": None,
     "capacity_normalize": "before_drop",
     "balance_weight": 0.01,
     "z_loss_weight": 0.0,
@@ -83,6 +85,17 @@ CASES = [
         "after_drop_plain_scores",
         {"capacity_factor": 0.7, "capacity_normalize": "after_drop", "normalize": "none"},
     ),
+    Case("next_best", {"capacity_factor": 0.9, "capacity_overflow": "next_best", "top_k": 3}),
+    Case(
+        "backup",
+        {
+            "capacity_factor": 0.6,
+            "capacity_order": "token",
+            "capacity_overflow": "backup",
+            "capacity_backup": torch.tensor([1, 2, 3, 4, 5, 0]),
+        },
+        masked=True,
+    ),
     Case("minimum", {"capacity_factor": 0.1, "capacity_minimum": 4}),
     Case("eval_factor", {"capacity_factor": 0.5, "capacity_eval_factor": 1.1}, train=False),
     Case("masked", {"z_loss_weight": 0.1}, masked=True),
@@ -113,11 +126,14 @@ def python_layer(settings: dict[str, Any], dtype: torch.dtype) -> torchmoe.nn.Mo
     nn = torchmoe.nn
     capacity = None
     if settings["capacity_factor"] is not None:
+        backup = settings["capacity_backup"]
         capacity = nn.Capacity(
             settings["capacity_factor"],
             eval_factor=settings["capacity_eval_factor"],
             minimum=settings["capacity_minimum"],
             order=settings["capacity_order"],
+            overflow=settings["capacity_overflow"],
+            backup=None if backup is None else backup.tolist(),
             normalize=settings["capacity_normalize"],
         )
     router = nn.Router(

@@ -67,6 +67,11 @@ def inputs_of(op: str) -> Inputs:
             "score_function": "softmax",
         },
         "_router_z_loss_backward": {"grad": normal(dtype=n), "logits": logits},
+        "_mean_over_tokens_backward": {
+            "grad": normal(2, s.E, dtype=n),
+            "num_tokens": s.T,
+            "token_mask": torch.rand(2, s.T) < 0.5,
+        },
     }
     return inputs[op]
 
@@ -118,6 +123,20 @@ def test_a_plan_over_other_experts(op: str, device: str) -> None:
     for other in (offsets[:-1], torch.cat((offsets, offsets[-1:]))):
         with pytest.raises(RuntimeError, match=message):
             call(op, inputs | {"expert_offsets": other})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_mean_with_another_mask(device: str) -> None:
+    """The gradient of a mean has any shape; the mask must fit it."""
+    op = "_mean_over_tokens_backward"
+    inputs = map_tensors(inputs_of(op), lambda t: t.to(device))
+    call(op, inputs)
+    mask = inputs["token_mask"]
+    for change in ({"grad": inputs["grad"][1:]}, {"num_tokens": 5}, {"token_mask": mask[0]}):
+        with pytest.raises(RuntimeError, match=rf"^{op}: token_mask must .*, got shape \["):
+            call(op, inputs | change)
+    with pytest.raises(RuntimeError, match=rf"^{op}: grad must be \[..., num_columns\], got"):
+        call(op, inputs | {"grad": inputs["grad"][0, 0]})
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

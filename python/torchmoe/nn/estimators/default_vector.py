@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._slots import named
 from torchmoe.nn._buffers import keep_wide
 from torchmoe.nn._checks import check_share
-from torchmoe.nn.estimators._slots import named
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe.nn.estimators._groups import limit_to_groups
 
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 NORMALIZES = ("none", "topk", "uniform")
@@ -49,9 +50,12 @@ class Estimator(nn.Module):
         hidden_size: H.
         score_function: the gate's score function.
         normalize: the gate's normalisation, or `default_normalize()` where it leaves the choice.
+        num_groups: the gate's number of groups of experts.
+        top_groups: how many of them a token chooses from.
         gate_estimator: the gradient that `weigh` asks `torchmoe.ops.gate_weights` for.
         score_functions: the score functions that the estimator is defined for.
         normalizes: the normalisations that it is defined for.
+        takes_groups: whether its selection heeds the gate's groups.
         refusal: why it is not defined for the others: the end of that error's requirement.
         settings: the names of its own attributes that repr shows.
     """
@@ -61,9 +65,12 @@ class Estimator(nn.Module):
     hidden_size: int
     score_function: str
     normalize: str
+    num_groups: int = 1
+    top_groups: int = 1
     gate_estimator: str = "exact"
     score_functions: tuple[str, ...] = SCORE_FUNCTIONS
     normalizes: tuple[str, ...] = NORMALIZES
+    takes_groups: bool = True
     refusal: str = ""
     settings: tuple[str, ...] = ()
     _layer: dict[str, Any] | None = None  # what bind was told
@@ -76,6 +83,8 @@ class Estimator(nn.Module):
         hidden_size: int,
         score_function: str,
         normalize: str | None,
+        num_groups: int = 1,
+        top_groups: int = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -90,6 +99,8 @@ class Estimator(nn.Module):
             hidden_size: H.
             score_function: "softmax" or "sigmoid".
             normalize: "none", "topk", "uniform", or None for `default_normalize()`.
+            num_groups: groups of experts, a divisor of num_experts.
+            top_groups: groups that a token chooses from; they hold at least top_k experts.
             device: where the layer's parameters are.
             dtype: the dtype of the layer's parameters.
 
@@ -104,6 +115,8 @@ class Estimator(nn.Module):
             "hidden_size": hidden_size,
             "score_function": score_function,
             "normalize": normalize,
+            "num_groups": num_groups,
+            "top_groups": top_groups,
         }
         if self._layer not in (None, layer):
             raise ValueError(
@@ -113,11 +126,18 @@ class Estimator(nn.Module):
         self._check_defined("score_function", score_function, self.score_functions)
         if normalize is not None:
             self._check_defined("normalize", normalize, self.normalizes)
+        if num_groups > 1 and not self.takes_groups:
+            raise ValueError(
+                f"MoE: gate.num_groups must be 1 for the estimator {type(self).__name__}, "
+                f"{self.refusal}, got {num_groups}"
+            )
         self._layer = layer
         self.top_k = top_k
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.score_function = score_function
+        self.num_groups = num_groups
+        self.top_groups = top_groups
         self.normalize = self.default_normalize() if normalize is None else normalize
 
     def default_normalize(self) -> str:
@@ -141,19 +161,36 @@ class Estimator(nn.Module):
 
         Args:
             logits: [T, E].
-            selection_bias: [E]; with one the ranking is by score_function(logits) + selection_bias,
-                else by logits.
+            selection_bias: [E], see `rank`.
             token_mask: [T] bool; a token where it is False must get -1 in every slot.
 
         Returns:
             indices [T, K] int64, best first; -1 = not routed.
         """
+        scores = self.rank(logits, selection_bias=selection_bias)
+        return ops.select_experts(scores, self.top_k, token_mask=token_mask)
+
+    def rank(self, logits: Tensor, *, selection_bias: Tensor | None = None) -> Tensor:
+        """What the experts are ranked by, here and where a layer reroutes a slot.
+
+        The logits; with a selection bias or groups of experts score_function(logits), plus the
+        bias, and -inf for experts outside the token's groups.
+
+        Args:
+            logits: [T, E].
+            selection_bias: [E] or None.
+
+        Returns:
+            scores [T, E], without a gradient.
+        """
         scores = logits.detach()
-        if selection_bias is not None:
+        if selection_bias is not None or self.num_groups > 1:
             scores = self.probs(scores)
-        return ops.select_experts(
-            scores, self.top_k, selection_bias=selection_bias, token_mask=token_mask
-        )
+        if selection_bias is not None:
+            scores = scores + selection_bias.to(scores.dtype)
+        if self.num_groups > 1:
+            scores = limit_to_groups(scores, self.num_groups, self.top_groups)
+        return scores
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         """The combine weight of each slot, differentiable in logits.
@@ -266,5 +303,8 @@ class Estimator(nn.Module):
 
     def extra_repr(self) -> str:
         """The gate's settings, once the estimator belongs to a layer, and its own."""
-        gate = () if self._layer is None else ("score_function", "normalize")
+        gate: tuple[str, ...] = ()
+        if self._layer is not None:
+            gate = ("score_function", "normalize")
+            gate += ("num_groups", "top_groups") if self.num_groups > 1 else ()
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*gate, *self.settings))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
+from torchmoe._slots import by_expert, named
 from torchmoe.nn._checks import check_not_negative
 from torchmoe.nn.estimators._noise import gumbel_like
-from torchmoe.nn.estimators._slots import by_expert, named
 from torchmoe.nn.estimators.estimator import Estimator
 
 _FULL_WEIGHT_CHANCE = 1 / 4
@@ -47,6 +47,7 @@ class SparseMixer(Estimator):
 
     score_functions = ("softmax",)
     normalizes = ("none",)
+    takes_groups = False
     refusal = "whose gradient is that of a draw from the softmax"
     settings = ("jitter",)
 

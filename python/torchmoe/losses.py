@@ -1,0 +1,225 @@
+"""Terms that keep a router's experts in even use, beside `torchmoe.ops.load_balancing_loss`.
+
+Each is a few ops; sums over tokens have the same bits for any number of threads. In the formulas
+p = score_function(logits), q = p / sum of p over the experts, and CV^2 = variance / mean^2 over the
+E experts, the variance with divisor E. Tokens that token_mask leaves out count nowhere; without a
+counted token every term is 0. The coefficient belongs to the caller, as in
+`MoE(losses=[("importance_loss", 0.1), (my_function, 0.01)])`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchmoe import ops
+from torchmoe._slots import by_expert
+
+
+class LossInputs(NamedTuple):
+    """What a layer gives to each of its loss terms; T counts the flattened tokens."""
+
+    logits: Tensor
+    """[T, E], float32 or wider, with their gradient."""
+    weights: Tensor
+    """[T, K], with their gradient; K + 1 columns with assistance."""
+    indices: Tensor
+    """[T, K] int64, the expert of each weight; -1 where there is none."""
+    token_mask: Tensor | None
+    """[T] bool, True = the token counts."""
+    score_function: str
+    """The gate's."""
+    num_experts: int
+    """E."""
+    top_k: int
+    """K."""
+
+
+#: A term of a layer's auxiliary loss, unweighted: a scalar tensor.
+Loss = Callable[[LossInputs], Tensor]
+
+
+def importance_loss(
+    weights: Tensor, indices: Tensor, num_experts: int, *, token_mask: Tensor | None = None
+) -> Tensor:
+    """How unevenly the gates' weights are spread: CV^2 of importance_i = sum over tokens of w_ti.
+
+    w_ti is the token's weight of expert i, 0 where it did not choose i. Shazeer et al., arXiv
+    1701.06538, equations 6 and 7.
+
+    Args:
+        weights: [T, K], from `torchmoe.ops.gate_weights`.
+        indices: [T, K] int64, their experts; an id outside [0, E) counts nowhere.
+        num_experts: E.
+        token_mask: [T] bool, True = the token counts.
+
+    Returns:
+        A scalar >= 0, differentiable in weights.
+    """
+    by_token = by_expert(weights, indices, num_experts)  # [T, E]
+    return _cv_squared(ops.mean_over_tokens(by_token, token_mask=token_mask))
+
+
+def load_loss(
+    logits: Tensor,
+    top_k: int,
+    *,
+    noisy_logits: Tensor | None = None,
+    deviation: float | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor:
+    """How unevenly tokens are spread, smoothly: CV^2 of load_i = sum over tokens of P_ti.
+
+        P_ti = Phi((logit_ti - the top_k-th largest noisy logit of the token's other experts) /
+               deviation)
+
+    is the probability that the token chooses expert i once the expert's noise is drawn anew.
+    Shazeer et al., arXiv 1701.06538, appendix A, equations 8 to 11, with one deviation for all
+    experts as in V-MoE (arXiv 2106.05974).
+
+    Args:
+        logits: [T, E], before noise.
+        top_k: K, in [1, E]; at E every P is 1 and the loss 0.
+        noisy_logits: [T, E], those that the experts were ranked by; None takes logits for both.
+        deviation: of the noise, above 0; None is 1 / E.
+        token_mask: [T] bool, True = the token counts.
+
+    Returns:
+        A scalar >= 0, differentiable in both logits.
+
+    Raises:
+        ValueError: top_k or deviation is out of range.
+    """
+    num_experts = logits.shape[1]
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"load_loss: top_k must be in [1, {num_experts}], got {top_k}")
+    deviation = 1 / num_experts if deviation is None else deviation
+    if not math.isfinite(deviation) or deviation <= 0:
+        raise ValueError(f"load_loss: deviation must be a finite number > 0, got {deviation}")
+    if top_k == num_experts:
+        return logits.new_zeros(())
+    noisy = logits if noisy_logits is None else noisy_logits
+    if token_mask is not None:
+        # A gradient of 0 times the slope at NaN would be NaN.
+        logits, noisy = (z.masked_fill(~token_mask.unsqueeze(1), 0) for z in (logits, noisy))
+    largest = noisy.topk(top_k + 1, dim=1).values  # [T, K + 1]
+    kept_out, let_in = largest[:, top_k:], largest[:, top_k - 1 : top_k]  # [T, 1] each
+    # Without an expert that is among the top_k, the next one takes its place.
+    threshold = torch.where(noisy > kept_out, kept_out, let_in)  # [T, E]
+    chance = torch.special.ndtr((logits - threshold) / deviation)
+    return _cv_squared(ops.mean_over_tokens(chance, token_mask=token_mask))
+
+
+def local_entropy_loss(
+    logits: Tensor, *, score_function: str, token_mask: Tensor | None = None
+) -> Tensor:
+    """How undecided the router is about a token: the mean over tokens of the entropy of q, in nats.
+
+    Its minimum 0 is a router that is certain of one expert for each token. LIMoE (arXiv
+    2206.02770), section 2.2.
+
+    Args:
+        logits: [T, E].
+        score_function: "softmax" or "sigmoid".
+        token_mask: [T] bool, True = the token counts.
+
+    Returns:
+        A scalar in [0, log E], differentiable in logits.
+    """
+    shares = _shares(logits, score_function, token_mask)
+    of_tokens = _entropy(shares).unsqueeze(-1)  # [T, 1]
+    return ops.mean_over_tokens(of_tokens, token_mask=token_mask).squeeze(0)
+
+
+def global_entropy_loss(
+    logits: Tensor, *, score_function: str, token_mask: Tensor | None = None
+) -> Tensor:
+    """How unevenly the experts are used on average: log E - entropy of the mean q, in nats.
+
+    0 where the mean over tokens of q is even. LIMoE (arXiv 2206.02770), section 2.2.
+
+    Args:
+        logits: [T, E].
+        score_function: "softmax" or "sigmoid".
+        token_mask: [T] bool, True = the token counts.
+
+    Returns:
+        A scalar in [0, log E], differentiable in logits.
+    """
+    mean = ops.mean_over_tokens(_shares(logits, score_function, token_mask), token_mask=token_mask)
+    even = math.log(logits.shape[1]) * mean.sum()  # nothing counted: 0 - 0
+    return even - _entropy(mean)
+
+
+def mutual_information_loss(
+    logits: Tensor, *, score_function: str, token_mask: Tensor | None = None
+) -> Tensor:
+    """Minus what a token tells about its expert: mean entropy of q - entropy of the mean q.
+
+    The minimum, -log E, is a router that is certain of each token and uses all experts evenly.
+    Mod-Squad (arXiv 2212.08066), section 3.3, with tokens instead of tasks; LIMoE's two entropies
+    with equal weights.
+
+    Args:
+        logits: [T, E].
+        score_function: "softmax" or "sigmoid".
+        token_mask: [T] bool, True = the token counts.
+
+    Returns:
+        A scalar in [-log E, 0], differentiable in logits.
+    """
+    shares = _shares(logits, score_function, token_mask)
+    of_tokens = _entropy(shares).unsqueeze(-1)  # [T, 1]
+    both = torch.cat([shares, of_tokens], dim=1)  # one pass over the tokens
+    means = ops.mean_over_tokens(both, token_mask=token_mask)  # [E + 1]
+    return means[-1] - _entropy(means[:-1])
+
+
+def _shares(logits: Tensor, score_function: str, token_mask: Tensor | None) -> Tensor:
+    """Q for every token; 0, and no gradient, for tokens that do not count: [T, E]."""
+    ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
+    if token_mask is not None:
+        ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
+    probs = ops.gate_weights(
+        logits, ids, score_function=score_function, normalize="none", estimator="exact"
+    )
+    if score_function == "softmax":
+        return probs
+    tiny = torch.finfo(probs.dtype).tiny
+    return probs / probs.sum(dim=1, keepdim=True).clamp(min=tiny)
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    """In nats, over the last dimension."""
+    # The derivative of q log q is infinite at 0, that of a softmax is 0 there: a product of NaN.
+    tiny = torch.finfo(shares.dtype).tiny
+    return -(shares * shares.clamp(min=tiny).log()).sum(dim=-1)
+
+
+def _cv_squared(values: Tensor) -> Tensor:
+    mean = values.mean()
+    scale = torch.where(mean == 0, 1.0, mean)
+    return ((values - mean) / scale).square().mean()
+
+
+#: The terms that a layer knows by name, beside load_balancing_loss.
+LOSSES: dict[str, Loss] = {
+    "router_z_loss": lambda given: ops.router_z_loss(given.logits, token_mask=given.token_mask),
+    "importance_loss": lambda given: importance_loss(
+        given.weights, given.indices, given.num_experts, token_mask=given.token_mask
+    ),
+    "load_loss": lambda given: load_loss(given.logits, given.top_k, token_mask=given.token_mask),
+    "local_entropy_loss": lambda given: local_entropy_loss(
+        given.logits, score_function=given.score_function, token_mask=given.token_mask
+    ),
+    "global_entropy_loss": lambda given: global_entropy_loss(
+        given.logits, score_function=given.score_function, token_mask=given.token_mask
+    ),
+    "mutual_information_loss": lambda given: mutual_information_loss(
+        given.logits, score_function=given.score_function, token_mask=given.token_mask
+    ),
+}

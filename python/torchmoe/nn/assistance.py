@@ -1,0 +1,118 @@
+"""Help for experts whose load has been high for long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe.nn._checks import check_at_least, check_backup
+
+
+class Assistance(nn.Module):
+    """A backup that joins an expert under sustained load, in a slot of its own beside the top_k.
+
+        usage_i > threshold / E for `patience` updates in a row   backup[i] begins to assist i
+        usage_i < lower_threshold / E                             it stops
+
+    While expert i is assisted, each token routed to i gets one more slot, with backup[i]: weighed
+    like any other and served by capacity like any other, as its last choice. Where several of a
+    token's choices are assisted the best of them decides whose backup it is; where the token has
+    that expert already, the slot stays empty. There are always top_k + 1 columns, so that no shape
+    depends on the state.
+
+    The state changes in `MoE.update` only, from the router's `usage`, the running share of the
+    router's own choices. The slots given here do not count in it: else assistance would lower the
+    very number that it is switched by.
+
+    Args:
+        backup: for each expert another one.
+        threshold: in multiples of the even share 1 / E.
+        lower_threshold: the same; at most `threshold`. The gap keeps assistance from flickering.
+        patience: updates in a row.
+
+    Attributes:
+        assisted: [E] bool buffer, the experts that are assisted.
+        updates_above: [E] int64 buffer, updates in a row with usage above the threshold.
+
+    Raises:
+        TypeError: patience or an entry of backup is not an int.
+        ValueError: a value is out of range.
+    """
+
+    backup: Tensor
+    assisted: Tensor
+    updates_above: Tensor
+
+    def __init__(
+        self,
+        backup: Sequence[int],
+        *,
+        threshold: float = 2.0,
+        lower_threshold: float = 1.5,
+        patience: int = 100,
+    ) -> None:
+        super().__init__()
+        self._table = check_backup("Assistance", backup)
+        if not 0 < lower_threshold <= threshold:
+            raise ValueError(
+                f"Assistance: lower_threshold must be in (0, threshold] = (0, {threshold}], "
+                f"got {lower_threshold}"
+            )
+        check_at_least("Assistance", "patience", patience, 1)
+        self.num_experts = len(self._table)
+        self.threshold = threshold
+        self.lower_threshold = lower_threshold
+        self.patience = patience
+        table = torch.tensor(self._table, dtype=torch.int64)
+        self.register_buffer("backup", table, persistent=False)
+        self.register_buffer("assisted", torch.zeros_like(table, dtype=torch.bool))
+        self.register_buffer("updates_above", torch.zeros_like(table))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Nobody is assisted."""
+        self.backup.copy_(torch.tensor(self._table))
+        self.assisted.zero_()
+        self.updates_above.zero_()
+
+    def forward(self, selected: Tensor) -> Tensor:
+        """The slots with one more column.
+
+        Args:
+            selected: [T, K] int64, best first; an id outside [0, E) is not routed.
+
+        Returns:
+            [T, K + 1], the last column -1 where nobody assists.
+        """
+        routed = (selected >= 0) & (selected < self.num_experts)
+        is_assisted = self.assisted[selected.where(routed, 0)] & routed  # [T, K]
+        # argmax gives the first of equal values, so the best choice.
+        best = is_assisted.to(torch.uint8).argmax(dim=1, keepdim=True)  # [T, 1]
+        expert = selected.gather(1, best).clamp(0, self.num_experts - 1)
+        helper = self.backup[expert]  # [T, 1]
+        is_new = (selected != helper).all(dim=1, keepdim=True)
+        joins = is_assisted.any(dim=1, keepdim=True) & is_new
+        return torch.cat([selected, helper.where(joins, -1)], dim=1)
+
+    @torch.no_grad()
+    def update(self, usage: Tensor) -> None:
+        """Begins and ends assistance; `MoE.update` calls it once per optimizer step.
+
+        Args:
+            usage: [E], after its own update.
+        """
+        load = usage * self.num_experts
+        above = self.updates_above + 1
+        self.updates_above.copy_(above.where(load > self.threshold, 0))
+        begins = self.updates_above >= self.patience
+        ends = load < self.lower_threshold
+        self.assisted.copy_((self.assisted | begins) & ~ends)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return (
+            f"backup={self._table}, threshold={self.threshold}, "
+            f"lower_threshold={self.lower_threshold}, patience={self.patience}"
+        )

@@ -1,0 +1,52 @@
+"""Balance without a loss: a bias that only ranks, moved against the load."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def update_selection_bias(
+    bias: Tensor, tokens_per_expert: Tensor, rate: float, centred: bool = False
+) -> Tensor:
+    """The selection bias after one step: up by `rate` below the mean load, down by it above.
+
+        bias_i + rate * sign(mean(tokens_per_expert) - tokens_per_expert_i)
+
+    Auxiliary-loss-free balancing (Wang et al., arXiv 2408.15664), as in DeepSeek-V3 (arXiv
+    2412.19437). The bias is added to the scores for ranking only: weights and their gradients never
+    see it.
+
+    Args:
+        bias: [E] floating.
+        tokens_per_expert: [E], slots per expert of one step, over all micro-batches and processes.
+        rate: how far one step moves it, a finite number >= 0; 0.001 in DeepSeek-V3.
+        centred: takes the mean of the step's moves out of them, so that the mean of the bias stays
+            what it is. Selection does not depend on that mean; without, it may drift.
+
+    Returns:
+        The new bias [E] in the dtype of bias; without a counted token a copy of bias.
+
+    Raises:
+        ValueError: rate is negative or not finite.
+        RuntimeError: a shape or dtype does not fit.
+    """
+    if not math.isfinite(rate) or rate < 0:
+        raise ValueError(f"update_selection_bias: rate must be a finite number >= 0, got {rate}")
+    if bias.dim() != 1 or not bias.is_floating_point():
+        raise RuntimeError(
+            "update_selection_bias: bias must be [num_experts] and floating, "
+            f"got {bias.dtype} of shape {list(bias.shape)}"
+        )
+    if tokens_per_expert.shape != bias.shape:
+        raise RuntimeError(
+            f"update_selection_bias: tokens_per_expert must be [num_experts] = {list(bias.shape)}, "
+            f"got shape {list(tokens_per_expert.shape)}"
+        )
+    counts = tokens_per_expert.double()
+    move = torch.sign(counts.mean() - counts)
+    if centred:
+        move = move - move.mean()
+    return (bias.double() + rate * move).to(bias.dtype)
