@@ -1,0 +1,416 @@
+"""What other libraries and papers do, as arguments of `torchmoe.nn.MoE`.
+
+    from torchmoe import presets
+
+    moe = presets.st_moe.layer(512, 2048, 64)
+    moe = presets.st_moe.layer(512, 2048, 64, z_loss_weight=0.0, activation="geglu", bias=True)
+    print(presets.st_moe)
+
+A preset says how tokens are routed and balanced; the experts stay the caller's. Printing one shows
+every argument it sets, where they come from, and in which ways the layer still differs from the
+original. Two things are converted throughout, so that the numbers come out the same:
+
+- A capacity factor of which the original takes T / E is divided by top_k, as ours is a factor of
+  top_k * T / E. Ours is exact besides: an original that multiplies floats can be one slot off.
+- A balancing loss that is a multiple of load_balancing_loss has the multiple in balance_weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torchmoe.nn.capacity import Capacity
+from torchmoe.nn.gate import Gate
+from torchmoe.nn.moe import MoE
+
+_TEXTS = ("name", "description", "source", "differs")
+_ROUTER_OPTIONS = ("input_jitter", "logit_noise")
+_SIZES = ("hidden_size", "intermediate_size", "num_experts")
+_WIDTH = 88
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A named set of arguments of `MoE`, each of them written out.
+
+    Attributes:
+        name: as in this module.
+        description: what it is, one paragraph.
+        source: the paper and the code that it follows.
+        top_k: see `MoE`, also for the following ones.
+        gate: see there.
+        capacity: see there.
+        balance_weight: see there.
+        z_loss_weight: see there.
+        fraction_from: see there.
+        fraction_choices: see there.
+        selection_bias_rate: see there.
+        selection_bias_centred: see there.
+        routed_scaling_factor: see there.
+        input_jitter: of the `Router`.
+        logit_noise: of the `Router`.
+        differs: the ways in which the layer is not the original, a sentence or two each.
+    """
+
+    name: str
+    description: str
+    source: str
+    top_k: int
+    gate: Gate
+    capacity: Capacity | None
+    balance_weight: float
+    z_loss_weight: float
+    fraction_from: str
+    fraction_choices: str
+    selection_bias_rate: float
+    selection_bias_centred: bool
+    routed_scaling_factor: float
+    input_jitter: float
+    logit_noise: float
+    differs: tuple[str, ...]
+
+    def layer(
+        self, hidden_size: int, intermediate_size: int | None, num_experts: int, **changes: object
+    ) -> MoE:
+        """A layer with the preset's arguments.
+
+        Args:
+            hidden_size: H.
+            intermediate_size: the experts' inner width; may be None when `experts` are given.
+            num_experts: E.
+            changes: arguments of `MoE`, and input_jitter and logit_noise of its router; each
+                replaces the preset's.
+
+        Returns:
+            The layer. A `router` among the changes replaces the preset's together with its noise.
+
+        Raises:
+            TypeError: a change is no argument of the layer, or noise is given along with a router.
+        """
+        known = {*inspect.signature(MoE).parameters, *_ROUTER_OPTIONS} - {*_SIZES}
+        if unknown := [name for name in changes if name not in known]:
+            raise TypeError(
+                f"Preset: changes must be arguments of MoE, input_jitter or logit_noise, "
+                f'got "{unknown[0]}"'
+            )
+        arguments = self._arguments() | changes
+        noise = {option: arguments.pop(option) for option in _ROUTER_OPTIONS}
+        replaced = arguments.get("router") is not None
+        if replaced and (given := [option for option in _ROUTER_OPTIONS if option in changes]):
+            raise TypeError(
+                f"Preset: {given[0]} must be set on the router that is given, "
+                f"got {changes[given[0]]!r} along with it"
+            )
+        moe = MoE(hidden_size, intermediate_size, num_experts, **arguments)
+        if not replaced:
+            # On the router that the layer makes, which knows whether it has to keep usage.
+            for option, level in noise.items():
+                setattr(moe.router, option, level)
+        return moe
+
+    def __str__(self) -> str:
+        """Every argument with its value, the source and the differences."""
+        lines = dict(_lines(self._arguments()))
+        longest = max(map(len, lines))
+        return "\n".join(
+            [
+                self.name,
+                "",
+                *textwrap.wrap(self.description, _WIDTH),
+                "",
+                *(f"  {name:<{longest}}  {value!r}" for name, value in lines.items()),
+                "",
+                *textwrap.wrap(f"Source: {self.source}", _WIDTH),
+                "",
+                "Differs from it:",
+                *(
+                    textwrap.fill(sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ")
+                    for sentence in self.differs
+                ),
+            ]
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        fields = dataclasses.fields(self)
+        return {f.name: getattr(self, f.name) for f in fields if f.name not in _TEXTS}
+
+
+def _lines(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values to print; those of a Gate or a Capacity follow one by one."""
+    for name, value in arguments.items():
+        if not dataclasses.is_dataclass(value):
+            yield name, value
+            continue
+        for part in dataclasses.fields(value):
+            if part.init:
+                yield f"{name}.{part.name}", getattr(value, part.name)
+
+
+_WHOLE_CALL = (
+    "Capacity, f and P are those of all tokens of the call, not of groups of tokens (sequences, "
+    "or shares of a device) one by one."
+)
+
+switch = Preset(
+    name="switch",
+    description=(
+        "Switch Transformer: one expert per token, its output times its probability; an expert "
+        "takes up to 1.25 times the even share of the tokens, first come first served, and drops "
+        "the rest. The router sees slightly perturbed tokens in training."
+    ),
+    source=(
+        "Fedus et al., arXiv 2101.03961; mesh_tensorflow/transformer/moe.py (MoE1D, "
+        "_rand_1_gating)."
+    ),
+    top_k=1,
+    gate=Gate(score_function="softmax", normalize="none"),
+    capacity=Capacity(1.25, eval_factor=2.0, minimum=4, rounding="down"),
+    balance_weight=0.01,
+    z_loss_weight=0.0,
+    fraction_from="batch",
+    fraction_choices="all",
+    selection_bias_rate=0.0,
+    selection_bias_centred=False,
+    routed_scaling_factor=1.0,
+    input_jitter=0.01,
+    logit_noise=0.0,
+    differs=(
+        _WHOLE_CALL,
+        'The "switch" gating of Mesh TensorFlow offers an overflowing token to its next three '
+        'choices, once all first choices are placed; Capacity(overflow="next_best") reroutes at '
+        "once and tries all experts.",
+        "The port in Transformers has a fixed capacity (64) for every sequence, also in "
+        "evaluation, takes 0.001 as coefficient, forms one loss from the pooled tokens of all "
+        "layers, and in float32 multiplies the experts' input by the jitter too.",
+    ),
+)
+
+gshard = Preset(
+    name="gshard",
+    description=(
+        "GShard: two experts per token, weighted by their probabilities over the sum of both; an "
+        "expert takes up to twice the even share of the tokens, all first choices before any "
+        "second one. The balancing loss counts first choices only."
+    ),
+    source=(
+        "Lepikhin et al., arXiv 2006.16668, algorithm 1; lingvo/core/gshard_layers.py "
+        "(Top2GatingOnLogits) and gshard_builder.py (aux_loss_coef)."
+    ),
+    top_k=2,
+    gate=Gate(score_function="softmax", normalize="topk"),
+    # C = 2 S / E for the S tokens of a group: top_k times 1.
+    capacity=Capacity(1.0, rounding="down", order="choice", normalize="before_drop"),
+    balance_weight=0.01,
+    z_loss_weight=0.0,
+    fraction_from="batch",
+    fraction_choices="first",
+    selection_bias_rate=0.0,
+    selection_bias_centred=False,
+    routed_scaling_factor=1.0,
+    input_jitter=0.0,
+    logit_noise=0.0,
+    differs=(
+        _WHOLE_CALL,
+        "A second expert is always used; the paper dispatches to it with probability "
+        'min(1, 2 * weight), and Lingvo does with second_expert_policy="random" (its default is '
+        '"all").',
+        "Lingvo rounds a capacity up to a multiple of 4, and with legacy_mtf_behavior=False "
+        'normalises after dropping: Capacity(normalize="after_drop").',
+        "The paper writes the loss as 1 / E * sum f P; the code, as here, as E * sum f P.",
+    ),
+)
+
+st_moe = Preset(
+    name="st_moe",
+    description=(
+        "ST-MoE: GShard's choice of two with a capacity of 1.25 * T / E, counted without top_k, so "
+        "that a good third of all slots is dropped even in balance; weights are normalised before "
+        "dropping. The router z-loss keeps the logits small."
+    ),
+    source=(
+        "Zoph et al., arXiv 2202.08906; mesh_tensorflow/transformer/moe.py (MoE1D, _top_2_gating); "
+        "st-moe-pytorch (TopNGating)."
+    ),
+    top_k=2,
+    gate=Gate(score_function="softmax", normalize="topk"),
+    # 1.25 and 2.0 of T / E, over top_k = 2.
+    capacity=Capacity(
+        0.625, eval_factor=1.0, minimum=4, rounding="down", order="choice", normalize="before_drop"
+    ),
+    balance_weight=0.01,
+    z_loss_weight=0.001,
+    fraction_from="batch",
+    fraction_choices="first",
+    selection_bias_rate=0.0,
+    selection_bias_centred=False,
+    routed_scaling_factor=1.0,
+    input_jitter=0.0,
+    logit_noise=0.0,
+    differs=(
+        _WHOLE_CALL,
+        "A second expert is always used; the original dispatches to it with probability "
+        "min(1, weight / 0.2).",
+        "The capacity factors hold for top_k=2: with another top_k they are 1.25 / top_k and "
+        "2.0 / top_k.",
+        "st-moe-pytorch counts f after dropping (Mesh TensorFlow before, as here), lets the router "
+        "learn from the tokens that an expert receives as if they were multiplied by the weights "
+        "(straight_through_dispatch_tensor=True), and has no losses in evaluation.",
+    ),
+)
+
+megatron = Preset(
+    name="megatron",
+    description=(
+        "Megatron-Core's TopKRouter with token dropping: softmax over the chosen logits; an expert "
+        "keeps its even share of all slots times the factor, those with the largest weights, "
+        "whoever comes first. The balancing loss counts all choices."
+    ),
+    source=(
+        "megatron/core/transformer/moe/moe_utils.py (topk_routing_with_score_function, "
+        "apply_router_token_dropping, switch_load_balancing_loss_func) and router.py."
+    ),
+    top_k=2,
+    gate=Gate(score_function="softmax", normalize="topk"),
+    capacity=Capacity(1.0, rounding="up", priority="weight", normalize="before_drop"),
+    balance_weight=0.01,
+    z_loss_weight=0.0,
+    fraction_from="batch",
+    fraction_choices="all",
+    selection_bias_rate=0.0,
+    selection_bias_centred=False,
+    routed_scaling_factor=1.0,
+    input_jitter=0.0,
+    logit_noise=0.0,
+    differs=(
+        "Megatron-Core drops nothing until moe_expert_capacity_factor is given (capacity=None is "
+        "that) and has no balancing loss until moe_aux_loss_coeff is; 1.0 and 1e-2 are the values "
+        "its documentation names.",
+        'f is that of this process; fraction_from="global_batch" with a process_group adds the '
+        "counts of tensor- and context-parallel processes, as Megatron-Core does.",
+        "Of equal weights the earlier slot is kept; Megatron-Core leaves that to torch.topk.",
+        'moe_token_drop_policy="position" keeps arbitrary slots there, as a top-k over equal '
+        'values; Capacity(priority=None, order="token") keeps the first.',
+    ),
+)
+
+deepspeed = Preset(
+    name="deepspeed",
+    description=(
+        "DeepSpeed-MoE with its defaults: one expert per token, its output times its probability; "
+        "an expert takes its even share of the tokens, at least 4, and drops random ones of the "
+        "rest (random token selection)."
+    ),
+    source=(
+        "Rajbhandari et al., arXiv 2201.05596; deepspeed/moe/sharded_moe.py (top1gating, "
+        "top2gating, topkgating)."
+    ),
+    top_k=1,
+    # Also for larger top_k what DeepSpeed does: weights as they are for one expert, else
+    # normalised, over the slots that are left.
+    gate=Gate(score_function="softmax", normalize=None),
+    capacity=Capacity(
+        1.0, minimum=4, rounding="up", order="choice", priority="random", normalize="after_drop"
+    ),
+    balance_weight=0.01,
+    z_loss_weight=0.0,
+    fraction_from="batch",
+    fraction_choices="all",
+    selection_bias_rate=0.0,
+    selection_bias_centred=False,
+    routed_scaling_factor=1.0,
+    input_jitter=0.0,
+    logit_noise=0.0,
+    differs=(
+        "DeepSpeed leaves the coefficient of its loss to the training script; 0.01 is that of "
+        "Megatron-DeepSpeed's examples.",
+        "DeepSpeed drops random tokens in evaluation too, where the layer goes by token order.",
+        "The capacity is that of all counted tokens; DeepSpeed counts tokens that used_token masks "
+        "out for the capacity and in the loss's means.",
+        "With top_k=2 DeepSpeed drops late tokens and counts first choices: Capacity(priority="
+        'None) and fraction_choices="first" here. It also adds Gumbel noise to the logits of the '
+        "second choice, which has no counterpart (top2_2nd_expert_sampling=False turns it off).",
+        'With top_k > 2 it keeps the slots of largest probability. Capacity(priority="weight") '
+        "ranks by the normalised weights instead, which can keep others.",
+    ),
+)
+
+mixtral_hf = Preset(
+    name="mixtral_hf",
+    description=(
+        "Mixtral as in Hugging Face Transformers: two experts per token, weighted by their "
+        "probabilities over the sum of both, no capacity. Its balancing loss counts all choices of "
+        "a token as tokens, so that f sums to 2 and the loss is twice ours."
+    ),
+    source=(
+        "Jiang et al., arXiv 2401.04088; transformers/models/mixtral/modeling_mixtral.py "
+        "(MixtralSparseMoeBlock, load_balancing_loss_func)."
+    ),
+    top_k=2,
+    gate=Gate(score_function="softmax", normalize="topk"),
+    capacity=None,
+    # router_aux_loss_coef = 0.001, times top_k.
+    balance_weight=0.002,
+    z_loss_weight=0.0,
+    fraction_from="batch",
+    fraction_choices="all",
+    selection_bias_rate=0.0,
+    selection_bias_centred=False,
+    routed_scaling_factor=1.0,
+    input_jitter=0.0,
+    logit_noise=0.0,
+    differs=(
+        "One loss per layer, to be added up; Transformers pools the tokens of all layers into one "
+        "f and one P, where layers that collapse onto different experts look balanced.",
+        "balance_weight holds for top_k=2: with another top_k it is 0.001 * top_k.",
+        "Transformers' router_jitter_noise (0 by default) also perturbs what the experts see, in "
+        "place; input_jitter concerns the router alone.",
+    ),
+)
+
+deepseek_v3 = Preset(
+    name="deepseek_v3",
+    description=(
+        "DeepSeek-V3: eight of the experts in the best four of eight groups, chosen by sigmoid "
+        "scores plus a bias that moves against the load, weighted by the scores over their sum "
+        "times 2.5; no capacity. A small balancing loss looks at each sequence."
+    ),
+    source=(
+        "DeepSeek-AI, arXiv 2412.19437; transformers/models/deepseek_v3/modeling_deepseek_v3.py "
+        "(DeepseekV3TopkRouter)."
+    ),
+    top_k=8,
+    gate=Gate(score_function="sigmoid", normalize="topk", num_groups=8, top_groups=4),
+    capacity=None,
+    balance_weight=0.0001,
+    z_loss_weight=0.0,
+    fraction_from="sequence",
+    fraction_choices="all",
+    selection_bias_rate=0.001,
+    selection_bias_centred=False,
+    routed_scaling_factor=2.5,
+    input_jitter=0.0,
+    logit_noise=0.0,
+    differs=(
+        "No shared expert is made: pass one as shared_experts=; the original adds a gated network "
+        "of an expert's shape.",
+        "f counts the experts that a token uses; the paper's balancing loss counts the top_k of "
+        "its scores without bias and groups.",
+        "The bias moves when moe.update is called and the rate stays; the paper sets it to 0 for "
+        "the last 500 billion of 14.8 trillion tokens.",
+        "A group that is not chosen is out, as in DeepSeek's own code; versions of Transformers "
+        "that mask with 0.0 instead of -inf use it where a biased score is negative.",
+    ),
+)
+
+#: The presets by name.
+PRESETS = {
+    preset.name: preset
+    for preset in (switch, gshard, st_moe, megatron, deepspeed, mixtral_hf, deepseek_v3)
+}
+
+__all__ = ["PRESETS", "Preset", *PRESETS]

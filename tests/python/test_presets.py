@@ -1,0 +1,257 @@
+"""The presets: they build and train, show all they set, and can be changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from fractions import Fraction
+
+import pytest
+import torch
+
+from op_case import C
+from torchmoe import expert_capacity, presets
+from torchmoe.nn import Capacity, Gate, MoE, Router
+from torchmoe.presets import PRESETS, Preset
+
+H, INNER, E = 6, 8, 16
+EPS = torch.finfo(torch.float64).eps
+EVERY = pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+TEXTS = {"name", "description", "source", "differs"}
+
+
+@EVERY
+def test_builds_and_trains_a_step(preset: Preset) -> None:
+    moe = preset.layer(H, INNER, E)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    before = [parameter.clone() for parameter in moe.parameters()]
+    x = torch.randn(3, 20, H)
+    output = moe(x)
+    (output.hidden_states.square().sum() + output.aux_loss).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in moe.parameters())
+    optimizer.step()
+    moe.update(output.routing)
+    assert output.hidden_states.shape == x.shape
+    assert output.aux_loss > 0
+    assert not any(torch.equal(a, b) for a, b in zip(before, moe.parameters(), strict=True))
+
+
+@EVERY
+def test_has_the_arguments_it_shows(preset: Preset) -> None:
+    moe = preset.layer(H, INNER, E)
+    assert moe.top_k == preset.top_k
+    assert moe.capacity == preset.capacity
+    assert moe.balance_weight == preset.balance_weight
+    assert moe.z_loss_weight == preset.z_loss_weight
+    assert moe.estimator.score_function == preset.gate.score_function
+    assert moe.router.input_jitter == preset.input_jitter
+    assert moe.router.logit_noise == preset.logit_noise
+    assert (moe.selection_bias is not None) == (preset.selection_bias_rate > 0)
+    losses = moe(torch.randn(10, H)).routing.losses
+    assert ("router_z_loss" in losses) == (preset.z_loss_weight > 0)
+
+
+def test_sets_every_argument_of_the_layer_that_routes() -> None:
+    """A new one must be thought about here."""
+    of_the_caller = {
+        *("hidden_size", "intermediate_size", "num_experts", "activation", "bias"),
+        *("router", "experts", "shared_experts", "device", "dtype"),
+        *("assistance", "losses", "process_group"),
+    }
+    arguments = {f.name for f in dataclasses.fields(Preset)} - TEXTS
+    expected = set(inspect.signature(MoE).parameters) - of_the_caller
+    assert arguments == expected | {"input_jitter", "logit_noise"}
+
+
+@EVERY
+def test_prints_every_argument(preset: Preset) -> None:
+    _, _, arguments, *_ = str(preset).split("\n\n")
+    shown = [line.split(maxsplit=1) for line in arguments.splitlines()]
+    expected: dict[str, object] = {}
+    for field in dataclasses.fields(Preset):
+        value = getattr(preset, field.name)
+        if isinstance(value, Gate | Capacity):
+            parts = [f.name for f in dataclasses.fields(value) if f.init]
+            expected |= {f"{field.name}.{part}": getattr(value, part) for part in parts}
+        elif field.name not in TEXTS:
+            expected[field.name] = value
+    assert shown == [[name, repr(value)] for name, value in expected.items()]
+    assert len({line.rindex("  ") for line in arguments.splitlines()}) == 1
+
+
+@EVERY
+def test_prints_where_it_comes_from(preset: Preset) -> None:
+    text = " ".join(str(preset).split())
+    assert text.startswith(preset.name)
+    for part in (preset.description, preset.source, *preset.differs):
+        assert " ".join(part.split()) in text
+    assert max(map(len, str(preset).splitlines())) <= 100
+
+
+def test_names_are_those_of_the_module() -> None:
+    assert list(PRESETS) == [
+        *("switch", "gshard", "st_moe", "megatron", "deepspeed", "mixtral_hf", "deepseek_v3")
+    ]
+    for name, preset in PRESETS.items():
+        assert preset.name == name
+        assert getattr(presets, name) is preset
+
+
+# int(1.25 * T / E) and at least 4; 2 T / E; ceil(2 T / E); ceil(T / E) and at least 4.
+@pytest.mark.parametrize(
+    ("preset", "training", "expected"),
+    [
+        (presets.switch, True, {(100, 8): 15, (20, 16): 4, (3, 4): 3}),
+        (presets.switch, False, {(100, 8): 25, (20, 16): 4, (3, 4): 3}),
+        (presets.gshard, True, {(100, 8): 25, (20, 16): 2, (3, 4): 1}),
+        (presets.st_moe, True, {(100, 8): 15, (20, 16): 4, (3, 4): 3}),
+        (presets.st_moe, False, {(100, 8): 25, (20, 16): 4, (3, 4): 3}),
+        (presets.megatron, True, {(100, 8): 25, (20, 16): 3, (3, 4): 2}),
+        (presets.deepspeed, True, {(100, 8): 13, (20, 16): 4, (3, 4): 3}),
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_capacities_of_the_originals(
+    preset: Preset, training: bool, expected: dict[tuple[int, int], int]
+) -> None:
+    capacity = preset.capacity
+    factor = capacity.factor if training or capacity.eval_factor is None else capacity.eval_factor
+    for (tokens, experts), slots in expected.items():
+        computed = expert_capacity(
+            tokens, experts, preset.top_k, factor, capacity.minimum, rounding=capacity.rounding
+        )
+        assert computed == slots
+        moe = preset.layer(H, INNER, experts, input_jitter=0.0).train(training)
+        with torch.no_grad():
+            moe.router.weight[1:].zero_()  # one large logit: the first expert gets every token
+            moe.router.weight[0].fill_(1.0)
+        assert moe(torch.ones(tokens, H)).routing.kept_per_expert[0] == slots
+
+
+def test_megatron_by_its_formulas() -> None:
+    """Each expert keeps the largest combine weights of the tokens that chose it.
+
+    The loss is coefficient * E / (K T^2) * sum over experts of sum(probs) * count.
+    """
+    tokens, experts = 64, 8
+    moe = presets.megatron.layer(H, INNER, experts, dtype=torch.float64)
+    with torch.no_grad():
+        moe.router.weight.mul_(4)
+    output = moe(torch.randn(tokens, H, dtype=torch.float64))
+    routing = output.routing
+    top, ids = routing.logits.topk(2)
+    weights = torch.zeros(tokens, experts, dtype=torch.float64).scatter(1, ids, top.softmax(-1))
+    capacity = 2 * tokens // experts
+    best = weights.topk(capacity, dim=0).indices
+    expected = torch.zeros(tokens, experts).scatter(0, best, 1.0).bool() & (weights > 0)
+    slots = torch.where(routing.indices < 0, experts, routing.indices)
+    kept = torch.zeros(tokens, experts + 1).scatter(1, slots, 1.0).bool()[:, :experts]
+    assert torch.equal(kept, expected)
+    assert 0 < kept.sum() < 2 * tokens
+    torch.testing.assert_close(
+        torch.zeros(tokens, experts + 1, dtype=torch.float64).scatter(1, slots, routing.weights)[
+            :, :experts
+        ],
+        weights * expected,
+        rtol=0.0,
+        atol=C * 2 * EPS,  # a sum of two
+    )
+
+    counts = (weights > 0).sum(0)
+    products = routing.logits.softmax(-1).sum(0) * counts
+    loss = 0.01 * experts / (2 * tokens**2) * products.sum()
+    torch.testing.assert_close(output.aux_loss, loss, rtol=0.0, atol=C * tokens * EPS * loss.item())
+
+
+def test_deepseek_v3_balances_by_its_formulas() -> None:
+    """Equations 17 to 20 of arXiv 2412.19437, each sequence on its own."""
+    moe = presets.deepseek_v3.layer(H, INNER, E, dtype=torch.float64)
+    length, top_k = 12, 8
+    output = moe(torch.randn(3, length, H, dtype=torch.float64))
+    losses = []
+    for sequence in range(3):
+        rows = slice(sequence * length, (sequence + 1) * length)
+        scores = output.routing.logits[rows].sigmoid()
+        shares = scores / scores.sum(-1, keepdim=True)
+        counts = torch.bincount(output.routing.selected[rows].flatten(), minlength=E)
+        losses.append(E / (top_k * length) * (counts * shares.mean(0)).sum())
+    loss = 0.0001 * torch.stack(losses).mean()
+    torch.testing.assert_close(output.aux_loss, loss, rtol=0.0, atol=C * length * EPS * loss.item())
+
+
+def test_deepseek_moves_its_bias_against_the_load() -> None:
+    moe = presets.deepseek_v3.layer(H, INNER, E)
+    routing = moe(torch.randn(40, H)).routing
+    moe.update(routing)
+    load = routing.tokens_per_expert
+    expected = 0.001 * (load.sum() / E - load).sign()
+    torch.testing.assert_close(moe.selection_bias, expected, rtol=0.0, atol=0.0)
+
+
+def test_changes_replace_arguments() -> None:
+    capacity = Capacity(Fraction(1, 3))
+    moe = presets.st_moe.layer(
+        *(H, INNER, E),
+        top_k=4,
+        capacity=capacity,
+        z_loss_weight=0.0,
+        balance_weight=0.5,
+        activation="relu",
+        bias=True,
+        input_jitter=0.25,
+        logit_noise=0.125,
+        dtype=torch.float64,
+    )
+    assert (moe.top_k, moe.capacity, moe.z_loss_weight, moe.balance_weight) == (4, capacity, 0, 0.5)
+    assert (moe.router.input_jitter, moe.router.logit_noise) == (0.25, 0.125)
+    assert moe.experts.activation == "relu"
+    assert moe.experts.down_proj_bias is not None
+    assert {parameter.dtype for parameter in moe.parameters()} == {torch.float64}
+    assert presets.st_moe.layer(H, INNER, E, capacity=None).capacity is None
+    assert presets.megatron.layer(H, INNER, E, fraction_from="history").router.usage is not None
+    assert presets.st_moe.top_k == 2
+
+
+def test_a_router_replaces_the_noise_too() -> None:
+    router = Router(H, E, bias=True)
+    moe = presets.switch.layer(H, INNER, E, router=router)
+    assert moe.router is router
+    assert router.input_jitter == 0
+    assert presets.switch.layer(H, INNER, E, router=None).router.input_jitter == 0.01
+
+
+def test_a_preset_of_ones_own() -> None:
+    own = dataclasses.replace(presets.mixtral_hf, name="own", top_k=3)
+    assert own.layer(H, INNER, E).top_k == 3
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        own.top_k = 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "exception", "message"),
+    [
+        (
+            {"capcity": None},
+            TypeError,
+            r"Preset: changes must be arguments of MoE, input_jitter or logit_noise, "
+            r'got "capcity"$',
+        ),
+        ({"name": "x"}, TypeError, r'Preset: changes must be .*, got "name"$'),
+        (
+            {"router": Router(H, E), "input_jitter": 0.1},
+            TypeError,
+            r"Preset: input_jitter must be set on the router that is given, got 0.1 along with it$",
+        ),
+        ({"top_k": 17}, ValueError, r"MoE: top_k must be in \[1, 16\], got 17"),
+        ({"input_jitter": -1.0}, ValueError, r"Router: input_jitter must be .*, got -1.0"),
+    ],
+    ids=str,
+)
+def test_errors(changes: dict[str, object], exception: type[Exception], message: str) -> None:
+    with pytest.raises(exception, match=message):
+        presets.st_moe.layer(H, INNER, E, **changes)
+
+
+def test_groups_must_divide_the_experts() -> None:
+    with pytest.raises(ValueError, match="num_groups must"):
+        presets.deepseek_v3.layer(H, INNER, 12)
