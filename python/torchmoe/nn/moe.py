@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.losses import LOSSES, Loss, LossInputs
+from torchmoe.losses import Loss, LossInputs
 from torchmoe.nn import _reduce
+from torchmoe.nn._balance import (
+    FRACTION_CHOICES,
+    FRACTIONS_FROM,
+    check_losses,
+    count,
+    count_by_sequence,
+    function_of,
+    name_of,
+    shares,
+)
 from torchmoe.nn._buffers import keep_wide
 from torchmoe.nn._checks import (
     Level,
@@ -36,8 +46,6 @@ from torchmoe.selection_bias import update_selection_bias
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")
-FRACTION_CHOICES = ("all", "first")
 _DEFAULT_GATE = Gate()
 
 
@@ -73,10 +81,11 @@ class MoE(nn.Module):
             the slots. "batch": the tokens of this call. "sequence": each sequence on its own, the
             losses averaged (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv
             2412.19437, equation 17). "global_batch": the calls of all processes, summed by an
-            all-reduce in forward (Qiu et al., arXiv 2501.11873); each process's mean scores are its
-            own, so that averaging gradients gives the loss of the whole. "history": the router's
-            `usage`. Only for "history" and "sequence" does accumulating the gradients of
-            micro-batches give exactly that of one batch; see `earlier_counts` for the others.
+            all-reduce in forward, in training mode only, which every process must reach (Qiu et
+            al., arXiv 2501.11873); each process's mean scores are its own, so that averaging
+            gradients gives the loss of the whole. "history": the router's `usage`. With "history"
+            and, for equal numbers of sequences, "sequence", accumulating the gradients of
+            micro-batches gives exactly that of one batch; see `earlier_counts` for the others.
         fraction_choices: "all" choices of a token count in the fractions, or the "first" only
             (GShard, arXiv 2006.16668). History knows all choices only.
         process_group: the processes of "global_batch" and of `update`; None is all.
@@ -181,7 +190,7 @@ class MoE(nn.Module):
         self.top_k = top_k
         self.capacity = capacity
         self.balance_weight = balance_weight
-        self.losses, z_loss_weight = _check_losses(losses, z_loss_weight)
+        self.losses, z_loss_weight = check_losses(losses, z_loss_weight)
         self.z_loss_weight = z_loss_weight
         self.fraction_from = fraction_from
         self.fraction_choices = fraction_choices
@@ -317,11 +326,13 @@ class MoE(nn.Module):
         y = self._add_shared(y, tokens, mask)
 
         # 5. Account: counts, the losses, and everything above for whoever wants to look.
-        tokens_per_expert = self._count(chosen)  # [E]
-        kept_per_expert = tokens_per_expert if indices is chosen else self._count(indices)
+        tokens_per_expert = count(chosen, self.num_experts)  # [E]
+        kept_per_expert = (
+            tokens_per_expert if indices is chosen else count(indices, self.num_experts)
+        )
         counts = tokens_per_expert
         if self.fraction_choices == "first":
-            counts = self._count(chosen[:, :1])
+            counts = count(chosen[:, :1], self.num_experts)
         sequence_shape = x.shape[:-1] if self.fraction_from == "sequence" else None
         losses = {
             "load_balancing_loss": self._balancing_loss(
@@ -413,7 +424,7 @@ class MoE(nn.Module):
             text += f", experts={self.experts!r}"
         text += f", balance_weight={self.balance_weight}, z_loss_weight={self.z_loss_weight}"
         if self.losses:
-            listed = ", ".join(f"({_name_of(term)!r}, {weight})" for term, weight in self.losses)
+            listed = ", ".join(f"({name_of(term)!r}, {weight})" for term, weight in self.losses)
             text += f", losses=[{listed}]"
         for name, usual in (
             ("fraction_from", "batch"),
@@ -516,17 +527,13 @@ class MoE(nn.Module):
             )
         return y + (shared if mask is None else shared.masked_fill(~mask.unsqueeze(-1), 0))
 
-    def _count(self, indices: Tensor) -> Tensor:
-        return _count(indices, self.num_experts)
-
     def _weighted_losses(self) -> list[tuple[str, Loss, float]]:
         """The terms beside load_balancing_loss."""
         given: list[tuple[str | Loss, float]] = []
         if self._z_loss_weight is not None:
             given.append(("router_z_loss", self._z_loss_weight))
         return [
-            (_name_of(term), LOSSES[term] if isinstance(term, str) else term, weight)
-            for term, weight in (*given, *self.losses)
+            (name_of(term), function_of(term), weight) for term, weight in (*given, *self.losses)
         ]
 
     def _balancing_loss(
@@ -543,7 +550,7 @@ class MoE(nn.Module):
             counts = counts + earlier_counts
         if self.fraction_from == "history":
             counts = cast(Tensor, self.router.usage)
-        elif self.fraction_from == "global_batch":
+        elif self.fraction_from == "global_batch" and self.training:
             counts = _reduce.total([counts], self.process_group)
         elif sequence_shape is not None:
             length = sequence_shape[-1] if len(sequence_shape) else 1
@@ -551,10 +558,10 @@ class MoE(nn.Module):
             logits = logits.view(sequences, length, self.num_experts)
             mask = None if mask is None else mask.view(sequences, length)
             choices = chosen[:, : 1 if self.fraction_choices == "first" else None]
-            counts = _count_by_sequence(choices, sequences, self.num_experts)
+            counts = count_by_sequence(choices, sequences, length, self.num_experts)
         return ops.load_balancing_loss(
             logits,
-            _shares(counts, logits.dtype),
+            shares(counts, logits.dtype),
             score_function=self.estimator.score_function,
             token_mask=mask,
         )
@@ -570,59 +577,6 @@ class MoE(nn.Module):
                 f"MoE: earlier_counts must be integers [num_experts] = [{self.num_experts}], "
                 f"got {earlier_counts.dtype} of shape {list(earlier_counts.shape)}"
             )
-
-
-def _count(indices: Tensor, num_experts: int) -> Tensor:
-    """Slots per expert: [E]."""
-    return ops.dispatch_plan(indices, num_experts).expert_offsets.diff()
-
-
-def _count_by_sequence(chosen: Tensor, sequences: int, num_experts: int) -> Tensor:
-    """Slots per sequence and expert, [B, E], of the choices [B * S, K]."""
-    slots = chosen.reshape(sequences, -1)  # [B, S * K]
-    # Every sequence has experts of its own, which one plan counts.
-    first = num_experts * torch.arange(sequences, device=chosen.device).unsqueeze(1)
-    routed = (slots >= 0) & (slots < num_experts)
-    counts = _count((slots + first).where(routed, -1), sequences * num_experts)
-    return counts.view(sequences, num_experts)
-
-
-def _shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The counts over their sum along the last dimension; 0 where nothing is counted."""
-    if counts.is_floating_point():
-        return counts.to(dtype)
-    return counts.to(dtype) / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-def _check_losses(
-    losses: Sequence[tuple[str | Loss, float]], z_loss_weight: float
-) -> tuple[tuple[tuple[str | Loss, float], ...], float]:
-    """The terms without router_z_loss, and the weight of that one, wherever it is given."""
-    weights = {} if z_loss_weight == 0 else {"router_z_loss": z_loss_weight}
-    rest = []
-    for term, weight in losses:
-        if isinstance(term, str):
-            check_choice("MoE", "losses", term, LOSSES)
-        elif not callable(term) or not hasattr(term, "__name__"):
-            raise TypeError(
-                "MoE: losses must hold a name or a function with a __name__ in each pair, "
-                f"got {term!r}"
-            )
-        name = _name_of(term)
-        check_not_negative("MoE", f'the weight of "{name}"', weight)
-        if name in weights or name == "load_balancing_loss":
-            raise ValueError(
-                "MoE: losses must name every term once, and load_balancing_loss by balance_weight, "
-                f'got "{name}"'
-            )
-        weights[name] = weight
-        if name != "router_z_loss":
-            rest.append((term, weight))
-    return tuple(rest), weights.get("router_z_loss", z_loss_weight)
-
-
-def _name_of(term: str | Loss) -> str:
-    return term if isinstance(term, str) else term.__name__
 
 
 def _check_groups(gate: Gate, num_experts: int, top_k: int) -> None:
