@@ -26,6 +26,9 @@ _MOST_SLOTS = 2**28
 # that number: far above what rounding does to it.
 _EXCESS = 1e-6
 
+# What three products and a quotient may err by, with a wide margin.
+_ROUNDING = 1e-14
+
 ROUNDINGS = ("up", "down")
 
 
@@ -51,7 +54,8 @@ def capacity_ratio(
     """
     if isinstance(factor, bool) or not isinstance(factor, numbers.Real | Decimal):
         raise TypeError(f"{op}: {argument} must be a number, got {factor!r}")
-    if not math.isfinite(factor) or factor < 0:
+    is_finite = isinstance(factor, int | Fraction) or math.isfinite(factor)
+    if not is_finite or factor < 0:
         raise ValueError(f"{op}: {argument} must be a finite number >= 0, got {factor}")
     exact = isinstance(factor, int | Fraction | Decimal)
     ratio = Fraction(factor) if exact else Fraction(str(factor))
@@ -224,10 +228,10 @@ def dynamic_capacity(
         factor: 1 is just enough room when the tokens spread as they have; a finite number >= 0.
 
     Returns:
-        [E] int64 on usage's device, computed without a sync; exact to about nine digits.
+        [E] int64 on usage's device, computed without a sync.
 
     Raises:
-        TypeError: factor is not a number.
+        TypeError: factor is not a number, or num_slots neither an int nor a tensor.
         ValueError: factor is negative, NaN or infinite, or num_slots is a negative int.
         RuntimeError: usage has another shape or is not floating.
     """
@@ -242,6 +246,8 @@ def dynamic_from_ratio(usage: Tensor, num_slots: int | Tensor, ratio: tuple[int,
             "dynamic_capacity: usage must be [num_experts] and floating, "
             f"got {usage.dtype} of shape {list(usage.shape)}"
         )
+    if not isinstance(num_slots, int | torch.SymInt | Tensor) or isinstance(num_slots, bool):
+        raise TypeError(f"dynamic_capacity: num_slots must be an int or tensor, got {num_slots!r}")
     if isinstance(num_slots, int) and num_slots < 0:
         raise ValueError(f"dynamic_capacity: num_slots must be >= 0, got {num_slots}")
     num_experts = usage.shape[0]
@@ -249,10 +255,13 @@ def dynamic_from_ratio(usage: Tensor, num_slots: int | Tensor, ratio: tuple[int,
     factor = ratio[0] / ratio[1] if ratio[0] < num_experts * ratio[1] else num_experts
     load = usage.double()
     relative = load / load.mean()
-    relative = torch.where(relative > 1, relative, 1.0)
+    relative = torch.where(relative > 1, relative, 1.0).clamp(max=num_experts)
     places = relative * (factor / max(num_experts, 1)) * num_slots
-    whole = places.floor()
+    # A whole number that was rounded down by a few units in the last place is that number.
+    whole = (places * (1 + _ROUNDING)).floor()
     capacity = torch.where(places - whole > _EXCESS * places, whole + 1, whole)
     if isinstance(num_slots, Tensor):
-        return torch.minimum(capacity, num_slots.double()).to(torch.int64)
-    return capacity.clamp(max=num_slots).to(torch.int64)
+        capacity = torch.minimum(capacity, num_slots.double())
+    else:
+        capacity = capacity.clamp(max=num_slots)
+    return capacity.clamp(min=0).to(torch.int64)

@@ -59,7 +59,15 @@ def importance_loss(
 
     Returns:
         A scalar >= 0, differentiable in weights.
+
+    Raises:
+        RuntimeError: a shape or dtype does not fit.
     """
+    if weights.dim() != 2 or weights.shape != indices.shape:
+        raise RuntimeError(
+            "importance_loss: weights must be [num_tokens, top_k], as indices are, "
+            f"got shapes {list(weights.shape)} and {list(indices.shape)}"
+        )
     by_token = by_expert(weights, indices, num_experts)  # [T, E]
     return _cv_squared(ops.mean_over_tokens(by_token, token_mask=token_mask))
 
@@ -93,7 +101,9 @@ def load_loss(
 
     Raises:
         ValueError: top_k or deviation is out of range.
+        RuntimeError: a shape or dtype does not fit.
     """
+    _check("load_loss", logits, token_mask)
     num_experts = logits.shape[1]
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"load_loss: top_k must be in [1, {num_experts}], got {top_k}")
@@ -101,8 +111,9 @@ def load_loss(
     if not math.isfinite(deviation) or deviation <= 0:
         raise ValueError(f"load_loss: deviation must be a finite number > 0, got {deviation}")
     if top_k == num_experts:
-        return logits.new_zeros(())
+        return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     noisy = logits if noisy_logits is None else noisy_logits
+    logits, noisy = (_wide_and_finite(z) for z in (logits, noisy))
     if token_mask is not None:
         # A gradient of 0 times the slope at NaN would be NaN.
         logits, noisy = (z.masked_fill(~token_mask.unsqueeze(1), 0) for z in (logits, noisy))
@@ -129,7 +140,12 @@ def local_entropy_loss(
 
     Returns:
         A scalar in [0, log E], differentiable in logits.
+
+    Raises:
+        ValueError: an unknown score function.
+        RuntimeError: a shape or dtype does not fit.
     """
+    _check("local_entropy_loss", logits, token_mask)
     shares = _shares(logits, score_function, token_mask)
     of_tokens = _entropy(shares).unsqueeze(-1)  # [T, 1]
     return ops.mean_over_tokens(of_tokens, token_mask=token_mask).squeeze(0)
@@ -149,7 +165,12 @@ def global_entropy_loss(
 
     Returns:
         A scalar in [0, log E], differentiable in logits.
+
+    Raises:
+        ValueError: an unknown score function.
+        RuntimeError: a shape or dtype does not fit.
     """
+    _check("global_entropy_loss", logits, token_mask)
     mean = ops.mean_over_tokens(_shares(logits, score_function, token_mask), token_mask=token_mask)
     even = math.log(logits.shape[1]) * mean.sum()  # nothing counted: 0 - 0
     return even - _entropy(mean)
@@ -171,7 +192,12 @@ def mutual_information_loss(
 
     Returns:
         A scalar in [-log E, 0], differentiable in logits.
+
+    Raises:
+        ValueError: an unknown score function.
+        RuntimeError: a shape or dtype does not fit.
     """
+    _check("mutual_information_loss", logits, token_mask)
     shares = _shares(logits, score_function, token_mask)
     of_tokens = _entropy(shares).unsqueeze(-1)  # [T, 1]
     both = torch.cat([shares, of_tokens], dim=1)  # one pass over the tokens
@@ -179,18 +205,32 @@ def mutual_information_loss(
     return means[-1] - _entropy(means[:-1])
 
 
+def _check(name: str, logits: Tensor, token_mask: Tensor | None) -> None:
+    """Raises RuntimeError where the arguments that the terms share do not fit."""
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise RuntimeError(
+            f"{name}: logits must be [num_tokens, num_experts] and floating, "
+            f"got {logits.dtype} of shape {list(logits.shape)}"
+        )
+    if token_mask is not None and (
+        token_mask.dtype != torch.bool or token_mask.shape != logits.shape[:1]
+    ):
+        raise RuntimeError(
+            f"{name}: token_mask must be bool of shape {list(logits.shape[:1])}, "
+            f"got {token_mask.dtype} of shape {list(token_mask.shape)}"
+        )
+
+
 def _shares(logits: Tensor, score_function: str, token_mask: Tensor | None) -> Tensor:
     """Q for every token; 0, and no gradient, for tokens that do not count: [T, E]."""
     ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
     if token_mask is not None:
         ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
-    probs = ops.gate_weights(
-        logits, ids, score_function=score_function, normalize="none", estimator="exact"
+    # The share of an only expert is constant, of which the op refuses to form a gradient.
+    logits = logits.detach() if logits.shape[1] == 1 else logits
+    return ops.gate_weights(
+        logits, ids, score_function=score_function, normalize="topk", estimator="exact"
     )
-    if score_function == "softmax":
-        return probs
-    tiny = torch.finfo(probs.dtype).tiny
-    return probs / probs.sum(dim=1, keepdim=True).clamp(min=tiny)
 
 
 def _entropy(shares: Tensor) -> Tensor:
@@ -198,6 +238,13 @@ def _entropy(shares: Tensor) -> Tensor:
     # The derivative of q log q is infinite at 0, that of a softmax is 0 there: a product of NaN.
     tiny = torch.finfo(shares.dtype).tiny
     return -(shares * shares.clamp(min=tiny).log()).sum(dim=-1)
+
+
+def _wide_and_finite(logits: Tensor) -> Tensor:
+    """Float32 or wider, and far from overflow: the difference of two infinite logits is NaN."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    most = torch.finfo(wide.dtype).max / 4
+    return wide.clamp(-most, most)
 
 
 def _cv_squared(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from torchmoe import ops
+from torchmoe._slots import by_expert
 from torchmoe.nn import (
     Capacity,
     DefaultVector,
@@ -25,7 +26,6 @@ from torchmoe.nn import (
     StraightThroughDense,
 )
 from torchmoe.nn.estimators._dense_gradient import attach_dense_gradient
-from torchmoe._slots import by_expert
 from torchmoe.testing import check_surrogate
 
 BUILT_IN = (

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+import torchmoe.losses
 from torchmoe import ops
 from torchmoe.losses import LOSSES, Loss
 from torchmoe.nn._checks import check_choice, check_not_negative
@@ -43,13 +44,21 @@ def check_losses(
     """The terms without router_z_loss, and the weight of that one, wherever it is given."""
     weights = {} if z_loss_weight == 0 else {"router_z_loss": z_loss_weight}
     rest = []
-    for term, weight in losses:
+    for pair in losses:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"MoE: losses must be pairs of a term and its weight, got {pair!r}")
+        term, weight = pair
         if isinstance(term, str):
             check_choice("MoE", "losses", term, LOSSES)
         elif not callable(term) or not hasattr(term, "__name__"):
             raise TypeError(
                 "MoE: losses must hold a name or a function with a __name__ in each pair, "
                 f"got {term!r}"
+            )
+        elif getattr(torchmoe.losses, term.__name__, None) is term:
+            raise TypeError(
+                f'MoE: losses must have "{term.__name__}" for that function, which takes other '
+                "arguments than a term of a layer, got the function"
             )
         name = name_of(term)
         check_not_negative("MoE", f'the weight of "{name}"', weight)
@@ -59,9 +68,10 @@ def check_losses(
                 f'got "{name}"'
             )
         weights[name] = weight
-        if name != "router_z_loss":
+        if term != "router_z_loss":
             rest.append((term, weight))
-    return tuple(rest), weights.get("router_z_loss", z_loss_weight)
+    named = {term: weight for term, weight in losses if isinstance(term, str)}
+    return tuple(rest), named.get("router_z_loss", z_loss_weight)
 
 
 def name_of(term: str | Loss) -> str:

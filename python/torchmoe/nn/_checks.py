@@ -44,6 +44,10 @@ def check_share(owner: str, argument: str, value: float) -> None:
 
 def check_backup(owner: str, backup: Sequence[int]) -> tuple[int, ...]:
     """The table as a tuple; raises unless it names another expert for each (ValueError)."""
+    if len(backup) < 2:
+        raise ValueError(
+            f"{owner}: backup must have an entry for each of two or more experts, got {backup}"
+        )
     experts = range(len(backup))
     for expert, other in enumerate(backup):
         check_integer(owner, "backup", other)

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 Statistics = TypeVar("Statistics")
 
 
+class SharedGroup:
+    """Holds a process group that copies of a module share, since it cannot be copied."""
+
+    def __init__(self, group: ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedGroup:
+        return self
+
+
 def total(parts: Sequence[Statistics], group: ProcessGroup | None) -> Statistics:
     """The sum of several trees of tensors, leaf by leaf.
 

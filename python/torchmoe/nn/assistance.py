@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchmoe.nn._buffers import fill_table, register_table
 from torchmoe.nn._checks import check_at_least, check_backup
 
 
@@ -65,17 +66,15 @@ class Assistance(nn.Module):
         self.threshold = threshold
         self.lower_threshold = lower_threshold
         self.patience = patience
-        table = torch.tensor(self._table, dtype=torch.int64)
-        self.register_buffer("backup", table, persistent=False)
-        self.register_buffer("assisted", torch.zeros_like(table, dtype=torch.bool))
-        self.register_buffer("updates_above", torch.zeros_like(table))
+        register_table(self, "backup", self._table)
+        self.register_buffer("assisted", torch.zeros_like(self.backup, dtype=torch.bool))
+        self.register_buffer("updates_above", torch.zeros_like(self.backup))
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Nobody is assisted."""
-        self.backup.copy_(torch.tensor(self._table))
-        self.assisted.zero_()
-        self.updates_above.zero_()
+        fill_table(self, "backup", self._table)
+        nn.init.zeros_(self.assisted)
+        nn.init.zeros_(self.updates_above)
 
     def forward(self, selected: Tensor) -> Tensor:
         """The slots with one more column.
@@ -97,18 +96,19 @@ class Assistance(nn.Module):
         return torch.cat([selected, helper.where(joins, -1)], dim=1)
 
     @torch.no_grad()
-    def update(self, usage: Tensor) -> None:
+    def update(self, usage: Tensor, num_slots: Tensor) -> None:
         """Begins and ends assistance; `MoE.update` calls it once per optimizer step.
 
         Args:
             usage: [E], after its own update.
+            num_slots: integer scalar: the slots of the step; where there is none nothing changes.
         """
         load = usage * self.num_experts
-        above = self.updates_above + 1
-        self.updates_above.copy_(above.where(load > self.threshold, 0))
-        begins = self.updates_above >= self.patience
-        ends = load < self.lower_threshold
-        self.assisted.copy_((self.assisted | begins) & ~ends)
+        above = (self.updates_above + 1).where(load > self.threshold, 0)
+        assisted = (self.assisted | (above >= self.patience)) & ~(load < self.lower_threshold)
+        counts = num_slots > 0
+        self.updates_above.copy_(above.where(counts, self.updates_above))
+        self.assisted.copy_(assisted.where(counts, self.assisted))
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -44,7 +44,8 @@ class Capacity:
     Whether a later token can change what an earlier one gets: the capacity itself grows with the
     number of tokens in the call, so that no option makes the layer causal over calls of different
     lengths. In a call of a given length, order "token" without a priority is causal, whatever the
-    overflow; order "choice" (with top_k above 1) and both priorities are not.
+    overflow; both priorities and order "choice" are not, but for "choice" where a token has one
+    slot.
 
     Attributes:
         factor: capacity factor in training; 1 is just enough room when tokens spread evenly. Taken

@@ -25,7 +25,7 @@ from torchmoe.nn._balance import (
     name_of,
     shares,
 )
-from torchmoe.nn._buffers import keep_wide
+from torchmoe.nn._buffers import fill_table, keep_wide, register_table
 from torchmoe.nn._checks import (
     Level,
     check_at_least,
@@ -100,8 +100,8 @@ class MoE(nn.Module):
         dtype: their dtype.
 
     Attributes:
-        balance_weight: see above; may be changed at any time, as z_loss_weight,
-            routed_scaling_factor and selection_bias_rate.
+        balance_weight: see above; may be changed at any time, as z_loss_weight and
+            routed_scaling_factor, and selection_bias_rate where the layer has a selection bias.
         z_loss_weight: see above.
         router: the router.
         estimator: the gradient estimator, from gate.
@@ -194,7 +194,7 @@ class MoE(nn.Module):
         self.z_loss_weight = z_loss_weight
         self.fraction_from = fraction_from
         self.fraction_choices = fraction_choices
-        self.process_group = process_group
+        self._process_group = _reduce.SharedGroup(process_group)
         self.selection_bias_rate = selection_bias_rate
         self.selection_bias_centred = selection_bias_centred
         self.routed_scaling_factor = routed_scaling_factor
@@ -243,6 +243,12 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        is_constant = top_k == 1 and self.estimator.normalize == "topk"
+        if assistance is not None and is_constant and self.estimator.gate_estimator == "exact":
+            raise ValueError(
+                'MoE: gate.normalize must be "none" for top_k 1 with assistance, without which the '
+                'weights are constant and the router learns nothing, got "topk"'
+            )
         self.assistance: Assistance | None = assistance
         if assistance is not None and device is not None:
             assistance.to(device)
@@ -253,21 +259,26 @@ class MoE(nn.Module):
             wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
             selection_bias = torch.zeros(num_experts, device=device, dtype=wide)
         self.register_buffer("selection_bias", selection_bias)
-        # A buffer, so that forward copies nothing to the device; no part of the state.
-        table = None if backup is None else torch.tensor(backup, dtype=torch.int64, device=device)
-        self.register_buffer("capacity_backup", table, persistent=False)
+        if backup is None:
+            self.register_buffer("capacity_backup", None)
+        else:
+            register_table(self, "capacity_backup", backup, device)
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The processes of "global_batch" and of `update`; None is all."""
+        return self._process_group.group
 
     def reset_parameters(self) -> None:
         """Gives the parameters and buffers of every part their first values again."""
-        parts = (self.router, self.estimator, self.assistance, self.experts, self.shared_experts)
-        for part in parts:
+        shared = () if self.shared_experts is None else self.shared_experts.modules()
+        for part in (self.router, self.estimator, self.assistance, self.experts, *shared):
             if callable(reset := getattr(part, "reset_parameters", None)):
                 reset()
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
-        if self.capacity_backup is not None and self.capacity is not None:
-            with torch.no_grad():
-                self.capacity_backup.copy_(torch.tensor(self.capacity.backup))
+        if self.capacity is not None and self.capacity.backup is not None:
+            fill_table(self, "capacity_backup", self.capacity.backup)
 
     def forward(
         self,
@@ -311,12 +322,15 @@ class MoE(nn.Module):
             logits, selection_bias=self.selection_bias, token_mask=mask
         )  # [T, K]
         selected = chosen if self.assistance is None else self.assistance(chosen)  # [T, K']
-        indices = self._limit(logits, selected, num_tokens)  # [T, K']
+        asking = self._asking_weights(logits, selected)  # [T, K'] or None
+        indices = self._limit(logits, selected, asking, num_tokens)  # [T, K']
 
         # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise,
         # which concerns the normalisation alone.
         weighed = self._weighed(selected, indices)  # [T, K']
-        weights = self.estimator.weigh(logits, weighed)  # [T, K']
+        weights = asking
+        if weights is None or weighed is not selected:
+            weights = self.estimator.weigh(logits, weighed)  # [T, K']
 
         # 4. Dispatch and compute.
         combined = self.estimator.combine(
@@ -403,7 +417,7 @@ class MoE(nn.Module):
             if keeps_usage:
                 cast(Router, self.router).update(counts, counts.sum())
             if self.assistance is not None:
-                self.assistance.update(cast(Tensor, self.router.usage))
+                self.assistance.update(cast(Tensor, self.router.usage), counts.sum())
             if self.selection_bias is not None and moves_bias:
                 self.selection_bias.copy_(
                     update_selection_bias(
@@ -471,7 +485,19 @@ class MoE(nn.Module):
         # A router of the user's own may return a 16-bit type, under autocast at the latest.
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _limit(self, logits: Tensor, selected: Tensor, num_tokens: int | Tensor) -> Tensor:
+    def _asking_weights(self, logits: Tensor, selected: Tensor) -> Tensor | None:
+        """The weights with which slots ask for room, where those decide who gets it.
+
+        They are the layer's own where nothing is rerouted: an estimator that draws would give other
+        ones a second time.
+        """
+        if self.capacity is None or self.capacity.priority != "weight":
+            return None
+        return self.estimator.weigh(logits, selected)
+
+    def _limit(
+        self, logits: Tensor, selected: Tensor, asking: Tensor | None, num_tokens: int | Tensor
+    ) -> Tensor:
         capacity = self.capacity
         if capacity is None:
             return selected
@@ -482,6 +508,9 @@ class MoE(nn.Module):
             training=self.training,
             usage=cast(Tensor, self.router.usage) if capacity.dynamic else None,
         )
+        priority = None if asking is None else asking.detach()
+        if capacity.priority == "random" and self.training:
+            priority = torch.rand(selected.shape, device=selected.device)
         scores = None
         if capacity.overflow != "drop":
             scores = self.estimator.rank(logits, selection_bias=self.selection_bias)
@@ -489,21 +518,12 @@ class MoE(nn.Module):
             selected,
             slots.expand(self.num_experts) if isinstance(slots, Tensor) else slots,
             order=capacity.order,
-            priority=self._priority(logits, selected),
+            priority=priority,
             overflow=capacity.overflow,
             scores=scores,
             backup=self.capacity_backup,
             num_experts=self.num_experts,
         )
-
-    def _priority(self, logits: Tensor, selected: Tensor) -> Tensor | None:
-        wanted = None if self.capacity is None else self.capacity.priority
-        if wanted == "weight":
-            with torch.no_grad():
-                return self.estimator.weigh(logits, selected)
-        if wanted == "random" and self.training:
-            return torch.rand(selected.shape, device=selected.device)
-        return None
 
     def _weighed(self, selected: Tensor, indices: Tensor) -> Tensor:
         """The ids that weights are formed for."""
@@ -525,7 +545,9 @@ class MoE(nn.Module):
                 f"MoE: shared_experts must return [num_tokens, hidden_size] = {list(y.shape)}, "
                 f"got shape {list(shared.shape)}"
             )
-        return y + (shared if mask is None else shared.masked_fill(~mask.unsqueeze(-1), 0))
+        if mask is not None:
+            shared = shared.masked_fill(~mask.unsqueeze(-1), 0)
+        return y + shared.to(y.dtype)
 
     def _weighted_losses(self) -> list[tuple[str, Loss, float]]:
         """The terms beside load_balancing_loss."""

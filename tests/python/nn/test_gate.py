@@ -66,7 +66,11 @@ def test_gate_errors(options: dict[str, object], error: type[Exception], message
             ValueError,
             r'Capacity: order must be one of "choice", "token", got "random"',
         ),
-        ({"overflow": "spill"}, ValueError, r'Capacity: overflow must be one of "drop", "next_best", "backup", got'),
+        (
+            {"overflow": "spill"},
+            ValueError,
+            r'Capacity: overflow must be one of "drop", "next_best", "backup", got',
+        ),
         (
             {"normalize": "topk"},
             ValueError,
