@@ -68,11 +68,13 @@ at::Tensor mean_over_tokens_autograd(const at::Tensor& values,
   return MeanOverTokens::apply(values, token_mask);
 }
 
+// NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes a SymInt by value.
 at::Tensor mean_over_tokens_backward_autograd(const at::Tensor& grad,
                                               c10::SymInt num_tokens,
                                               const std::optional<at::Tensor>& token_mask) {
   return MeanOverTokensBackward::apply(grad, num_tokens, token_mask);
 }
+// NOLINTEND(performance-unnecessary-value-param)
 
 }  // namespace
 

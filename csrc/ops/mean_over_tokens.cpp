@@ -75,7 +75,7 @@ at::Tensor mean_over_tokens_backward_meta(const at::Tensor& grad,
                                           const std::optional<at::Tensor>& token_mask) {
   check_mean_over_tokens_backward(grad, num_tokens, token_mask);
   auto sizes = grad.sym_sizes().vec();
-  sizes.insert(sizes.end() - 1, num_tokens);
+  sizes.insert(sizes.end() - 1, std::move(num_tokens));
   return at::empty_symint(sizes, grad.options());
 }
 
