@@ -1,8 +1,9 @@
 """Mixture-of-experts layers for PyTorch: ops in C++ with their gradients, and modules.
 
-`torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions they compose, and
-`torchmoe.testing` the gradient check for routers and estimators of your own. `python -m torchmoe`
-prints what a bug report needs.
+`torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions they compose,
+`torchmoe.losses` further balancing terms, `torchmoe.presets` the conventions of other libraries,
+`watch` and `routing_statistics` show what the routing does, and `torchmoe.testing` has the gradient
+check for routers and estimators of your own. `python -m torchmoe` prints what a bug report needs.
 """
 
 from torchmoe import _library
@@ -10,8 +11,9 @@ from torchmoe import _library
 _BUILD_INFO = _library.load()
 
 # The ops must be registered before any module that names them is imported.
-from torchmoe import losses, nn, ops, testing  # noqa: E402
+from torchmoe import losses, nn, ops, presets, testing  # noqa: E402
 from torchmoe.capacity import dynamic_capacity, expert_capacity  # noqa: E402
+from torchmoe.monitor import RoutingStatistics, Watcher, routing_statistics, watch  # noqa: E402
 from torchmoe.selection_bias import update_selection_bias  # noqa: E402
 
 __version__ = _BUILD_INFO["torchmoe"]
@@ -32,6 +34,8 @@ def build_info() -> dict[str, str]:
 
 
 __all__ = [
+    "RoutingStatistics",
+    "Watcher",
     "__version__",
     "build_info",
     "cmake_prefix_path",
@@ -40,6 +44,9 @@ __all__ = [
     "losses",
     "nn",
     "ops",
+    "presets",
+    "routing_statistics",
     "testing",
     "update_selection_bias",
+    "watch",
 ]

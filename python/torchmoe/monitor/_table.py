@@ -1,0 +1,73 @@
+"""The table that `Watcher.summary` prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from torchmoe.monitor._history import Record
+
+_COLUMNS = (
+    "layer",
+    "dropped",
+    "re-\nrouted",
+    "MaxVio",
+    "load\nCV",
+    "load\nentropy",
+    "routing\nentropy",
+    "dead\nexperts",
+    "first\nweight",
+    "logit\nrange",
+    "passes",
+)
+_CAPTION = """
+means over the passes; dropped, rerouted: of the slots chosen; MaxVio: largest load / mean - 1;
+load entropy: of log E, its largest value; routing entropy: nats"""
+_WIDE = 1000  # columns, more than any table has
+
+
+def print_table(layers: Mapping[str, Record | None]) -> None:
+    """Prints a row for each layer; None is a layer without a forward pass."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        caption=_CAPTION,
+        caption_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    for column in _COLUMNS:
+        # The name of a layer would be cut first, and nobody could tell the rows apart.
+        is_name = column == "layer"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
+    for name, record in layers.items():
+        table.add_row(name, *_cells(record))
+    console = Console()
+    if not console.is_terminal:
+        # A file has no width to keep to, but rich takes it for 80 columns.
+        wide = console.options.update(width=_WIDE)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table)
+
+
+def _cells(record: Record | None) -> list[str]:
+    if record is None:
+        return ["-"] * (len(_COLUMNS) - 2) + ["0"]
+    statistics = record.statistics()
+    num_experts = len(statistics.tokens_per_expert)
+    even = math.log(num_experts)
+    return [
+        f"{statistics.dropped_share.item():.1%}",
+        f"{statistics.rerouted_share.item():.1%}",
+        f"{statistics.max_violation.item():.2f}",
+        f"{statistics.load_cv.item():.2f}",
+        f"{statistics.load_entropy.item() / even:.1%}" if even else "-",
+        f"{statistics.routing_entropy.item():.2f}",
+        f"{statistics.dead_experts.item():.1f}/{num_experts}",
+        f"{statistics.first_choice_weight.item():.2f}",
+        f"{statistics.logit_range.item():.1f}",
+        str(record.forwards),
+    ]

@@ -1,0 +1,300 @@
+"""Follows the routing of a model's layers from outside, by forward hooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from torchmoe.monitor._history import History, Record
+from torchmoe.monitor._intake import Intake
+from torchmoe.monitor.statistics import SCALARS, RoutingStatistics
+from torchmoe.nn._checks import check_at_least
+from torchmoe.nn.moe import MoE
+from torchmoe.nn.routing import MoEOutput, Routing
+
+_COLLECT, _LOG = "collect", "log"
+
+
+def watch(
+    model: nn.Module, *, evaluation: bool = False, every: int = 1, max_records: int = 4096
+) -> Watcher:
+    """Follows every MoE layer inside a model, which need not know.
+
+        with torchmoe.watch(model) as watcher:
+            for step, batch in enumerate(batches):
+                train(model, batch)
+                if step % 100 == 0:
+                    watcher.log(writer, step)
+        watcher.summary()
+        watcher.plot("load.png")
+
+    The layers are found wherever they are, inside WithAttachedLoss, DistributedDataParallel or a
+    compiled model, and go by their path in the model ("moe" if the model is the layer), without
+    what torch.compile puts into it. What is kept of a forward pass is one small tensor of each
+    layer: nothing waits for the device, and neither the graph nor anything of the size of the
+    tokens is kept alive. Each process follows its own tokens.
+
+    A pass is followed if the layer is in training mode, whether or not gradients are kept. A layer
+    that is called several times in a step has several passes. What activation checkpointing of
+    either kind recomputes in the backward pass is no pass of its own. A pass in which no token
+    counts enters the means with zeros.
+
+    Under torch.compile every pass is followed too, but each layer that is followed breaks the graph
+    (a loop over such layers runs outside of it), so that fullgraph=True refuses. Watch, once,
+    before the compiled model runs for the first time: torch does not look for hooks again, unless
+    torch.compiler.reset() makes it compile anew. A replayed CUDA graph runs no hooks; torch.export
+    is not followed.
+
+    Args:
+        model: any module with `torchmoe.nn.MoE` layers in it.
+        evaluation: follows passes in evaluation mode as well.
+        every: takes the first of so many passes of a layer, for models with very short steps.
+        max_records: how many records of a layer are kept at most, each of 16 E + 72 bytes. Beyond
+            that neighbouring passes share one.
+
+    Returns:
+        A context manager that gives itself. It keeps what it saw after it was left, and goes on
+        when it is entered again.
+
+    Raises:
+        TypeError: every or max_records is not an int.
+        ValueError: one of them is too small, or the model has no such layer.
+    """
+    check_at_least("watch", "every", every, 1)
+    check_at_least("watch", "max_records", max_records, 2)
+    layers = {
+        _layer_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, MoE)
+    }
+    if not layers:
+        raise ValueError(f"watch: model must contain a torchmoe.nn.MoE, got {type(model).__name__}")
+    intake = Intake(len(layers))
+    return Watcher(
+        {
+            name: _Layer(moe, History(max_records, (_COLLECT, _LOG)), intake, evaluation, every)
+            for name, moe in layers.items()
+        },
+        intake,
+        evaluation,
+    )
+
+
+def _layer_name(path: str) -> str:
+    # What torch.compile puts into a path is not the model's: with and without it a layer has one
+    # name.
+    return ".".join(part for part in path.split(".") if part != "_orig_mod") or "moe"
+
+
+class Writer(Protocol):
+    """What `Watcher.log` needs: torch.utils.tensorboard.SummaryWriter, or what acts like it."""
+
+    def add_scalar(self, tag: str, value: float, step: int, /) -> Any: ...  # noqa: D102, ANN401
+    def add_histogram(self, tag: str, values: Tensor, step: int, /) -> Any: ...  # noqa: D102, ANN401
+
+
+class Watcher:
+    """What `watch` gives: the routing of a model's layers, pass by pass.
+
+    `collect` and `log` each give what they have not given before; `summary`, `to_records` and
+    `plot` the whole history. Over several passes tokens_per_expert and kept_per_expert are sums,
+    and all other numbers means of the passes' numbers, dead_experts among them: an expert that had
+    no slot in any of the passes is one whose sum is 0.
+    """
+
+    def __init__(self, layers: dict[str, _Layer], intake: Intake, evaluation: bool) -> None:
+        self._layers = layers
+        self._intake = intake
+        self._evaluation = evaluation
+
+    def __enter__(self) -> Watcher:
+        for layer in self._layers.values():
+            layer.follow()
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for layer in self._layers.values():
+            layer.leave()
+        self._intake.complete()
+
+    def collect(self) -> dict[str, RoutingStatistics]:
+        """The statistics of the passes since the last call, by layer.
+
+        Returns:
+            Tensors on the layer's device, without waiting for it; dead_experts is float64, as all
+            that is a mean. A layer that had no pass is left out.
+        """
+        return {name: record.statistics() for name, record in self._read(_COLLECT).items()}
+
+    def log(self, writer: Writer, step: int) -> None:
+        """Writes the passes since the last call to TensorBoard.
+
+        LAYER/NAME for each statistic that is one number, and the histogram LAYER/load of the
+        experts' loads, where 1 is the even share.
+
+        Args:
+            writer: a torch.utils.tensorboard.SummaryWriter.
+            step: where on the x axis.
+        """
+        for name, record in self._read(_LOG).items():
+            statistics = record._replace(sums=record.sums.cpu()).statistics()
+            for scalar in SCALARS:
+                writer.add_scalar(f"{name}/{scalar}", getattr(statistics, scalar).item(), step)
+            load = statistics.tokens_per_expert.double()
+            writer.add_histogram(f"{name}/load", load * len(load) / load.sum().clamp(min=1), step)
+
+    def summary(self) -> None:
+        """Prints a table with a row for each layer, over all passes so far."""
+        try:
+            from torchmoe.monitor._table import print_table
+        except ImportError as error:
+            raise _needs("summary", "rich") from error
+        layers = {name: history.total() for name, history in self._histories().items()}
+        if any(layers.values()):
+            print_table(layers)
+        else:
+            print(f"watch: {self._nothing_seen()}")
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """The whole history as plain numbers and lists, for pandas.DataFrame among others.
+
+        With `every`, the passes between two that are taken are numbered but not among `forwards`.
+
+        Returns:
+            For each layer its records in order: `layer`, `forward` (number of the first pass, from
+            0), `forwards` (how many passes), and every statistic under its name.
+        """
+        return [
+            {"layer": name, **record}
+            for name, history in self._histories().items()
+            for record in history.to_records()
+        ]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the load of each expert over the passes, a map for each layer, all on one scale.
+
+        A layer that had no pass is left out.
+
+        Args:
+            path: the file, whose suffix says its kind; its folder is made where it is missing.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: no pass was seen.
+        """
+        try:
+            from torchmoe.monitor._figure import draw_load
+        except ImportError as error:
+            raise _needs("plot", "matplotlib") from error
+        layers = {
+            name: (history.records, self._layers[name].seen)
+            for name, history in self._histories().items()
+            if history.records
+        }
+        if not layers:
+            raise ValueError(
+                f"watch: plot must have a forward pass, got none: {self._nothing_seen()}"
+            )
+        figure = draw_load(layers)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+    def _read(self, reader: str) -> dict[str, Record]:
+        read = {name: history.read(reader) for name, history in self._histories().items()}
+        return {name: record for name, record in read.items() if record is not None}
+
+    def _histories(self) -> dict[str, History]:
+        """Of each layer, up to now."""
+        self._intake.complete()
+        return {name: layer.history for name, layer in self._layers.items()}
+
+    def _nothing_seen(self) -> str:
+        if self._evaluation:
+            return "no forward pass was seen"
+        return "no forward pass was seen in training mode; evaluation=True follows all of them"
+
+
+class _Layer:
+    """One layer, its hook and its history."""
+
+    def __init__(
+        self, moe: MoE, history: History, intake: Intake, evaluation: bool, every: int
+    ) -> None:
+        self.moe = moe
+        self.history = history
+        self.seen = 0
+        self._intake = intake
+        self._evaluation = evaluation
+        self._every = every
+        self._handle: RemovableHandle | None = None
+
+    def follow(self) -> None:
+        if self._handle is not None:
+            raise RuntimeError(
+                "watch: watcher must be left before it is entered, got entered twice"
+            )
+        # Before other hooks, which may replace the output by something else.
+        hook = _Hook(self.take, self._evaluation)
+        self._handle = self.moe.register_forward_hook(hook, prepend=True)
+
+    def leave(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def take(self, routing: Routing) -> None:
+        """Counts a pass and keeps what is wanted of it."""
+        # A graph task is a backward pass at work: this is a recomputation. An exported program is
+        # traced with tensors that hold nothing.
+        if torch._C._current_graph_task_id() != -1 or torch.compiler.is_exporting():
+            return
+        if self.seen % self._every == 0:
+            self._intake.add(self.history, self.seen, routing)
+        self.seen += 1
+
+
+class _Hook:
+    """What is registered with a layer.
+
+    A copy of the model, such as one of averaged weights or a file, is not followed: a copied hook
+    is inert.
+    """
+
+    def __init__(self, take: Callable[[Routing], None], evaluation: bool) -> None:
+        self._take = take
+        # Counting and keeping is no work for a compiler, which would compile again for each count.
+        # Wrapped here, since torch.compiler takes seconds to load.
+        self._take_outside = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
+        self._evaluation = evaluation
+
+    def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
+        # Not in what is disabled: a layer that is not followed then leaves the graph whole.
+        if not (moe.training or self._evaluation):
+            return
+        # Without a compiler the wrapper would cost half as much as all the rest.
+        take = self._take_outside if torch.compiler.is_compiling() else self._take
+        take(output.routing)
+
+    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
+        return _Inert, ()
+
+
+class _Inert:
+    def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
+        """Does nothing."""
+
+
+def _needs(method: str, package: str) -> ImportError:
+    return ImportError(f"watch: {method} needs {package}: pip install 'torchmoe[watch]'")
