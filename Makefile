@@ -15,7 +15,7 @@ CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.c
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train compare compare-estimators test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
+.PHONY: help develop library system train compare compare-estimators balance test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ compare: develop  ## Train the MoE and a dense model of equal active parameters,
 
 compare-estimators: develop  ## Train the MoE with each gradient estimator, over an hour (ARGS="--help")
 	$(BIN)/python examples/compare_estimators.py $(ARGS)
+
+balance: develop  ## Let a collapsed router recover under each way of balancing, minutes (ARGS="--help")
+	$(BIN)/python examples/balance.py $(ARGS)
 
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
