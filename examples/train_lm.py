@@ -36,7 +36,7 @@ from lm.checkpoint import Checkpoint, CheckpointError, Progress
 from lm.display import make_display
 from lm.evaluation import bits_by_domain, held_out_windows
 from lm.metrics import Meter, Metrics, Step
-from lm.model import ByteLM, loss_per_row
+from lm.model import ByteLM, LMOutput, loss_per_row
 from lm.parallel import Processes
 from lm.report import report
 from lm.run_folder import FolderError, RunFolder
@@ -59,6 +59,7 @@ examples:
   train_lm.py --minutes 20 --layers 6       longer and deeper; the schedule follows the clock
   train_lm.py --data ~/notes src/           your own text, one domain per path
   train_lm.py --top-k 1 --estimator straight_through --capacity-factor 1.25
+  train_lm.py --balance bias --capacity-factor 1 --overflow next_best
   train_lm.py --config runs/lm/run.json --seed 1 --out runs/seed1
                                             the settings of another run, one of them changed
   train_lm.py --load runs/lm                evaluate and sample only
@@ -121,7 +122,9 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
     if trains and group.leads:
         open_folder(folder, job, text, start if resumes else None)
     group.wait()
+    watcher = None
     if trains and job.share < 1:
+        watcher = job.watcher
         interrupted = train(job, text, folder, group)
         if interrupted:
             out = "" if settings.out == Settings().out else f" --out {settings.out}"
@@ -134,7 +137,7 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
 
     # 3. What it learned.
     if group.leads:
-        report(job.model, text, settings, job.progress, folder if trains else None)
+        report(job.model, text, settings, job.progress, folder if trains else None, watcher)
     return 0
 
 
@@ -180,6 +183,8 @@ class Job:
     model: ByteLM
     optimizer: torch.optim.Optimizer
     progress: Progress
+    watcher: torchmoe.Watcher | None
+    """Follows the experts while the run trains; None of a dense model."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What computes and what it reads, once the run has its folder; part of its checkpoints."""
 
@@ -232,7 +237,8 @@ def new_job(settings: Settings, start: Checkpoint | None, resumes: bool, group: 
     if start is not None and resumes:
         checkpoint.restore_optimizer(start, optimizer)
         progress = start.progress
-    return Job(settings, model, optimizer, progress)
+    watcher = torchmoe.watch(model) if model.moes else None
+    return Job(settings, model, optimizer, progress, watcher)
 
 
 def make_optimizer(model: ByteLM, lr: float) -> torch.optim.Optimizer:
@@ -291,7 +297,7 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
 
     Leaves a checkpoint of the last step. Gives whether it was asked to stop.
     """
-    settings, model, progress = job.settings, job.model, job.progress
+    settings, model, progress, watcher = job.settings, job.model, job.progress, job.watcher
     quick = held_out_windows(text.held_out, settings.context, QUICK_WINDOWS)
     record_every = STEPS_PER_RECORD
     if settings.steps:
@@ -302,6 +308,8 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
     learner.train()
     with contextlib.ExitStack() as stack:
         stopped = stack.enter_context(asked_to_stop())
+        if watcher is not None:  # it must be there before the first step is compiled
+            stack.enter_context(watcher)
         display = stack.enter_context(
             contextlib.closing(
                 make_display(f"{settings.out}: {', '.join(settings.data) or 'default text'}")
@@ -309,9 +317,9 @@ def train(job: Job, text: corpus.Text, folder: RunFolder, group: Processes) -> b
         )
         metrics = None
         if group.leads:
-            metrics = Metrics(folder, progress.step, display.message)
+            metrics = Metrics(folder, progress.step, display.message, watcher)
             stack.enter_context(contextlib.closing(metrics))
-        meter = Meter(list(text.train), progress, group)
+        meter = Meter(list(text.train), progress, group, watcher)
         clock = Stopwatch()
         share, ends = *group.agree(job.share), False
         while not ends:
@@ -363,9 +371,9 @@ def optimizer_step(
     inputs, targets, domains = next_batch(text, progress.step, settings, group)
     torch.manual_seed(step_seed("noise", settings.seed, progress.step, group.rank))
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-        output = learner(inputs.to(device))
+        output: LMOutput = learner(inputs.to(device))
     losses = loss_per_row(output.logits, targets.to(device))  # [B]
-    loss = losses.mean() + group.aux_loss(model, output)
+    loss = losses.mean() + output.aux_loss
     loss.backward()  # type: ignore[no-untyped-call]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     job.optimizer.step()

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from lm import run_folder
 from lm.settings import Settings
 
-FORMAT = "torchmoe-byte-lm-2"
+PROGRAM = "torchmoe-byte-lm-"
+FORMAT = f"{PROGRAM}3"
 KEPT = 2  # the last ones; a new one is complete before an old one goes
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
@@ -172,8 +173,11 @@ def load(path: Path, option: str = "--load") -> Checkpoint:
         raise CheckpointError(
             f"{option}: {path} is not a safetensors file, or a damaged one: {error}"
         ) from error
-    if content.get("format") != FORMAT:
+    form = content.get("format", "")
+    if not form.startswith(PROGRAM):
         raise CheckpointError(f"{option}: {path} is not a checkpoint of this program")
+    if form != FORMAT:
+        raise CheckpointError(f"{option}: {path} is of another version of this program")
     if content.pop("sha256", None) != hash_of(content, tensors):
         raise CheckpointError(f"{option}: {path} is damaged: its content does not match its hash")
     try:

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby, pairwise, product
 from typing import Protocol
@@ -64,8 +65,9 @@ class PlainDisplay:
         """Prints the head of the table."""
         self.lines = 0
         self.pending: list[Record] = []
-        print("\nloss: bits per byte of training text; balance: 1 is even; dropped: over capacity")
-        print("  step     loss  tokens/s  balance  dropped   time")
+        print("\nloss: bits per byte of training text; balance: 1 is even; MaxVio: 0 is even")
+        print("dropped, rerouted: slots over capacity; dead: experts that no byte chose")
+        print("  step     loss  tokens/s  balance  dropped  rerouted  MaxVio  dead   time")
 
     def show(self, record: Record, share: float) -> None:
         """A line for each 1 / LINES of the run."""
@@ -81,11 +83,16 @@ class PlainDisplay:
         last = self.pending[-1]
         loss = mean([record.loss for record in self.pending])
         speed = mean([record.tokens_per_second for record in self.pending])
-        experts = f"{'-':>7s}  {'-':>7s}"
+        experts = "      -        -         -       -     -"
         if last.load:
-            balance = mean([value for record in self.pending for value in record.balance])
-            dropped = mean([value for record in self.pending for value in record.dropped])
-            experts = f"{balance:7.4f}  {dropped:7.2%}"
+            balance, dropped, rerouted, max_violation = (
+                mean([value for record in self.pending for value in getattr(record, name)])
+                for name in ("balance", "dropped", "rerouted", "max_violation")
+            )
+            experts = (
+                f"{balance:7.4f}  {dropped:7.2%}  {rerouted:8.2%}  {max_violation:6.3f}  "
+                f"{dead(self.pending):4d}"
+            )
         print(
             f"{last.step:6d}  {loss:7.4f}  {speed:8.0f}  {experts}  {clock(last.seconds):>5s}",
             flush=True,
@@ -142,7 +149,7 @@ class LiveDisplay:
         """The whole display, as high as the terminal has lines for."""
         width = self.console.width - 4  # inside the panel
         above = Group(time_line(record, share), progress_line(share, width), loss_line(record))
-        below = speed_line(record)
+        below = numbers(record, width)
         note = NOTE + LEFT_OUT.format(len(record.load))  # as long as it can get
         options = self.console.options.update(width=width)
         lines = self.console.render_lines(Group(above, below, note), options)
@@ -151,14 +158,14 @@ class LiveDisplay:
         curve_height = max(1, min(CURVE_HEIGHT, room // 5))
         parts: list[RenderableType] = [above, curve(self.losses, width, curve_height), below]
         if record.load:
-            parts += [Text(), layers(record.load, width, room - curve_height - 1)]
+            parts.append(layers(record.load, width, room - curve_height))
         return Panel(Group(*parts), title=Text(self.title), title_align="left")
 
 
 def time_line(record: Record, share: float) -> RenderableType:
     """How far the run is, by steps and by the clock."""
     left = f", about {clock(record.seconds * (1 - share) / share)} left" if share else ""
-    line = Table.grid(expand=True)
+    line = Table.grid(expand=True, padding=(0, 1, 0, 0))
     line.add_column()
     line.add_column(justify="right")
     line.add_row(f"step {record.step:,}   {share:.0%}", f"{clock(record.seconds)} so far{left}")
@@ -178,13 +185,34 @@ def loss_line(record: Record) -> Text:
     return line
 
 
-def speed_line(record: Record) -> Text:
-    """The speed, and where there are experts, how evenly they work and how much they drop."""
-    line = f"{record.tokens_per_second:,.0f} bytes/s"
-    if record.load:
-        line += f"   balance {mean(record.balance):.3f} (1 is even)"
-        line += f"   dropped {mean(record.dropped):.2%}"
-    return Text(line)
+def numbers(record: Record, width: int) -> Text:
+    """The speed, and where there are experts, how evenly they work and where slots went."""
+    speed = f"{record.tokens_per_second:,.0f} bytes/s"
+    if not record.load:
+        return Text(speed)
+    evenness = (
+        speed,
+        f"balance {mean(record.balance):.3f} (1 is even)",
+        f"MaxVio {mean(record.max_violation):.2f} (0 is even)",
+    )
+    slots = (
+        f"dropped {mean(record.dropped):.2%}",
+        f"rerouted {mean(record.rerouted):.2%}",
+        f"dead experts {sum(record.dead)} of {sum(map(len, record.load))}",
+    )
+    return Text("\n".join((*filled(evenness, width), *filled(slots, width))))
+
+
+def filled(parts: Iterable[str], width: int) -> list[str]:
+    """Lines with as many of the parts as they have room for; none is broken in two."""
+    lines: list[str] = []
+    for part in parts:
+        joined = f"{lines[-1]}   {part}" if lines else part
+        if lines and len(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return lines
 
 
 @dataclass(frozen=True)
@@ -305,6 +333,12 @@ def curve(losses: list[float], width: int, height: int) -> Text:
 def block(height: float, least: int) -> str:
     """The block that is as high as `height`, from 0 to 1, or `least` eighths."""
     return BLOCKS[max(least, round(8 * min(1.0, max(0.0, height))))]
+
+
+def dead(records: list[Record]) -> int:
+    """How many experts no slot chose in any of the records, in all layers."""
+    loads = zip(*(record.load for record in records), strict=True)  # by layer
+    return sum(not any(shares) for layer in loads for shares in zip(*layer, strict=True))
 
 
 def mean(values: list[float]) -> float:

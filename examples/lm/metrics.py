@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,12 @@ from lm import run_folder
 from lm.checkpoint import Progress
 from lm.model import LMOutput, bits
 from lm.parallel import Processes
-from lm.run_folder import RunFolder
+from lm.run_folder import FolderError, RunFolder
+from torchmoe import Watcher
 
 FLUSH_SECONDS = 10  # until TensorBoard sees a record
+# The fields of a record that are empty for a dense model.
+EXPERT_FIELDS = ("balance", "max_violation", "dropped", "rerouted", "dead", "load")
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,14 @@ class Record:
     """Bytes trained on per second of training."""
     balance: list[float]
     """Load-balancing loss, 1 where the experts share evenly."""
+    max_violation: list[float]
+    """The busiest expert's load over the mean load, less 1: the mean of steps and processes."""
     dropped: list[float]
     """Share of the slots that no expert had room for."""
+    rerouted: list[float]
+    """Share of the slots that went to another expert than the router's choice."""
+    dead: list[int]
+    """How many experts no slot chose."""
     load: list[list[float]]
     """Each expert's share of the slots, before any is dropped."""
     held_out: dict[str, float] = field(default_factory=dict)
@@ -66,45 +75,55 @@ class Step(NamedTuple):
 
 
 class Meter:
-    """Sums up steps where the model computes; only `record` waits for the numbers."""
+    """Keeps the numbers of some steps where the model computes; only `record` waits for them."""
 
-    def __init__(self, domains: list[str], progress: Progress, processes: Processes) -> None:
-        """Starts at zero; `progress` is the run's own, which moves on."""
+    def __init__(
+        self,
+        domains: list[str],
+        progress: Progress,
+        processes: Processes,
+        watcher: Watcher | None,
+    ) -> None:
+        """Starts at zero.
+
+        Args:
+            domains: their names.
+            progress: the run's own, which moves on.
+            processes: those that train.
+            watcher: follows the model's experts, None where there are none.
+        """
         self.domains = domains
         self.progress = progress
         self.processes = processes
+        self.watcher = watcher
         self.clear()
 
     def clear(self) -> None:
         """Forgets what was added."""
         self.since = self.progress.training_seconds
-        self.steps = self.tokens = 0
-        # Scalars that take the shape of what is added to them.
-        self.nats = self.rows = self.norms = self.balance = torch.zeros(())
-        self.wanted = self.kept = torch.zeros((), dtype=torch.int64)
+        self.tokens = 0
+        # Of each step. To add them up at each would take longer.
+        self.losses: list[Tensor] = []
+        self.windows: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.balance: list[list[Tensor]] = []
 
     def add(self, step: Step) -> None:
         """Counts one step of this process."""
-        one_hot = functional.one_hot(step.domains, len(self.domains))  # [B, D]
-        self.steps += 1
         self.tokens += self.processes.count * step.output.logits.shape[:2].numel()
-        self.nats = self.nats + step.losses @ one_hot.to(step.losses.dtype)  # [D]
-        self.rows = self.rows + one_hot.sum(dim=0)  # [D]
-        self.norms = self.norms + step.gradient_norm
-        if routings := step.output.routings:
-            balance = [routing.losses["load_balancing_loss"].detach() for routing in routings]
-            self.balance = self.balance + torch.stack(balance)  # [L]
-            self.wanted = self.wanted + torch.stack([r.tokens_per_expert for r in routings])
-            self.kept = self.kept + torch.stack([r.kept_per_expert for r in routings])  # [L, E]
+        self.losses.append(step.losses)
+        self.windows.append(step.domains)
+        self.norms.append(step.gradient_norm)
+        self.balance.append(
+            [routing.losses["load_balancing_loss"].detach() for routing in step.output.routings]
+        )
 
     def record(self, lr: float) -> Record:
         """The steps since the last record, of all processes; the next one starts anew."""
-        nats, rows = self.processes.sum(self.nats), self.processes.sum(self.rows)
-        balance = self.processes.sum(self.balance) / (self.steps * self.processes.count)
-        wanted, kept = self.processes.sum(self.wanted), self.processes.sum(self.kept)
-        is_dense = wanted.dim() == 0
-        load = wanted / wanted.sum(dim=-1, keepdim=True)  # [L, E]
-        dropped = 1 - kept.sum(dim=-1) / wanted.sum(dim=-1)  # [L]
+        losses = torch.cat(self.losses)  # [N] windows
+        one_hot = functional.one_hot(torch.cat(self.windows), len(self.domains))  # [N, D]
+        nats = self.processes.sum(losses @ one_hot.to(losses.dtype))  # [D]
+        rows = self.processes.sum(one_hot.sum(dim=0))  # [D]
         progress = self.progress
         record = Record(
             step=progress.step,
@@ -118,14 +137,29 @@ class Meter:
                 if r > 0
             },
             lr=lr,
-            gradient_norm=float(self.norms) / self.steps,
+            gradient_norm=float(torch.stack(self.norms).mean()),
             tokens_per_second=round(self.tokens / (progress.training_seconds - self.since), 1),
-            balance=[] if is_dense else balance.tolist(),
-            dropped=[] if is_dense else dropped.tolist(),
-            load=[] if is_dense else load.tolist(),
+            **self.experts(),
         )
         self.clear()
         return record
+
+    def experts(self) -> dict[str, Any]:
+        """EXPERT_FIELDS of the steps since the last record, of all processes."""
+        if self.watcher is None:
+            return {name: [] for name in EXPERT_FIELDS}
+        layers = self.watcher.collect().values()
+        balance = torch.stack([torch.stack(losses) for losses in self.balance])  # [steps, L]
+        means = [balance.double().mean(dim=0)]  # over the steps of this process, [L] each
+        for name in ("max_violation", "dropped_share", "rerouted_share"):
+            means.append(torch.stack([getattr(layer, name) for layer in layers]))
+        # Each process has as many slots.
+        shared = self.processes.sum(torch.stack(means)) / self.processes.count  # [4, L]
+        counts = self.processes.sum(torch.stack([layer.tokens_per_expert for layer in layers]))
+        dead = (counts == 0).sum(dim=1)  # [L]
+        load = counts / counts.sum(dim=1, keepdim=True)  # [L, E]
+        values = (*shared.tolist(), dead.tolist(), load.tolist())
+        return dict(zip(EXPERT_FIELDS, values, strict=True))
 
 
 class Metrics:
@@ -134,12 +168,26 @@ class Metrics:
     A disk that is full costs records, not the run.
     """
 
-    def __init__(self, folder: RunFolder, step: int, warn: Callable[[str], None]) -> None:
-        """Keeps what a resumed run wrote up to `step`; it does the later steps again."""
+    def __init__(
+        self,
+        folder: RunFolder,
+        step: int,
+        warn: Callable[[str], None],
+        watcher: Watcher | None,
+    ) -> None:
+        """Keeps what a resumed run wrote up to `step`; it does the later steps again.
+
+        Args:
+            folder: of the run.
+            step: where the run goes on.
+            warn: is told what cannot be written.
+            watcher: writes events of its own about the experts of this process.
+        """
         # It imports for two seconds, which no other use of this program should wait for.
         from torch.utils.tensorboard import SummaryWriter
 
         self.warn = warn
+        self.watcher = watcher
         kept = [record for record in read(folder) if record.step <= step]
         self.events: SummaryWriter | None
         try:
@@ -162,6 +210,8 @@ class Metrics:
             try:
                 for name, value in scalars(record):
                     self.events.add_scalar(name, value, record.step)
+                if self.watcher is not None:
+                    self.watcher.log(self.events, record.step)
             except OSError as error:
                 # What writes the events is a thread, which has ended with this error.
                 self.events = None
@@ -183,24 +233,30 @@ def to_line(record: Record) -> str:
 
 
 def read(folder: RunFolder) -> list[Record]:
-    """The records of a run, but for lines that a killed process or a full disk left torn."""
+    """The records of a run, but for lines that a killed process or a full disk left torn.
+
+    Raises:
+        FolderError: they have other fields than a record of this program.
+    """
     records = []
     for line in folder.metrics.read_bytes().splitlines() if folder.metrics.exists() else ():
         with contextlib.suppress(ValueError):  # not JSON
-            records.append(Record(**json.loads(line)))
+            values = json.loads(line)
+            try:
+                records.append(Record(**values))
+            except TypeError as error:
+                raise FolderError(
+                    f"--out: {folder.metrics} is of another version of this program"
+                ) from error
     return records
 
 
 def scalars(record: Record) -> Iterator[tuple[str, float]]:
-    """What TensorBoard shows; the load of single experts is in the JSON lines only."""
+    """What TensorBoard shows, beside what the watcher writes about the experts."""
     yield "loss/train", record.loss
     yield from ((f"loss/{name}", loss) for name, loss in record.domain_loss.items())
     yield from ((f"held_out/{name}", loss) for name, loss in record.held_out.items())
     yield "optimizer/lr", record.lr
     yield "optimizer/gradient_norm", record.gradient_norm
     yield "speed/bytes_per_second", record.tokens_per_second
-    for layer, load in enumerate(record.load):
-        yield f"balance/layer_{layer}", record.balance[layer]
-        yield f"dropped/layer_{layer}", record.dropped[layer]
-        yield f"busiest_expert/layer_{layer}", max(load) * len(load)
-        yield f"idlest_expert/layer_{layer}", min(load) * len(load)
+    yield from ((f"balance/layer_{layer}", loss) for layer, loss in enumerate(record.balance))

@@ -18,6 +18,10 @@ from torchmoe.nn import Capacity, Gate, MoE, MoEOutput, Routing
 VOCABULARY = 256  # a token is a byte
 HEAD_SIZE = 32
 FEED_FORWARDS = ("moe", "dense")
+OVERFLOWS = ("drop", "next_best")
+BALANCES = ("loss", "bias", "none")
+BALANCE_WEIGHT = 0.01  # of the balancing loss
+BIAS_RATE = 0.001  # by which the selection bias moves in a step
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class ModelConfig:
     top_k: int
     capacity_factor: float | None
     order: str
+    overflow: str
+    balance: str
     estimator: str
     normalize: str | None
     context: int
@@ -102,7 +108,12 @@ def make_moe(config: ModelConfig) -> MoE:
     if config.capacity_factor is not None:
         # In evaluation an expert takes all that it is asked for. Which bytes it drops in training
         # may depend on later bytes, and a held-out loss must not know those.
-        capacity = Capacity(config.capacity_factor, eval_factor=config.experts, order=config.order)
+        capacity = Capacity(
+            config.capacity_factor,
+            eval_factor=config.experts,
+            order=config.order,
+            overflow=config.overflow,
+        )
     return MoE(
         config.hidden_size,
         config.intermediate_size,
@@ -110,6 +121,9 @@ def make_moe(config: ModelConfig) -> MoE:
         config.top_k,
         gate=Gate(estimator=config.estimator, normalize=config.normalize),
         capacity=capacity,
+        balance_weight=BALANCE_WEIGHT if config.balance == "loss" else 0.0,
+        selection_bias_rate=BIAS_RATE if config.balance == "bias" else 0.0,
+        fraction_from="global_batch",  # of all processes
     )
 
 
@@ -166,7 +180,7 @@ class ByteLM(nn.Module):
         return LMOutput(logits, aux_loss, [output.routing for output in outputs])
 
     def update(self, routings: list[Routing]) -> None:
-        """Lets each layer renew its running averages, once per optimizer step."""
+        """Lets each layer move what it remembers, once per optimizer step."""
         for moe, routing in zip(self.moes, routings, strict=True):
             moe.update(routing)
 

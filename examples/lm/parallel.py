@@ -1,8 +1,8 @@
 """Data-parallel training under torchrun: every process takes its share of each batch's windows.
 
 The numbers are those of one process with the whole batch, up to rounding: gradients are averaged,
-and the balancing loss takes its fractions from the whole batch. Capacity alone is each process's
-own, for its own share.
+and the experts' layers sum over the processes what their balance is formed from. Capacity alone is
+each process's own, for its own share.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from lm.model import ByteLM, LMOutput
-from torchmoe import ops
 
 
 @dataclass(frozen=True)
@@ -48,22 +45,6 @@ class Processes:
             return model
         # Buffers move in model.update, which sums over the processes by itself.
         return DistributedDataParallel(model, broadcast_buffers=False)
-
-    def aux_loss(self, model: ByteLM, output: LMOutput) -> Tensor:
-        """The balancing loss of the whole batch; its mean over the processes has that gradient."""
-        if self.count == 1 or not output.routings:
-            return output.aux_loss
-        counts = self.sum(torch.stack([r.tokens_per_expert for r in output.routings]))  # [L, E]
-        counts = counts.to(output.routings[0].logits.dtype)
-        fractions = counts / counts.sum(dim=1, keepdim=True)
-        losses = [
-            moe.balance_weight
-            * ops.load_balancing_loss(
-                routing.logits, fraction, score_function=moe.estimator.score_function
-            )
-            for moe, routing, fraction in zip(model.moes, output.routings, fractions, strict=True)
-        ]
-        return torch.stack(losses).sum()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes, the same in each."""

@@ -20,6 +20,7 @@ from lm.model import ByteLM
 from lm.run_folder import FolderError, RunFolder
 from lm.settings import Settings
 from lm.specialization import BYTE_CLASSES, Specialization, byte_classes, specialize
+from torchmoe import Watcher
 
 HELD_OUT_WINDOWS = 256  # per domain, evenly spread over its held-out text
 NGRAM_ORDERS = (3, 4, 5)
@@ -41,9 +42,26 @@ class HeldOut:
 
 
 def report(
-    model: ByteLM, text: Text, settings: Settings, progress: Progress, folder: RunFolder | None
+    model: ByteLM,
+    text: Text,
+    settings: Settings,
+    progress: Progress,
+    folder: RunFolder | None,
+    watcher: Watcher | None,
 ) -> None:
-    """Prints all of it; where there is a folder, draws the figures and writes the results there."""
+    """Prints all of it; where there is a folder, draws the figures and writes the results there.
+
+    Args:
+        model: the trained one.
+        text: what it read, and what it did not.
+        settings: of the run.
+        progress: of the run.
+        folder: of the run, None where nothing was trained.
+        watcher: saw the steps of this process, None where there were none or no experts.
+    """
+    if watcher is not None:
+        print("\nrouting since training began or was resumed")
+        watcher.summary()
     held_out = measure(model, text, settings)
     print_table(held_out, settings)
     kinds = what_experts_took(held_out, text, settings)
@@ -53,7 +71,7 @@ def report(
         return
     total, active = model.count_parameters()
     print_time(progress)
-    for path in draw(folder, held_out, kinds):
+    for path in draw(folder, held_out, kinds, watcher):
         print(f"figure: {path}")
     results = {
         "steps": progress.step,
@@ -159,8 +177,17 @@ def print_time(progress: Progress) -> None:
     )
 
 
-def draw(folder: RunFolder, held_out: HeldOut, kinds: list[list[Specialization]]) -> list[Path]:
-    """Draws and saves the figures."""
+def draw(
+    folder: RunFolder,
+    held_out: HeldOut,
+    kinds: list[list[Specialization]],
+    watcher: Watcher | None,
+) -> list[Path]:
+    """Draws and saves the figures.
+
+    The load of the experts is drawn twice: that of the whole run from its records, and step by step
+    as far as the watcher saw it.
+    """
     records = [asdict(record) for record in metrics.read(folder)]
     bits = {order: statistics.fmean(by.values()) for order, by in held_out.ngrams.items()}
     drawn: dict[str, Figure] = {"loss": figures.loss_curves(records, bits, held_out.bits)}
@@ -168,10 +195,16 @@ def draw(folder: RunFolder, held_out: HeldOut, kinds: list[list[Specialization]]
         drawn["expert_load"] = figures.expert_load(records)
         drawn["specialization"] = figures.specialization(*kinds)
     try:
-        pairs = [figures.save(one, folder.figures, name) for name, one in drawn.items()]
+        paths = [
+            path for name, one in drawn.items() for path in figures.save(one, folder.figures, name)
+        ]
+        if watcher is not None:
+            for kind in ("png", "svg"):
+                paths.append(folder.figures / f"expert_load_by_step.{kind}")
+                watcher.plot(paths[-1])
     except OSError as error:
         raise FolderError(
             f"--out: cannot write to {folder.figures}: {error.strerror}; the run is saved, and "
             "--resume reports again"
         ) from error
-    return [path for pair in pairs for path in pair]
+    return paths

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
-from lm.model import FEED_FORWARDS, HEAD_SIZE, ModelConfig
+from lm.model import BALANCES, FEED_FORWARDS, HEAD_SIZE, OVERFLOWS, ModelConfig
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
 from torchmoe.nn.estimators.estimator import NORMALIZES
@@ -26,6 +26,8 @@ DTYPES = tuple(TORCH_DTYPES)
 FREE_TO_CHANGE = ("threads", "device", "checkpoint_every", "out")
 # None says that there is none.
 OPTIONAL = ("normalize", "steps", "minutes", "capacity_factor", "load")
+# Estimators that no bias may come between, since they draw the experts from the scores.
+REFUSE_BIAS = ("sparsemixer",)
 
 Value = TypeVar("Value")
 
@@ -94,6 +96,20 @@ class Settings:
         "choice",
         "who is served first where --capacity-factor is given: all first choices, or earlier bytes",
         choices=ORDERS,
+    )
+    overflow: str = option(
+        "model",
+        "drop",
+        "what becomes of a byte whose expert is full: the expert's part is dropped, or the byte's "
+        "next best expert with room takes it",
+        choices=OVERFLOWS,
+    )
+    balance: str = option(
+        "model",
+        "loss",
+        "what keeps the experts' loads even: an auxiliary loss; a bias on who is chosen, moved "
+        "against the load after each step (DeepSeek-V3); or nothing",
+        choices=BALANCES,
     )
     estimator: str = option("model", "exact", "the router's gradient", choices=known_estimators())
     normalize: str | None = option(
@@ -176,6 +192,15 @@ class Settings:
             raise SettingsError(
                 f"--normalize must not make the weights constant with --estimator {self.estimator},"
                 f" whose router would learn nothing, got {self.normalize}"
+            )
+        if self.overflow != "drop" and self.capacity_factor is None:
+            raise SettingsError(
+                f"--overflow must be drop without --capacity-factor, got {self.overflow}"
+            )
+        if self.balance == "bias" and self.estimator in REFUSE_BIAS:
+            raise SettingsError(
+                f"--balance must be loss or none with --estimator {self.estimator}, which draws "
+                f"its experts, got {self.balance}"
             )
         if self.steps is None and self.minutes is None:
             raise SettingsError("--steps or --minutes must say when training ends, got neither")

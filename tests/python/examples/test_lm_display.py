@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,16 @@ from lm.display import (
     PlainDisplay,
     make_display,
 )
-from lm.metrics import Record
+from lm.metrics import EXPERT_FIELDS, Record
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 BARS = "▁▂▃▄▅▆▇█"
 TITLE = re.compile(r"layer (\d+) +(\d+\.\d\d) to (\d+\.\d\d)")
 LEFT_OUT = re.compile(r"layers left out: (\d+)")
-PLAIN_LINE = re.compile(r"^ *(\d+)  +([\d.]+)  +(\d+)  +([\d.]+|-)  +([\d.]+%|-)  +([\d:]+)$")
+PLAIN_LINE = re.compile(
+    r"^ *(\d+)  +([\d.]+)  +(\d+)  +([\d.]+|-)  +([\d.]+%|-)  +([\d.]+%|-)  +([\d.]+|-)  +(\d+|-)"
+    r"  +([\d:]+)$"
+)
 
 
 def record(step: int = 10, layers: int = 4, experts: int = 8, **values: object) -> Record:
@@ -58,13 +62,16 @@ def record(step: int = 10, layers: int = 4, experts: int = 8, **values: object) 
         gradient_norm=0.5,
         tokens_per_second=12345.6,
         balance=[1.25] * layers,
+        max_violation=[0.875] * layers,
         dropped=[0.0321] * layers,
+        rerouted=[0.1234] * layers,
+        dead=[0] * layers,
         load=load,
     )
     return replace(made, **values)  # type: ignore[arg-type]
 
 
-DENSE = record(balance=[], dropped=[], load=[])
+DENSE = record(**{name: [] for name in EXPERT_FIELDS})
 
 
 @contextmanager
@@ -100,7 +107,7 @@ def written(live: LiveDisplay) -> str:
 def plain(capsys: pytest.CaptureFixture[str]) -> PlainDisplay:
     plain = PlainDisplay()
     assert capsys.readouterr().out.endswith(
-        "\n  step     loss  tokens/s  balance  dropped   time\n"
+        "\n  step     loss  tokens/s  balance  dropped  rerouted  MaxVio  dead   time\n"
     )
     return plain
 
@@ -133,19 +140,37 @@ def test_plain_line_is_the_mean_since_the_line_before(
 ) -> None:
     plain.show(record(10, loss=9.0), 0.05)
     capsys.readouterr()
-    values = {"balance": [1.0, 1.5], "dropped": [0.0, 0.5]}
+    values: dict[str, list[Any]] = {
+        "balance": [1.0, 1.5],
+        "max_violation": [1.0, 2.0],
+        "dropped": [0.0, 0.5],
+        "rerouted": [0.0, 0.25],
+        "load": [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]],
+        "dead": [1, 2],
+    }
     plain.show(record(20, loss=2.0, tokens_per_second=100.0, **values), 0.06)
     assert capsys.readouterr().out == ""
-    values = {"balance": [2.0, 2.5], "dropped": [0.25, 0.25]}
+    values = {
+        "balance": [2.0, 2.5],
+        "max_violation": [0.5, 0.75],
+        "dropped": [0.25, 0.25],
+        "rerouted": [0.5, 0.0],
+        "load": [[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]],
+        "dead": [2, 1],
+    }
     plain.show(record(30, loss=3.0, tokens_per_second=300.0, seconds=83.9, **values), 0.09)
-    assert capsys.readouterr().out == "    30   2.5000       200   1.7500   25.00%   1:23\n"
+    assert capsys.readouterr().out == (
+        "    30   2.5000       200   1.7500   25.00%    18.75%   1.062     2   1:23\n"
+    )  # one expert of each layer took nothing in both records
 
 
 def test_plain_line_of_a_dense_model(
     plain: PlainDisplay, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain.show(replace(DENSE, seconds=3725.0), 1.0)
-    assert capsys.readouterr().out == "    10   2.3450     12346        -        -  1:02:05\n"
+    assert capsys.readouterr().out == (
+        "    10   2.3450     12346        -        -         -       -     -  1:02:05\n"
+    )
 
 
 def test_plain_close_prints_what_is_left(
@@ -195,6 +220,9 @@ def test_shows_every_number_and_every_expert(
         "12,346 bytes/s",
         "balance 1.250 (1 is even)",
         "dropped 3.21%",
+        "rerouted 12.34%",
+        "MaxVio 0.88 (0 is even)",
+        f"dead experts 0 of {layers * experts}",
         "even share: half a bar; orange: 1.5 times that or more ",
     ):
         assert part in text
@@ -261,7 +289,9 @@ def test_a_low_terminal_leaves_all_layers_out() -> None:
 
 def test_a_class_sees_this() -> None:
     losses = [record(n, loss=2.0 + 6.0 / n) for n in range(1, 69)]
-    last = record(step=1600, load=[[0.125] * 8, [0.25, 0.25, 0.0, 0.001, *[0.12475] * 4]])
+    last = record(
+        step=1600, dead=[0, 1], load=[[0.125] * 8, [0.25, 0.25, 0.0, 0.001, *[0.12475] * 4]]
+    )
     lines = draw(*losses, last, title="runs/lm")
     assert lines[0] == f"╭─ runs/lm {'─' * 68}╮"
     assert lines[-1] == f"╰{'─' * 78}╯"
@@ -272,8 +302,8 @@ def test_a_class_sees_this() -> None:
         " 4.18 ██▆",
         "      ████▅▂▁",
         " 2.09 ████████▇▆▅▅▄▄▄▃▃▃▃▂▂▂▂▂▂▂▂▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▃",
-        "12,346 bytes/s   balance 1.250 (1 is even)   dropped 3.21%",
-        "",
+        "12,346 bytes/s   balance 1.250 (1 is even)   MaxVio 0.88 (0 is even)",
+        "dropped 3.21%   rerouted 12.34%   dead experts 1 of 16",
         "layer 0  1.00 to 1.00             layer 1  0.00 to 2.00",
         "                                  ███ ███",
         "                                  ███ ███",
@@ -292,7 +322,7 @@ def test_dense_record_has_no_experts() -> None:
     text = "\n".join(draw(DENSE))
     assert "loss 2.345" in text
     assert "12,346 bytes/s" in text
-    for word in ("balance", "dropped", "layer", "share", "nan"):
+    for word in ("balance", "dropped", "rerouted", "MaxVio", "dead", "layer", "share", "nan"):
         assert word not in text
 
 
@@ -457,6 +487,15 @@ def test_curve_is_cut_at_twice_the_least_loss() -> None:
 def test_curve_without_ups_and_downs_is_flat(losses: list[float], height: int) -> None:
     last = display.curve(losses, 20, height).plain.split("\n")[-1]
     assert last.split()[-1] == "▁" * len(losses)
+
+
+def test_numbers_stay_whole_where_a_line_ends() -> None:
+    parts = ["balance 1", "MaxVio 0.5 (0 is even)", "dropped 3%", "rerouted 1%"]
+    assert display.filled(parts, 30) == [
+        *("balance 1", "MaxVio 0.5 (0 is even)", "dropped 3%   rerouted 1%")
+    ]
+    assert display.filled(parts, 34)[0] == "balance 1   MaxVio 0.5 (0 is even)"
+    assert display.filled(parts, 5) == parts
 
 
 @pytest.mark.parametrize(("share", "done"), [(0.0, 0), (0.25, 5), (1.0, 20), (1.3, 20)])

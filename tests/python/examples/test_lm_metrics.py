@@ -17,13 +17,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import torchmoe
 from lm import metrics
 from lm.checkpoint import Progress
+from lm.evaluation import evaluate
 from lm.metrics import Meter, Metrics, Record, Step
 from lm.model import ByteLM, LMOutput, loss_per_row
 from lm.parallel import Processes
 from lm.run_folder import FolderError, RunFolder
 from lm.settings import Settings
+from torchmoe import Watcher
 
 RECORD = Record(
     step=1,
@@ -36,24 +39,45 @@ RECORD = Record(
     gradient_norm=0.5,
     tokens_per_second=204.8,
     balance=[1.5, 1.0],
+    max_violation=[0.5, 0.25],
     dropped=[0.25, 0.0],
+    rerouted=[0.0, 0.125],
+    dead=[0, 1],
     load=[[0.75, 0.25], [0.5, 0.5]],
     held_out={"notes": 7.5},
 )
-DENSE = replace(RECORD, balance=[], dropped=[], load=[], held_out={})
+NO_EXPERTS: dict[str, Any] = {name: [] for name in metrics.EXPERT_FIELDS}
+DENSE = replace(RECORD, **NO_EXPERTS, held_out={})
 
 
 def records(*steps: int, loss: float = 1.0) -> list[Record]:
     return [replace(RECORD, step=step, loss=loss + step) for step in steps]
 
 
-def routing(balance: float, wanted: list[int], kept: list[int]) -> Any:
+def routing(balance: float) -> Any:
     """What the meter reads of a layer's routing."""
     return SimpleNamespace(
-        losses={"load_balancing_loss": torch.tensor(balance, requires_grad=True)},
-        tokens_per_expert=torch.tensor(wanted),
-        kept_per_expert=torch.tensor(kept),
+        losses={"load_balancing_loss": torch.tensor(balance, requires_grad=True)}
     )
+
+
+def layer(wanted: list[int], *shares: float) -> Any:
+    """What the meter reads of a layer's statistics: MaxVio, dropped, rerouted."""
+    names = ("max_violation", "dropped_share", "rerouted_share")
+    means = (torch.tensor(share, dtype=torch.float64) for share in shares)
+    return SimpleNamespace(
+        tokens_per_expert=torch.tensor(wanted), **dict(zip(names, means, strict=True))
+    )
+
+
+class Seen(Watcher):
+    """Gives the statistics of some records, one after another, instead of following a model."""
+
+    def __init__(self, *records: list[Any]) -> None:
+        self.records = iter(records)
+
+    def collect(self) -> dict[str, Any]:
+        return {f"blocks.{number}": one for number, one in enumerate(next(self.records))}
 
 
 def step(losses: list[float], domains: list[int], routings: list[Any], norm: float) -> Step:
@@ -78,9 +102,10 @@ def refuse(text: str) -> NoReturn:
 
 def test_meter_sums_what_was_added() -> None:
     progress = Progress(training_seconds=10.0, saving_seconds=1.0)
-    meter = Meter(["a", "b", "c"], progress, Processes())
-    meter.add(step([1.0, 2.0, 6.0], [0, 0, 1], [routing(1.0, [3, 1], [2, 1])], 0.5))
-    meter.add(step([3.0], [0], [routing(2.0, [1, 3], [1, 2])], 1.5))
+    seen = Seen([layer([4, 0, 3, 1], 1.25, 0.25, 0.125)])
+    meter = Meter(["a", "b", "c"], progress, Processes(), seen)
+    meter.add(step([1.0, 2.0, 6.0], [0, 0, 1], [routing(1.0)], 0.5))
+    meter.add(step([3.0], [0], [routing(2.0)], 1.5))
     progress.step, progress.bytes = 2, 16
     progress.training_seconds += 2.0
     record = meter.record(0.25)
@@ -96,44 +121,51 @@ def test_meter_sums_what_was_added() -> None:
         gradient_norm=1.0,
         tokens_per_second=16 / 2.0,
         balance=[1.5],
-        dropped=[0.25],  # 6 of 8 were kept
-        load=[[0.5, 0.5]],
+        max_violation=[1.25],
+        dropped=[0.25],
+        rerouted=[0.125],
+        dead=[1],
+        load=[[0.5, 0.0, 0.375, 0.125]],
         held_out={},
     )
 
 
 def test_meter_keeps_layers_apart() -> None:
-    meter = Meter(["a"], progress := Progress(), Processes())
-    layers = [routing(1.0, [4, 0, 0, 0], [1, 0, 0, 0]), routing(2.0, [1, 1, 1, 1], [1, 1, 1, 1])]
-    meter.add(step([1.0], [0], layers, 1.0))
+    seen = Seen([layer([4, 0, 0, 0], 3.0, 0.75, 0.0), layer([1, 1, 1, 1], 0.0, 0.0, 0.5)])
+    meter = Meter(["a"], progress := Progress(), Processes(), seen)
+    meter.add(step([1.0], [0], [routing(1.0), routing(2.0)], 1.0))
     progress.training_seconds = 1.0
     record = meter.record(0.1)
     assert record.balance == [1.0, 2.0]
+    assert record.max_violation == [3.0, 0.0]
     assert record.dropped == [0.75, 0.0]
+    assert record.rerouted == [0.0, 0.5]
+    assert record.dead == [3, 0]
     assert record.load == [[1.0, 0.0, 0.0, 0.0], [0.25] * 4]
 
 
 def test_record_starts_anew() -> None:
-    meter = Meter(["a", "b"], progress := Progress(), Processes())
-    first = step([8.0, 8.0], [0, 1], [routing(4.0, [8, 0], [0, 0])], 9.0)
-    second = step([1.0, 3.0], [1, 1], [routing(1.0, [4, 4], [4, 4])], 1.0)
+    early, late = [layer([8, 0], 1.0, 1.0, 0.0)], [layer([4, 4], 0.0, 0.0, 0.25)]
+    meter = Meter(["a", "b"], progress := Progress(), Processes(), Seen(early, late))
+    first = step([8.0, 8.0], [0, 1], [routing(4.0)], 9.0)
+    second = step([1.0, 3.0], [1, 1], [routing(1.0)], 1.0)
     meter.add(first)
     progress.training_seconds += 1.0
     meter.record(0.1)
     meter.add(second)
     progress.training_seconds += 4.0
-    fresh = Meter(["a", "b"], other := Progress(), Processes())
+    fresh = Meter(["a", "b"], other := Progress(), Processes(), Seen(late))
     fresh.add(second)
     other.training_seconds += 4.0
     assert meter.record(0.2) == replace(fresh.record(0.2), seconds=5.0, training_seconds=5.0)
 
 
 def test_dense_model_has_no_experts_in_its_record() -> None:
-    meter = Meter(["a"], progress := Progress(), Processes())
+    meter = Meter(["a"], progress := Progress(), Processes(), None)
     meter.add(step([1.0, 2.0], [0, 0], [], 1.0))
     progress.training_seconds = 1.0
     record = meter.record(0.1)
-    assert (record.balance, record.dropped, record.load) == ([], [], [])
+    assert {name: getattr(record, name) for name in NO_EXPERTS} == NO_EXPERTS
     assert "NaN" not in metrics.to_line(record)
     assert record.loss == pytest.approx(1.5 / math.log(2))
 
@@ -148,29 +180,45 @@ class Twins(Processes):
 def test_meter_counts_all_processes() -> None:
     seen = []
     for processes in (Processes(), Twins(rank=0, count=2)):
-        meter = Meter(["a", "b"], progress := Progress(), processes)
-        meter.add(step([1.0, 5.0], [0, 1], [routing(1.5, [3, 5], [3, 4])], 0.5))
-        meter.add(step([2.0, 4.0], [0, 1], [routing(1.0, [4, 4], [4, 4])], 0.5))
+        watcher = Seen([layer([3, 5, 0], 0.5, 0.125, 0.25)])
+        meter = Meter(["a", "b"], progress := Progress(), processes, watcher)
+        meter.add(step([1.0, 5.0], [0, 1], [routing(1.5)], 0.5))
+        meter.add(step([2.0, 4.0], [0, 1], [routing(1.0)], 0.5))
         progress.training_seconds = 2.0
         seen.append(meter.record(0.1))
     alone, twins = seen
     assert twins == replace(alone, tokens_per_second=2 * alone.tokens_per_second)
 
 
-def test_meter_reads_what_the_model_gives() -> None:
+@pytest.mark.parametrize("overflow", ["drop", "next_best"])
+def test_meter_reads_what_the_model_gives(overflow: str) -> None:
     settings = Settings(
-        layers=2, hidden_size=32, intermediate_size=8, experts=4, capacity_factor=0.5, context=16
+        layers=2,
+        hidden_size=32,
+        intermediate_size=8,
+        experts=4,
+        capacity_factor=0.5,
+        overflow=overflow,
+        context=16,
     )
     model = ByteLM(settings.model())
-    meter = Meter(["a", "b"], progress := Progress(), Processes())
+    watcher = torchmoe.watch(model)
+    meter = Meter(["a", "b"], progress := Progress(), Processes(), watcher)
     wanted, kept = torch.zeros(2, 4), torch.zeros(2, 4)
-    for _ in range(3):
-        text = torch.randint(256, (4, 17))
-        output = model(text[:, :-1])
-        losses = loss_per_row(output.logits, text[:, 1:]).detach()
-        meter.add(Step(losses, torch.tensor([0, 1, 0, 1]), output, torch.tensor(1.0)))
-        wanted += torch.stack([one.tokens_per_expert for one in output.routings])
-        kept += torch.stack([one.kept_per_expert for one in output.routings])
+    violation, rerouted = torch.zeros(2), torch.zeros(2)
+    with watcher:
+        for _ in range(3):
+            text = torch.randint(256, (4, 17))
+            evaluate(model, text, rows=2)  # held-out tests come between steps and do not count
+            output = model(text[:, :-1])
+            losses = loss_per_row(output.logits, text[:, 1:]).detach()
+            meter.add(Step(losses, torch.tensor([0, 1, 0, 1]), output, torch.tensor(1.0)))
+            loads = torch.stack([one.tokens_per_expert for one in output.routings])
+            wanted += loads
+            kept += torch.stack([one.kept_per_expert for one in output.routings])
+            violation += loads.max(1).values * 4 / loads.sum(1) - 1
+            moved = [(r.indices >= 0) & (r.indices != r.selected) for r in output.routings]
+            rerouted += torch.stack([slots.sum() for slots in moved])
     progress.training_seconds = 2.0
     record = meter.record(0.1)
     assert record.loss == pytest.approx(8.0)  # a new model gives every byte the same odds
@@ -179,6 +227,10 @@ def test_meter_reads_what_the_model_gives() -> None:
     assert torch.tensor(record.load).tolist() == (wanted / wanted.sum(1, keepdim=True)).tolist()
     assert record.dropped == pytest.approx((1 - kept.sum(1) / wanted.sum(1)).tolist())
     assert all(share >= 0.5 for share in record.dropped)
+    assert record.rerouted == pytest.approx((rerouted / wanted.sum(1)).tolist())
+    assert all((share > 0) == (overflow == "next_best") for share in record.rerouted)
+    assert record.max_violation == pytest.approx((violation / 3).tolist())
+    assert record.dead == (wanted == 0).sum(1).tolist()
     assert all(balance >= 0.99 for balance in record.balance)
 
 
@@ -188,7 +240,7 @@ def test_meter_reads_what_the_model_gives() -> None:
 def test_records_come_back(folder: RunFolder) -> None:
     assert metrics.read(folder) == []
     written = [RECORD, DENSE, replace(RECORD, step=3, domain_loss={"läufe \u2028\n": 1 / 3})]
-    with closing(Metrics(folder, 0, refuse)) as file:
+    with closing(Metrics(folder, 0, refuse, None)) as file:
         for number, record in enumerate(written, 1):
             file.write(record)
             assert metrics.read(folder) == written[:number]  # each is there at once
@@ -198,12 +250,12 @@ def test_records_come_back(folder: RunFolder) -> None:
 
 
 def test_resumed_run_keeps_records_up_to_its_step(folder: RunFolder) -> None:
-    with closing(Metrics(folder, 0, refuse)) as file:
+    with closing(Metrics(folder, 0, refuse, None)) as file:
         for record in records(10, 20, 30, 40):
             file.write(record)
     with folder.metrics.open("a") as torn:
         torn.write('{"step": 25, "lo')
-    with closing(Metrics(folder, 30, refuse)) as file:
+    with closing(Metrics(folder, 30, refuse, None)) as file:
         assert metrics.read(folder) == records(10, 20, 30)
         for record in records(40, 50, loss=2.0):
             file.write(record)
@@ -224,6 +276,14 @@ def test_read_leaves_torn_lines_out(folder: RunFolder) -> None:
     assert metrics.read(folder) == records(2)
 
 
+def test_records_of_another_version_are_one_line(folder: RunFolder) -> None:
+    fields = json.loads(metrics.to_line(RECORD))
+    del fields["rerouted"]
+    folder.metrics.write_text(json.dumps(fields) + "\n")
+    with pytest.raises(FolderError, match=r"^--out: .*/metrics\.jsonl is of another version of "):
+        metrics.read(folder)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
 def test_metrics_that_cannot_be_written_are_one_line(name: str, folder: RunFolder) -> None:
     if name == "tensorboard":
@@ -231,7 +291,7 @@ def test_metrics_that_cannot_be_written_are_one_line(name: str, folder: RunFolde
     else:
         (folder.path / "metrics.jsonl.unfinished").mkdir()
     with pytest.raises(FolderError, match=r"^--out: cannot write to .*/lm: \w+ .*$"):
-        Metrics(folder, 0, refuse)
+        Metrics(folder, 0, refuse, None)
 
 
 # ---- a disk that is full
@@ -248,7 +308,7 @@ class FullDisk:
 
 def test_a_full_disk_costs_records_not_the_run(folder: RunFolder) -> None:
     warnings: list[str] = []
-    file = Metrics(folder, 0, warnings.append)
+    file = Metrics(folder, 0, warnings.append, None)
     file.write(records(1)[0])
     whole, file.file = file.file, cast(Any, FullDisk())
     file.write(records(2)[0])
@@ -266,7 +326,7 @@ def test_a_full_disk_costs_records_not_the_run(folder: RunFolder) -> None:
 
 def test_a_disk_that_is_full_at_the_end(folder: RunFolder) -> None:
     warnings: list[str] = []
-    file = Metrics(folder, 0, warnings.append)
+    file = Metrics(folder, 0, warnings.append, None)
     file.file.close()
     file.file = Path("/dev/full").open("a")  # noqa: SIM115  # it is the one that is tested
     file.write(RECORD)
@@ -284,7 +344,7 @@ def test_events_end_where_their_disk_is_full(
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it prints what ended a thread
     warnings: list[str] = []
-    file = Metrics(folder, 0, warnings.append)
+    file = Metrics(folder, 0, warnings.append, None)
     assert file.events is not None
     writer = file.events._get_file_writer().event_writer._async_writer
     monkeypatch.setattr(writer._writer, "write", FullDisk().write)
@@ -298,7 +358,7 @@ def test_events_end_where_their_disk_is_full(
 
 def test_events_that_fail_at_the_end_are_a_warning(folder: RunFolder) -> None:
     warnings: list[str] = []
-    file = Metrics(folder, 0, warnings.append)
+    file = Metrics(folder, 0, warnings.append, None)
     assert file.events is not None
     file.events.close()
     file.events = cast(Any, FullDisk())
@@ -333,7 +393,7 @@ def quiet_tensorboard() -> Iterator[None]:
 
 
 def test_tensorboard_reads_the_events(folder: RunFolder) -> None:
-    with closing(Metrics(folder, 0, refuse)) as file:
+    with closing(Metrics(folder, 0, refuse, None)) as file:
         file.write(RECORD)
         file.write(replace(DENSE, step=2, loss=7.0))
     values = {
@@ -346,12 +406,6 @@ def test_tensorboard_reads_the_events(folder: RunFolder) -> None:
         "speed/bytes_per_second": [(1, 204.8), (2, 204.8)],
         "balance/layer_0": [(1, 1.5)],
         "balance/layer_1": [(1, 1.0)],
-        "dropped/layer_0": [(1, 0.25)],
-        "dropped/layer_1": [(1, 0.0)],
-        "busiest_expert/layer_0": [(1, 1.5)],
-        "busiest_expert/layer_1": [(1, 1.0)],
-        "idlest_expert/layer_0": [(1, 0.5)],
-        "idlest_expert/layer_1": [(1, 1.0)],
     }
     read = events(folder)
     assert read.keys() == values.keys()
@@ -360,10 +414,33 @@ def test_tensorboard_reads_the_events(folder: RunFolder) -> None:
         assert [value for _, value in read[tag]] == pytest.approx([v for _, v in expected])
 
 
+def test_the_watcher_writes_beside_the_records(folder: RunFolder) -> None:
+    settings = Settings(layers=2, hidden_size=32, intermediate_size=8, experts=4, context=16)
+    model = ByteLM(settings.model())
+    watcher = torchmoe.watch(model)
+    with closing(Metrics(folder, 0, refuse, watcher)) as file, watcher:
+        for record in records(10, 20):
+            loads = model(torch.randint(256, (4, 16))).routings[1].tokens_per_expert
+            file.write(record)
+    steps = {tag: [step for step, _ in values] for tag, values in events(folder).items()}
+    for layer in ("blocks.0.feed_forward", "blocks.1.feed_forward"):
+        for name in ("dropped_share", "rerouted_share", "max_violation", "dead_experts"):
+            assert steps[f"{layer}/{name}"] == [10, 20]
+    assert events(folder)["blocks.1.feed_forward/max_violation"][1][1] == pytest.approx(
+        float(loads.max() * 4 / loads.sum() - 1)
+    )
+
+
 @pytest.mark.usefixtures("quiet_tensorboard")
-def test_tensorboard_shows_the_second_try_of_a_step(folder: RunFolder) -> None:
+def test_tensorboard_shows_the_second_try_of_a_step(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.summary.writer import event_file_writer
+
+    # Files of one process and second are read in the order of a number, and 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     for start, steps, loss in ((0, (10, 20, 30, 40), 1.0), (20, (30, 40, 50), 2.0)):
-        with closing(Metrics(folder, start, refuse)) as file:
+        with closing(Metrics(folder, start, refuse, None)) as file:
             for record in records(*steps, loss=loss):
                 file.write(record)
     assert events(folder)["loss/train"] == [(10, 11.0), (20, 21.0), (30, 32), (40, 42), (50, 52)]

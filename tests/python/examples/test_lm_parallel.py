@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,24 +37,35 @@ def torchrun(*options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def records(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(out: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records(out)]
 
 
-@pytest.mark.parametrize("estimator", ["exact", "default_vector"])
+@pytest.mark.parametrize("more", ["", "--estimator default_vector", "--balance bias"])
 def test_two_processes_give_the_loss_curve_of_one(
-    estimator: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # In float64, so that only a wrong formula can tell the curves apart: the sums are formed in
     # another order, which 30 steps of training magnify, but from 1e-16.
     options = [*tiny, "--steps", "30", "--dtype", "float64", "--checkpoint-every", "15"]
-    options += ["--estimator", estimator]
+    options += more.split()
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     assert train_lm.main([*options, "--out", str(one)]) == 0
     printed = capsys.readouterr().out
     result = torchrun(*options, "--out", str(two))
     assert result.returncode == 0, result.stderr
     assert losses(two) == pytest.approx(losses(one), rel=1e-9)
+    # The experts' numbers are those of both processes; only MaxVio is larger in a part.
+    for mine, theirs in zip(records(one), records(two), strict=True):
+        assert theirs["load"] == mine["load"]
+        assert theirs["dead"] == mine["dead"]
+        assert theirs["balance"] == [pytest.approx(loss, rel=1e-9) for loss in mine["balance"]]
+        pairs = zip(mine["max_violation"], theirs["max_violation"], strict=True)
+        assert all(whole <= parts + 1e-12 for whole, parts in pairs)
     # One process prints and writes.
     assert result.stdout.count("held-out bits per byte") == printed.count("held-out bits per byte")
 

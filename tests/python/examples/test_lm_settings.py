@@ -33,7 +33,8 @@ from torchmoe.nn import known_estimators
 
 OPTION_NAMES = [
     *("--data", "--layers", "--hidden-size", "--feed-forward", "--intermediate-size", "--experts"),
-    *("--top-k", "--capacity-factor", "--order", "--estimator", "--normalize", "--context"),
+    *("--top-k", "--capacity-factor", "--order", "--overflow", "--balance", "--estimator"),
+    *("--normalize", "--context"),
     *("--steps", "--minutes", "--batch-tokens", "--lr", "--seed"),
     *("--dtype", "--compile", "--threads", "--device"),
     *("--out", "--checkpoint-every", "--load", "--config", "--resume"),
@@ -49,6 +50,8 @@ OTHERS: dict[str, Any] = {
     "top_k": 1,
     "capacity_factor": 1.25,
     "order": "token",
+    "overflow": "next_best",
+    "balance": "bias",
     "estimator": "straight_through",
     "normalize": "none",
     "context": 64,
@@ -95,12 +98,14 @@ def config(tmp_path: Path, content: str | bytes) -> Path:
 def settings() -> st.SearchStrategy[Settings]:
     """Settings with all values drawn, and none that do not go together."""
     return st.builds(
-        lambda top_k, more, context, windows, hidden, **rest: Settings(
+        lambda top_k, more, context, windows, hidden, full, bias, **rest: Settings(
             experts=top_k + more,
             top_k=top_k,
             context=context,
             batch_tokens=context * windows,
             hidden_size=32 * hidden,
+            overflow="drop" if rest["capacity_factor"] is None else full,
+            balance="none" if rest["estimator"] == "sparsemixer" else bias,
             **rest,
         ),
         top_k=st.integers(1, 100),
@@ -114,6 +119,8 @@ def settings() -> st.SearchStrategy[Settings]:
         intermediate_size=st.integers(1, 2**20),
         capacity_factor=st.none() | st.floats(0.01, 10**6),
         order=st.sampled_from(("choice", "token")),
+        full=st.sampled_from(("drop", "next_best")),
+        bias=st.sampled_from(("loss", "bias", "none")),
         estimator=st.sampled_from(known_estimators()),
         normalize=st.sampled_from((None, "none")),
         steps=st.integers(0, 99_999_999),
@@ -212,6 +219,16 @@ def test_each_option_sets_its_value() -> None:
         ),
         ("--normalize uniform", "--normalize must not make .* --estimator exact, .* got uniform"),
         ("--normalize topk --top-k 1", "--normalize must not make the weights .* got topk"),
+        (
+            "--overflow next_best",
+            "--overflow must be drop without --capacity-factor, got next_best",
+        ),
+        ("--overflow backup", "argument --overflow: .*'backup'.*drop.*next_best"),
+        (
+            "--balance bias --estimator sparsemixer",
+            "--balance must be loss or none with --estimator sparsemixer, .* got bias",
+        ),
+        ("--balance both", "argument --balance: .*'both'.*loss.*bias.*none"),
         ("--batch-tokens 64", r"--batch-tokens must be at least --context \(128\), got 64"),
     ],
 )
