@@ -37,9 +37,9 @@ def watch(
 
     The layers are found wherever they are, inside WithAttachedLoss, DistributedDataParallel or a
     compiled model, and go by their path in the model ("moe" if the model is the layer), without
-    what torch.compile puts into it. What is kept of a forward pass is one small tensor of each
-    layer: nothing waits for the device, and neither the graph nor anything of the size of the
-    tokens is kept alive. Each process follows its own tokens.
+    what torch.compile puts into it. What is kept of a forward pass is some numbers per expert of
+    each layer: nothing waits for the device, no graph is kept alive, and nothing of the size of the
+    tokens once every layer has run. Each process follows its own tokens.
 
     A pass is followed if the layer is in training mode, whether or not gradients are kept. A layer
     that is called several times in a step has several passes. What activation checkpointing of

@@ -180,6 +180,44 @@ def batch(monkeypatch: pytest.MonkeyPatch) -> int:
     return 4
 
 
+class Unlike(nn.Module):
+    """Layers that differ in all that their routings' shapes and dtypes depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = ((E, K), (E, K), (E, 1), (3, K), (E, K), (E, K))
+        self.layers = nn.ModuleList(MoE(H, INNER, experts, k) for experts, k in sizes)
+        self.layers[5].double()
+
+    def forward(self, x: Tensor) -> list[Routing]:
+        calls = [(x, None)] * 6
+        calls[1] = x, torch.rand(len(x)) < 0.7
+        calls[4] = x[: len(x) // 2], None
+        calls[5] = x.double(), None
+        return [
+            layer(x, token_mask=mask).routing
+            for layer, (x, mask) in zip(self.layers, calls, strict=True)
+        ]
+
+
+def test_layers_that_are_unlike() -> None:
+    model = Unlike()
+    with watch(model) as watcher:
+        routings = [model(torch.randn(tokens, H)) for tokens in (T, 2, T)]
+    collected = watcher.collect()
+    assert list(collected) == [f"layers.{number}" for number in range(6)]
+    for statistics, taken in zip(collected.values(), zip(*routings, strict=True), strict=True):
+        check(statistics._asdict(), list(taken))
+
+
+def test_measurements_wait_in_bounded_number(batch: int) -> None:
+    model = Model()
+    with watch(model) as watcher:
+        for number in range(3 * batch):
+            step(model)
+            assert len(watcher._intake._measured) == (number + 1) % batch
+
+
 def test_collect_gives_each_pass_once(batch: int) -> None:
     model = Model()
     routings = seen_routings(model)
