@@ -25,8 +25,8 @@ _COLUMNS = (
     "passes",
 )
 _CAPTION = """
-means over the passes; dropped, rerouted: of the slots chosen; MaxVio: largest load / mean - 1;
-load entropy: of log E, its largest value; routing entropy: nats"""
+means over the passes; dropped, rerouted: share of the chosen slots;
+MaxVio: largest load / mean - 1; load entropy: share of log E; routing entropy: nats"""
 _WIDE = 1000  # columns, more than any table has
 
 
