@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -648,6 +649,25 @@ def test_summary(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert cells(text, LAYERS[1]) == [LAYERS[1], *9 * ["-"], "0"]
     assert mean.dropped_share > 0
+
+
+def test_summary_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No number and no name is cut, and it says which columns there is no room for."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    model = Model()
+    with watch(model) as watcher:
+        step(model)
+    for width, missing in ((80, "load CV"), (200, None)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        watcher.summary()
+        text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert "…" not in text
+        assert all(len(line.rstrip()) <= width for line in text.splitlines())
+        assert cells(text, LAYERS[0])[0] == LAYERS[0]
+        assert ("no room for" in text) == (missing is not None)
+        assert missing is None or missing in text
 
 
 def test_summary_of_a_single_expert(capsys: pytest.CaptureFixture[str]) -> None:
