@@ -64,10 +64,15 @@ class Processes:
     def wait(self) -> None:
         """Returns once every process is here."""
         if self.count > 1:
-            dist.barrier()
+            barrier = dist.barrier(async_op=True)
+            barrier.wait()
+            barriers.append(barrier)
 
 
 ALONE = Processes()
+# Kept until the interpreter ends. Else a thread of gloo may be the last to hold one, and abort the
+# process when it lets go of it while the interpreter is on its way out.
+barriers: list[dist.Work] = []
 
 
 @contextmanager
