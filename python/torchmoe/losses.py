@@ -145,8 +145,7 @@ def local_entropy_loss(
         ValueError: an unknown score function.
         RuntimeError: a shape or dtype does not fit.
     """
-    _check("local_entropy_loss", logits, token_mask)
-    shares = _shares(logits, score_function, token_mask)
+    shares = _shares("local_entropy_loss", logits, score_function, token_mask)
     of_tokens = _entropy(shares).unsqueeze(-1)  # [T, 1]
     return ops.mean_over_tokens(of_tokens, token_mask=token_mask).squeeze(0)
 
@@ -170,8 +169,8 @@ def global_entropy_loss(
         ValueError: an unknown score function.
         RuntimeError: a shape or dtype does not fit.
     """
-    _check("global_entropy_loss", logits, token_mask)
-    mean = ops.mean_over_tokens(_shares(logits, score_function, token_mask), token_mask=token_mask)
+    shares = _shares("global_entropy_loss", logits, score_function, token_mask)
+    mean = ops.mean_over_tokens(shares, token_mask=token_mask)
     even = math.log(logits.shape[1]) * mean.sum()  # nothing counted: 0 - 0
     return even - _entropy(mean)
 
@@ -197,8 +196,7 @@ def mutual_information_loss(
         ValueError: an unknown score function.
         RuntimeError: a shape or dtype does not fit.
     """
-    _check("mutual_information_loss", logits, token_mask)
-    shares = _shares(logits, score_function, token_mask)
+    shares = _shares("mutual_information_loss", logits, score_function, token_mask)
     of_tokens = _entropy(shares).unsqueeze(-1)  # [T, 1]
     both = torch.cat([shares, of_tokens], dim=1)  # one pass over the tokens
     means = ops.mean_over_tokens(both, token_mask=token_mask)  # [E + 1]
@@ -221,8 +219,12 @@ def _check(name: str, logits: Tensor, token_mask: Tensor | None) -> None:
         )
 
 
-def _shares(logits: Tensor, score_function: str, token_mask: Tensor | None) -> Tensor:
-    """Q for every token; 0, and no gradient, for tokens that do not count: [T, E]."""
+def _shares(name: str, logits: Tensor, score_function: str, token_mask: Tensor | None) -> Tensor:
+    """Q for every token; 0, and no gradient, for tokens that do not count: [T, E].
+
+    The arguments are checked on behalf of the term `name`.
+    """
+    _check(name, logits, token_mask)
     ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
     if token_mask is not None:
         ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
