@@ -93,7 +93,7 @@ TORCHMOE_HOST_DEVICE ValueAndSlope<T> activate_with_slope(T u) {
 /// Calls `body` with the nonlinearity of `activation` as a compile-time constant, so that inner
 /// loops have no branch on it.
 template <typename Body>
-void with_nonlinearity(Activation activation, const Body& body) {
+TORCHMOE_HOST_DEVICE void with_nonlinearity(Activation activation, const Body& body) {
   switch (nonlinearity(activation)) {
     case Activation::relu:
       return body(std::integral_constant<Activation, Activation::relu>{});

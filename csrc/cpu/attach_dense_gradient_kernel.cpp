@@ -4,11 +4,11 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/tensors.h"
 #include "cpu/activate_rows.h"
 #include "cpu/gemm/grouped_product.h"
 #include "cpu/parallel.h"
 #include "cpu/rows.h"
-#include "cpu/tensors.h"
 #include "ops/attach_dense_gradient.h"
 
 namespace torchmoe {
@@ -104,18 +104,18 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
   const auto activation = choose_activation("attach_dense_gradient", activation_name);
   const Sizes sizes{x.size(0), x.size(1), w_out.size(2), w_in.size(1), w_out.size(0)};
   const auto acc = accumulate_dtype(x.scalar_type());
-  const auto grad_acc = cpu::contiguous_as(grad, acc);
-  const auto x_acc = cpu::contiguous_as(x, acc);
-  const auto w_in_acc = cpu::contiguous_as(w_in, acc);
-  const auto b_in_acc = cpu::contiguous_as(b_in, acc);
-  const auto w_out_acc = cpu::contiguous_as(w_out, acc);
-  const auto b_out_acc = cpu::contiguous_as(b_out, acc);
+  const auto grad_acc = contiguous_as(grad, acc);
+  const auto x_acc = contiguous_as(x, acc);
+  const auto w_in_acc = contiguous_as(w_in, acc);
+  const auto b_in_acc = contiguous_as(b_in, acc);
+  const auto w_out_acc = contiguous_as(w_out, acc);
+  const auto b_out_acc = contiguous_as(b_out, acc);
   auto grad_probs = at::empty({sizes.tokens, sizes.experts}, x.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "attach_dense_gradient_backward", [&] {
     const Expert<scalar_t> experts{w_in_acc.const_data_ptr<scalar_t>(),
-                                   cpu::data_or_null<scalar_t>(b_in_acc),
+                                   data_or_null<scalar_t>(b_in_acc),
                                    w_out_acc.const_data_ptr<scalar_t>(),
-                                   cpu::data_or_null<scalar_t>(b_out_acc)};
+                                   data_or_null<scalar_t>(b_out_acc)};
     dot_with_every_output(activation,
                           experts,
                           x_acc.const_data_ptr<scalar_t>(),

@@ -8,12 +8,12 @@
 #include "common/activation.h"
 #include "common/dtypes.h"
 #include "common/output_mask.h"
+#include "common/tensors.h"
 #include "cpu/activate_rows.h"
 #include "cpu/gemm/grouped_product.h"
 #include "cpu/parallel.h"
-#include "cpu/plan_view.h"
+#include "cpu/plan_reader.h"
 #include "cpu/rows.h"
-#include "cpu/tensors.h"
 #include "ops/expert_mlp.h"
 
 namespace torchmoe {
@@ -39,7 +39,7 @@ Shape shape_of(const at::Tensor& w_in, const at::Tensor& w_out) {
 /// grad_act becomes weighted_act in place.
 template <typename T>
 void activation_backward_rows(Activation activation,
-                              const cpu::PlanView& plan,
+                              const PlanView& plan,
                               const T* pre,
                               const T* weights,
                               T* grad_act,
@@ -83,7 +83,7 @@ void activation_backward_rows(Activation activation,
 /// and turns the gathered gradients into weight * grad.
 template <typename T>
 void weigh_grad_rows(const cpu::Offsets& offsets,
-                     const cpu::PlanView& plan,
+                     const PlanView& plan,
                      const T* b_out,
                      const T* weights,
                      T* grad_rows,
@@ -126,12 +126,12 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   const auto num_rows = row_to_slot.size(0);
   const auto dtype = x.scalar_type();
   const auto acc = accumulate_dtype(dtype);
-  const auto x_acc = cpu::contiguous_as(x, acc);
-  const auto weights_acc = cpu::contiguous_as(weights, acc);
-  const auto w_in_acc = cpu::contiguous_as(w_in, acc);
-  const auto b_in_acc = cpu::contiguous_as(b_in, acc);
-  const auto w_out_acc = cpu::contiguous_as(w_out, acc);
-  const auto b_out_acc = cpu::contiguous_as(b_out, acc);
+  const auto x_acc = contiguous_as(x, acc);
+  const auto weights_acc = contiguous_as(weights, acc);
+  const auto w_in_acc = contiguous_as(w_in, acc);
+  const auto b_in_acc = contiguous_as(b_in, acc);
+  const auto w_out_acc = contiguous_as(w_out, acc);
+  const auto b_out_acc = contiguous_as(b_out, acc);
   const auto options = x.options().dtype(acc);
   auto y = at::empty(x.sizes(), options);
   auto pre = at::empty({num_rows, shape.pre_width}, options);
@@ -149,7 +149,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
     cpu::grouped_linear(plan.offsets(),
                         row_data,
                         w_in_acc.const_data_ptr<scalar_t>(),
-                        cpu::data_or_null<scalar_t>(b_in_acc),
+                        data_or_null<scalar_t>(b_in_acc),
                         pre_data,
                         shape.hidden,
                         shape.pre_width);
@@ -158,7 +158,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
     cpu::grouped_linear(plan.offsets(),
                         act_data,
                         w_out_acc.const_data_ptr<scalar_t>(),
-                        cpu::data_or_null<scalar_t>(b_out_acc),
+                        data_or_null<scalar_t>(b_out_acc),
                         row_data,
                         shape.intermediate,
                         shape.hidden);
@@ -196,13 +196,13 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto num_experts = w_in.size(0);
   const auto dtype = x.scalar_type();
   const auto acc = accumulate_dtype(dtype);
-  const auto grad_acc = cpu::contiguous_as(grad, acc);
-  const auto x_acc = cpu::contiguous_as(x, acc);
-  const auto weights_acc = cpu::contiguous_as(weights, acc);
-  const auto w_in_acc = cpu::contiguous_as(w_in, acc);
-  const auto w_out_acc = cpu::contiguous_as(w_out, acc);
-  const auto b_out_acc = cpu::contiguous_as(b_out, acc);
-  const auto pre_acc = cpu::contiguous_as(pre, acc);
+  const auto grad_acc = contiguous_as(grad, acc);
+  const auto x_acc = contiguous_as(x, acc);
+  const auto weights_acc = contiguous_as(weights, acc);
+  const auto w_in_acc = contiguous_as(w_in, acc);
+  const auto w_out_acc = contiguous_as(w_out, acc);
+  const auto b_out_acc = contiguous_as(b_out, acc);
+  const auto pre_acc = contiguous_as(pre, acc);
   const auto options = x.options().dtype(acc);
   auto grad_x = empty_if(want_x, x.sym_sizes(), options);
   auto grad_weights = at::zeros(weights.sizes(), options);
@@ -250,7 +250,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     if (b_out_acc || want_b_out) {
       weigh_grad_rows(offsets,
                       view,
-                      cpu::data_or_null<scalar_t>(b_out_acc),
+                      data_or_null<scalar_t>(b_out_acc),
                       weight_data,
                       row_data,
                       grad_weight_data,

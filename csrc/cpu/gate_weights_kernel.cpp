@@ -7,9 +7,9 @@
 
 #include "common/choices.h"
 #include "common/dtypes.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
 #include "cpu/score.h"
-#include "cpu/tensors.h"
 #include "ops/gate_weights.h"
 
 namespace torchmoe {
@@ -136,7 +136,7 @@ at::Tensor gate_weights_kernel(const at::Tensor& logits,
                                std::string_view estimator) {
   check_gate_weights(logits, indices, score_function, normalize, estimator);
   const auto acc = accumulate_dtype(logits.scalar_type());
-  const auto logits_acc = cpu::contiguous_as(logits, acc);
+  const auto logits_acc = contiguous_as(logits, acc);
   const auto indices_c = indices.contiguous();
   const int64_t num_experts = logits.size(1);
   const int64_t top_k = indices.size(1);
@@ -171,8 +171,8 @@ at::Tensor gate_weights_backward_kernel(const at::Tensor& grad,
           ? Normalize::none
           : choose_normalize(kOp, normalize);
   const auto acc = accumulate_dtype(logits.scalar_type());
-  const auto grad_acc = cpu::contiguous_as(grad, acc);
-  const auto logits_acc = cpu::contiguous_as(logits, acc);
+  const auto grad_acc = contiguous_as(grad, acc);
+  const auto logits_acc = contiguous_as(logits, acc);
   const auto indices_c = indices.contiguous();
   const int64_t num_experts = logits.size(1);
   const int64_t top_k = indices.size(1);

@@ -4,8 +4,8 @@
 
 #include "common/dtypes.h"
 #include "common/output_mask.h"
+#include "common/tensors.h"
 #include "cpu/gemm/grouped_product.h"
-#include "cpu/tensors.h"
 #include "ops/grouped_linear.h"
 
 namespace torchmoe {
@@ -25,9 +25,9 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
                                  const at::Tensor& expert_offsets) {
   check_grouped_linear(rows, weight, bias, expert_offsets);
   const auto acc = accumulate_dtype(rows.scalar_type());
-  const auto rows_acc = cpu::contiguous_as(rows, acc);
-  const auto weight_acc = cpu::contiguous_as(weight, acc);
-  const auto bias_acc = cpu::contiguous_as(bias, acc);
+  const auto rows_acc = contiguous_as(rows, acc);
+  const auto weight_acc = contiguous_as(weight, acc);
+  const auto bias_acc = contiguous_as(bias, acc);
   const auto offsets = cpu::read_offsets(expert_offsets, rows.size(0));
   auto out = at::empty({rows.size(0), weight.size(1)}, rows.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "grouped_linear", [&] {
@@ -36,7 +36,7 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
     cpu::grouped_linear(offsets,
                         rows_acc.const_data_ptr<scalar_t>(),
                         weight_acc.const_data_ptr<scalar_t>(),
-                        cpu::data_or_null<scalar_t>(bias_acc),
+                        data_or_null<scalar_t>(bias_acc),
                         result,
                         weight.size(2),
                         weight.size(1));
@@ -53,9 +53,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
   check_grouped_linear_backward(grad, rows, weight, expert_offsets);
   const auto dtype = rows.scalar_type();
   const auto acc = accumulate_dtype(dtype);
-  const auto grad_acc = cpu::contiguous_as(grad, acc);
-  const auto rows_acc = cpu::contiguous_as(rows, acc);
-  const auto weight_acc = cpu::contiguous_as(weight, acc);
+  const auto grad_acc = contiguous_as(grad, acc);
+  const auto rows_acc = contiguous_as(rows, acc);
+  const auto weight_acc = contiguous_as(weight, acc);
   const auto offsets = cpu::read_offsets(expert_offsets, rows.size(0));
   const int64_t out_features = weight.size(1);
   const int64_t in_features = weight.size(2);

@@ -8,7 +8,7 @@
 #include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/rank.h"
-#include "cpu/tensors.h"
+#include "common/tensors.h"
 #include "ops/limit_capacity.h"
 
 namespace torchmoe {
@@ -184,21 +184,21 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
   check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup);
   const auto indices_c = indices.contiguous();
   const auto capacity_c = capacity.contiguous();
-  const auto backup_c = cpu::contiguous_as(backup, at::kLong);
+  const auto backup_c = contiguous_as(backup, at::kLong);
   check_limit_capacity_entries(entries(capacity_c),
                                backup_c ? std::optional(entries(*backup_c)) : std::nullopt);
   // float64 holds every other floating type exactly, so one instance ranks all priorities. Scores
   // are E / K times as many: theirs are widened no more than they must be.
-  const auto priority_c = cpu::contiguous_as(priority, at::kDouble);
+  const auto priority_c = contiguous_as(priority, at::kDouble);
   const auto acc = scores ? accumulate_dtype(scores->scalar_type()) : at::kFloat;
-  const auto scores_c = cpu::contiguous_as(scores, acc);
+  const auto scores_c = contiguous_as(scores, acc);
   auto limited = at::empty(indices.sizes(), indices.options());
   AT_DISPATCH_FLOATING_TYPES(acc, "limit_capacity", [&] {
     limit_capacity_kernel_impl(indices_c.const_data_ptr<int64_t>(),
                                capacity_c.const_data_ptr<int64_t>(),
-                               cpu::data_or_null<double>(priority_c),
-                               cpu::data_or_null<scalar_t>(scores_c),
-                               cpu::data_or_null<int64_t>(backup_c),
+                               data_or_null<double>(priority_c),
+                               data_or_null<scalar_t>(scores_c),
+                               data_or_null<int64_t>(backup_c),
                                choose_order("limit_capacity", order),
                                indices.size(0),
                                indices.size(1),

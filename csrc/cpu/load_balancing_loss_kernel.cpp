@@ -8,8 +8,8 @@
 
 #include "common/choices.h"
 #include "common/dtypes.h"
+#include "common/tensors.h"
 #include "cpu/score.h"
-#include "cpu/tensors.h"
 #include "cpu/token_blocks.h"
 #include "ops/load_balancing_loss.h"
 
@@ -93,15 +93,15 @@ at::Tensor load_balancing_loss_kernel(const at::Tensor& logits,
                                       const std::optional<at::Tensor>& token_mask) {
   check_load_balancing_loss(logits, fraction, score_function, token_mask);
   const auto acc = accumulate_dtype(logits.scalar_type());
-  const auto logits_acc = cpu::contiguous_as(logits, acc);
-  const auto fraction_acc = cpu::contiguous_as(fraction, acc);
-  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const auto logits_acc = contiguous_as(logits, acc);
+  const auto fraction_acc = contiguous_as(fraction, acc);
+  const auto mask = contiguous_as(token_mask, at::kBool);
   const int64_t num_experts = logits.size(-1);
   const int64_t num_tokens = logits.size(-2);
   const int64_t num_sequences = c10::multiply_integers(logits.sizes().slice(0, logits.dim() - 2));
   auto loss = at::empty({}, logits.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss", [&] {
-    const bool* mask_data = cpu::data_or_null<bool>(mask);
+    const bool* mask_data = data_or_null<bool>(mask);
     double sum = 0;
     int64_t counted = 0;
     for (int64_t s = 0; s < num_sequences; ++s) {
@@ -129,15 +129,15 @@ at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
   check_load_balancing_loss_backward(grad, logits, fraction, score_function, token_mask);
   const auto acc = accumulate_dtype(logits.scalar_type());
   const auto grad_acc = grad.to(acc);
-  const auto logits_acc = cpu::contiguous_as(logits, acc);
-  const auto fraction_acc = cpu::contiguous_as(fraction, acc);
-  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const auto logits_acc = contiguous_as(logits, acc);
+  const auto fraction_acc = contiguous_as(fraction, acc);
+  const auto mask = contiguous_as(token_mask, at::kBool);
   const int64_t num_experts = logits.size(-1);
   const int64_t num_tokens = logits.size(-2);
   const int64_t num_sequences = c10::multiply_integers(logits.sizes().slice(0, logits.dim() - 2));
   auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss_backward", [&] {
-    const bool* mask_data = cpu::data_or_null<bool>(mask);
+    const bool* mask_data = data_or_null<bool>(mask);
     const auto mask_of = [&](int64_t s) {
       return mask_data == nullptr ? nullptr : mask_data + s * num_tokens;
     };

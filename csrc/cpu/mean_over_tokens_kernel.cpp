@@ -4,7 +4,7 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
-#include "cpu/tensors.h"
+#include "common/tensors.h"
 #include "cpu/token_blocks.h"
 #include "ops/mean_over_tokens.h"
 
@@ -42,14 +42,14 @@ at::Tensor mean_over_tokens_kernel(const at::Tensor& values,
                                    const std::optional<at::Tensor>& token_mask) {
   check_mean_over_tokens(values, token_mask);
   const auto acc = accumulate_dtype(values.scalar_type());
-  const auto values_acc = cpu::contiguous_as(values, acc);
-  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const auto values_acc = contiguous_as(values, acc);
+  const auto mask = contiguous_as(token_mask, at::kBool);
   auto sizes = values.sizes().vec();
   sizes.erase(sizes.end() - 2);
   auto means = at::empty(sizes, values.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "mean_over_tokens", [&] {
     mean_over_tokens_kernel_impl(values_acc.const_data_ptr<scalar_t>(),
-                                 cpu::data_or_null<bool>(mask),
+                                 data_or_null<bool>(mask),
                                  c10::multiply_integers(values.sizes().slice(0, values.dim() - 2)),
                                  values.size(-2),
                                  values.size(-1),

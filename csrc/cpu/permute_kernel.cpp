@@ -3,7 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "cpu/plan_view.h"
+#include "cpu/plan_reader.h"
 #include "cpu/rows.h"
 #include "ops/permute.h"
 

@@ -4,9 +4,9 @@
 
 #include "common/dtypes.h"
 #include "common/output_mask.h"
+#include "common/tensors.h"
 #include "cpu/gemm/product.h"
 #include "cpu/parallel.h"
-#include "cpu/tensors.h"
 #include "ops/router_logits.h"
 
 namespace torchmoe {
@@ -95,14 +95,14 @@ at::Tensor router_logits_kernel(const at::Tensor& x,
                                 const std::optional<at::Tensor>& bias) {
   check_router_logits(x, weight, bias);
   const auto acc = accumulate_dtype(x.scalar_type());
-  const auto x_acc = cpu::contiguous_as(x, acc);
-  const auto weight_acc = cpu::contiguous_as(weight, acc);
-  const auto bias_acc = cpu::contiguous_as(bias, acc);
+  const auto x_acc = contiguous_as(x, acc);
+  const auto weight_acc = contiguous_as(weight, acc);
+  const auto bias_acc = contiguous_as(bias, acc);
   auto logits = at::empty({x.size(0), weight.size(0)}, x.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "router_logits", [&] {
     router_logits_kernel_impl<scalar_t>(const_matrix<scalar_t>(x_acc),
                                         const_matrix<scalar_t>(weight_acc),
-                                        cpu::data_or_null<scalar_t>(bias_acc),
+                                        data_or_null<scalar_t>(bias_acc),
                                         mutable_matrix<scalar_t>(logits));
   });
   return logits;
@@ -115,9 +115,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> router_logits_backward_kernel(
     std::array<bool, 3> output_mask) {
   check_router_logits_backward(grad, x, weight);
   const auto acc = accumulate_dtype(x.scalar_type());
-  const auto grad_acc = cpu::contiguous_as(grad, acc);
-  const auto x_acc = cpu::contiguous_as(x, acc);
-  const auto weight_acc = cpu::contiguous_as(weight, acc);
+  const auto grad_acc = contiguous_as(grad, acc);
+  const auto x_acc = contiguous_as(x, acc);
+  const auto weight_acc = contiguous_as(weight, acc);
   const auto options = x.options().dtype(acc);
   auto grad_x = empty_if(output_mask[0], x.sym_sizes(), options);
   auto grad_weight = empty_if(output_mask[1], weight.sym_sizes(), options);

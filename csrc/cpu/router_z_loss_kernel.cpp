@@ -5,8 +5,8 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/tensors.h"
 #include "cpu/score.h"
-#include "cpu/tensors.h"
 #include "cpu/token_blocks.h"
 #include "ops/router_z_loss.h"
 
@@ -31,8 +31,8 @@ at::Tensor router_z_loss_kernel(const at::Tensor& logits,
                                 const std::optional<at::Tensor>& token_mask) {
   check_router_z_loss(logits, token_mask);
   const auto acc = accumulate_dtype(logits.scalar_type());
-  const auto logits_acc = cpu::contiguous_as(logits, acc);
-  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const auto logits_acc = contiguous_as(logits, acc);
+  const auto mask = contiguous_as(token_mask, at::kBool);
   const int64_t num_experts = logits.size(-1);
   const int64_t num_tokens = logits.numel() / num_experts;
   auto loss = at::empty({}, logits.options().dtype(acc));
@@ -40,7 +40,7 @@ at::Tensor router_z_loss_kernel(const at::Tensor& logits,
     const auto* data = logits_acc.const_data_ptr<scalar_t>();
     const auto squares = cpu::sum_over_tokens<scalar_t>(
         num_tokens,
-        cpu::data_or_null<bool>(mask),
+        data_or_null<bool>(mask),
         1,
         [&](int64_t t, double* sum, scalar_t* /*scratch*/) {
           const double z = logsumexp(data + t * num_experts, num_experts);
@@ -59,14 +59,14 @@ at::Tensor router_z_loss_backward_kernel(const at::Tensor& grad,
   check_router_z_loss_backward(grad, logits, token_mask);
   const auto acc = accumulate_dtype(logits.scalar_type());
   const auto grad_acc = grad.to(acc);
-  const auto logits_acc = cpu::contiguous_as(logits, acc);
-  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const auto logits_acc = contiguous_as(logits, acc);
+  const auto mask = contiguous_as(token_mask, at::kBool);
   const int64_t num_experts = logits.size(-1);
   const int64_t num_tokens = logits.numel() / num_experts;
   auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES(acc, "router_z_loss_backward", [&] {
     const auto* data = logits_acc.const_data_ptr<scalar_t>();
-    const bool* mask_data = cpu::data_or_null<bool>(mask);
+    const bool* mask_data = data_or_null<bool>(mask);
     auto* grad_data = grad_logits.mutable_data_ptr<scalar_t>();
     const auto scale =
         static_cast<scalar_t>(2.0 * static_cast<double>(*grad_acc.const_data_ptr<scalar_t>()) /

@@ -1,39 +1,17 @@
 // Moving tokens into expert order and back: the arithmetic shared by permute, unpermute and
 // expert_mlp.
 //
-// T is the stored type, Acc the type that sums are formed in. A slot or row number outside its
-// range counts as not routed, so that a bad plan gives a defined result.
+// T is the stored type, Acc the type that sums are formed in.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "common/plan_view.h"
 #include "cpu/parallel.h"
 
 namespace torchmoe::cpu {
-
-/// The plan as kernels read it. Rows from num_routed on are unrouted.
-struct PlanView {
-  const int64_t* row_to_slot;  // [N]
-  const int64_t* slot_to_row;  // [T, K]
-  int64_t num_tokens;
-  int64_t top_k;
-  int64_t num_routed;
-
-  int64_t num_rows() const { return num_tokens * top_k; }
-  /// The slot of a routed row, or -1. A slot that names another row is not this row's: two rows
-  /// never share one, and no two threads write to it.
-  int64_t slot_of(int64_t row) const {
-    const int64_t slot = row < num_routed ? row_to_slot[row] : -1;
-    return slot >= 0 && slot < num_rows() && slot_to_row[slot] == row ? slot : -1;
-  }
-  /// The row of a routed slot, or -1.
-  int64_t row_of(int64_t slot) const {
-    const int64_t row = slot_to_row[slot];
-    return row >= 0 && row < num_routed && row_to_slot[row] == slot ? row : -1;
-  }
-};
 
 /// rows[r] = x[token of row r], 0 for unrouted rows: x [T, width] -> rows [N, width].
 template <typename In, typename Out>

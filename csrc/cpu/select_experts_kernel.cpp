@@ -6,8 +6,8 @@
 
 #include "common/dtypes.h"
 #include "common/rank.h"
+#include "common/tensors.h"
 #include "cpu/parallel.h"
-#include "cpu/tensors.h"
 #include "ops/select_experts.h"
 
 namespace torchmoe {
@@ -64,14 +64,14 @@ at::Tensor select_experts_kernel(const at::Tensor& scores,
                                  const std::optional<at::Tensor>& token_mask) {
   check_select_experts(scores, top_k, selection_bias, token_mask);
   const auto acc = accumulate_dtype(scores.scalar_type());
-  const auto scores_acc = cpu::contiguous_as(scores, acc);
-  const auto bias_acc = cpu::contiguous_as(selection_bias, acc);
-  const auto mask = cpu::contiguous_as(token_mask, at::kBool);
+  const auto scores_acc = contiguous_as(scores, acc);
+  const auto bias_acc = contiguous_as(selection_bias, acc);
+  const auto mask = contiguous_as(token_mask, at::kBool);
   auto indices = at::empty({scores.size(0), top_k}, scores.options().dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(acc, "select_experts", [&] {
     select_experts_kernel_impl(scores_acc.const_data_ptr<scalar_t>(),
-                               cpu::data_or_null<scalar_t>(bias_acc),
-                               cpu::data_or_null<bool>(mask),
+                               data_or_null<scalar_t>(bias_acc),
+                               data_or_null<bool>(mask),
                                scores.size(0),
                                scores.size(1),
                                top_k,

@@ -4,9 +4,9 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
-#include "cpu/plan_view.h"
+#include "common/tensors.h"
+#include "cpu/plan_reader.h"
 #include "cpu/rows.h"
-#include "cpu/tensors.h"
 #include "ops/unpermute.h"
 
 namespace torchmoe {
@@ -17,7 +17,7 @@ namespace {
 /// token], rows[r]>. Walking the slots visits every row once, unrouted ones included, since the
 /// plan is a permutation.
 template <typename T, typename Acc>
-void unpermute_backward_kernel_impl(const cpu::PlanView& plan,
+void unpermute_backward_kernel_impl(const PlanView& plan,
                                     const T* grad,
                                     const T* rows,
                                     const Acc* weights,
@@ -55,7 +55,7 @@ at::Tensor unpermute_kernel(const at::Tensor& rows,
   check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
   const auto rows_c = rows.contiguous();
-  const auto weights_acc = cpu::contiguous_as(weights, accumulate_dtype(rows.scalar_type()));
+  const auto weights_acc = contiguous_as(weights, accumulate_dtype(rows.scalar_type()));
   auto y = at::empty({slot_to_row.size(0), rows.size(1)}, rows.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
     cpu::combine_rows(plan.view(),
@@ -76,9 +76,9 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward_kernel(const at::Tensor& g
   check_unpermute_backward(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
   const auto acc = accumulate_dtype(rows.scalar_type());
-  const auto grad_c = cpu::contiguous_as(grad, rows.scalar_type());
+  const auto grad_c = contiguous_as(grad, rows.scalar_type());
   const auto rows_c = rows.contiguous();
-  const auto weights_acc = cpu::contiguous_as(weights, acc);
+  const auto weights_acc = contiguous_as(weights, acc);
   auto grad_rows = at::empty(rows.sizes(), rows.options());
   auto grad_weights = at::empty(weights.sizes(), weights.options().dtype(acc));
   AT_DISPATCH_FLOATING_TYPES_AND2(

@@ -5,7 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
-namespace torchmoe::cpu {
+namespace torchmoe {
 
 /// `tensor` itself where it is contiguous and of that type, else a copy that is.
 inline at::Tensor contiguous_as(const at::Tensor& tensor, at::ScalarType dtype) {
@@ -23,4 +23,4 @@ const T* data_or_null(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<T>() : nullptr;
 }
 
-}  // namespace torchmoe::cpu
+}  // namespace torchmoe

@@ -3,8 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "common/plan_view.h"
 #include "cpu/gemm/grouped_product.h"
-#include "cpu/rows.h"
 
 namespace torchmoe::cpu {
 
