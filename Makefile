@@ -11,11 +11,13 @@ JOBS ?= $(shell nproc)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash -o pipefail
 
-CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp')
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.h' '*.cpp' '*.cu')
+CUDA_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.cu')
+CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/cuda/*.cpp')
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train compare compare-estimators balance test test-cpp test-python build-tests lint lint-python lint-format lint-tidy format bench clean
+.PHONY: help develop library system train compare compare-estimators balance test test-cpp test-python test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,7 +79,7 @@ bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--
 
 # ---- Check -----------------------------------------------------------------------------------------------------------------
 
-test: test-cpp test-python  ## Run every test, C++ and Python
+test: test-cpp test-python test-emulation  ## Run every test, C++ and Python
 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
@@ -85,13 +87,37 @@ test-cpp: build-tests
 test-python: build-tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
+# The CUDA kernels, run thread by thread on the host: all but 1,300 tokens through every expert, which take minutes.
+test-emulation: build-tests  ## Run the CUDA kernels on the host through the tests of every op
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(BUILD)/emulation" $(BIN)/python -m pytest tests/python/ops \
+	  -m "not above_kernels and not cpu_only" -k "not (AttachDense and more_than_one_block)"
+
+# The Python of the targets below. Another than .venv's, such as a GPU machine's own, must have torch, cmake, pytest and hypothesis:
+# make test-cuda CUDA_PYTHON=python3
+CUDA_PYTHON := $(BIN)/python
+CUDA_PATH = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/python"
+cuda-library: $(if $(filter $(BIN)/python,$(CUDA_PYTHON)),develop)
+	@$(CUDA_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make: needs a GPU, and torch.cuda.is_available() is false")'
+	@mkdir -p $(BUILD)
+	@$(CUDA_PATH) MAX_JOBS=$(JOBS) $(CUDA_PYTHON) setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
+	@if [ -x $(BUILD)/tests/cpp/torchmoe_tests ]; then $(CUDA_PATH) cmake --build $(BUILD) -j $(JOBS) --target torchmoe_tests > $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }; fi
+
+# Catch2's where make build-tests has been run.
+test-cuda: cuda-library  ## Run the tests that need a GPU
+	@if [ -x $(BUILD)/tests/cpp/torchmoe_tests ]; then $(BUILD)/tests/cpp/torchmoe_tests "[cuda]"; \
+	else echo "test-cuda: without Catch2's tests, which are not built here"; fi
+	$(CUDA_PATH) $(CUDA_PYTHON) -m pytest tests/python/cuda -m cuda
+
+report-cuda: cuda-library  ## Test, time and sanitize on a GPU, and write docs/cuda.md (ARGS="--help")
+	$(CUDA_PATH) $(CUDA_PYTHON) -m benchmarks.cuda_report $(ARGS)
+
 # pytest needs them too: it runs a C++ program beside the Python layer.
 build-tests: develop
 	@echo "make: building the C++ tests"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(BUILD) -DTORCHMOE_BUILD_TESTS=ON > $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(BUILD) -DTORCHMOE_BUILD_TESTS=ON -DTORCHMOE_BUILD_EMULATION=ON > $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(BUILD) -j $(JOBS) >> $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }
 
-lint: lint-format lint-python lint-tidy  ## Check formatting, types and the analysers' findings
+lint: lint-format lint-python lint-tidy cuda-check  ## Check formatting, types and the analysers' findings
 
 lint-format: $(VENV)/.complete
 	@echo "clang-format --dry-run -Werror"; $(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
@@ -106,11 +132,28 @@ lint-python: develop
 lint-tidy: develop
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(TIDY_BUILD) -GNinja \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
-	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DTORCHMOE_BUILD_PYTHON=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DTORCHMOE_BUILD_PYTHON=ON -DTORCHMOE_BUILD_EMULATION=ON \
 	  -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 \
 	  > $(TIDY_BUILD).log 2>&1 || { cat $(TIDY_BUILD).log; exit 1; }
 	@echo "clang-tidy"; find $(TIDY_BUILD) -name 'unity_*.cxx' | xargs -n 1 -P $(JOBS) \
 	  $(BIN)/clang-tidy -p $(TIDY_BUILD) --quiet --extra-arg=-fno-openmp 2> >(grep -v 'warnings generated' >&2)
+
+# On a machine with nvcc, whatever torch it has: every kernel for the oldest and the newest GPU that has code of its own, and the
+# adapters against torch's CUDA headers, which every build of torch carries.
+CUDA_CHECK := $(BUILD)/cuda-check
+CUDA_INCLUDES = -I csrc $$($(BIN)/python -c 'from torch.utils.cpp_extension import include_paths; print(*(f"-isystem {p}" for p in include_paths()))')
+cuda-check: $(VENV)/.complete  ## Compile the CUDA backend where nvcc is found, warnings as errors
+	@if ! command -v nvcc > /dev/null; then echo "cuda-check: skipped, nvcc is not on the PATH"; exit 0; fi; \
+	mkdir -p $(CUDA_CHECK); includes="$(CUDA_INCLUDES) -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE -std=c++20"; \
+	echo "cuda-check: nvcc, sm_80 and sm_90a"; \
+	printf '%s\n' $(CUDA_FILES) | xargs -P $(JOBS) -I {} sh -c 'nvcc '"$$includes"' -O3 --expt-relaxed-constexpr \
+	  -Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror -Xptxas=-warn-spills,-warn-lmem-usage,-Werror \
+	  -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a \
+	  -c {} -o $(CUDA_CHECK)/$$(basename {}).o' && \
+	echo "cuda-check: the adapters" && \
+	printf '#include "%s"\n' $(CUDA_ADAPTERS:csrc/%=%) > $(CUDA_CHECK)/adapters.cpp && \
+	$(CXX) $$includes $$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^.*INCLUDES="-I\([^"]*\)".*/-isystem \1/p') \
+	  -O1 -Wall -Wextra -Wpedantic -Werror -fopenmp -fsyntax-only $(CUDA_CHECK)/adapters.cpp
 
 format: $(VENV)/.complete  ## Format everything
 	$(BIN)/clang-format -i $(CPP_FILES)

@@ -3,6 +3,8 @@
 // backward passes and private parts.
 #include <torch/library.h>
 
+#include "backend.h"
+
 TORCH_LIBRARY(torchmoe, m) {
   // Logits
   m.def("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
@@ -86,4 +88,6 @@ TORCH_LIBRARY(torchmoe, m) {
       "_attach_dense_gradient_backward(Tensor grad, Tensor x, Tensor w_in, Tensor? b_in, "
       "Tensor w_out, Tensor? b_out, str activation) -> Tensor");
   m.def("attach_loss(Tensor x, Tensor loss, float scale=1.0) -> Tensor");
+
+  torchmoe::register_missing_backends(m);
 }

@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
 
+#include "backend.h"
+
 namespace {
 
 std::string compiler() {
@@ -30,7 +32,7 @@ std::map<std::string, std::string> build_info() {
       {"torchmoe", TORCHMOE_VERSION},
       {"torch", TORCH_VERSION},
       {"compiler", compiler()},
-      {"cuda", "none"},
+      {"cuda", torchmoe::cuda_version()},
       {"openmp", openmp()},
       {"git_revision", TORCHMOE_GIT_REVISION},
   };

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).absolute().parent
 LIBRARY = PACKAGE / "libtorchmoe.so"
 BUILD_COMMAND = "pip install --no-build-isolation ."
 

@@ -84,6 +84,7 @@ class DifferentiableOpTests(OpTests):
         """Finite differences make thousands of tiny calls; waking threads would be all they do."""
         torch.set_num_threads(1)
 
+    @pytest.mark.above_kernels
     @pytest.mark.usefixtures("_one_thread")
     def test_gradcheck(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
         situation, variant, names = checked
@@ -96,6 +97,7 @@ class DifferentiableOpTests(OpTests):
             **GRADCHECK,
         )
 
+    @pytest.mark.above_kernels
     @pytest.mark.usefixtures("_one_thread")
     def test_double_backward(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
         situation, variant, names = checked
@@ -117,6 +119,7 @@ class DifferentiableOpTests(OpTests):
         with pytest.raises(RuntimeError, match=f"^{self.case.name}: double backward must not be"):
             torch.autograd.grad([g.sum() for g in first], values + cotangent, allow_unused=True)
 
+    @pytest.mark.above_kernels
     @pytest.mark.usefixtures("_one_thread")
     def test_a_refusal_reaches_every_input(self) -> None:
         """As after backward(create_graph=True), where the arriving gradient itself needs none."""
@@ -163,6 +166,7 @@ class DifferentiableOpTests(OpTests):
                 n = SITUATIONS["dropped"].longest
                 assert_close(a, e, tolerance(e, n=n, wide=a.dtype, stored=a.dtype))
 
+    @pytest.mark.above_kernels
     def test_opcheck_with_gradients(self, variant: Inputs) -> None:
         for name in ("dropped", "no_tokens"):
             if name in self.case.situations:
@@ -171,6 +175,7 @@ class DifferentiableOpTests(OpTests):
                 args = by_position(self.case.name, inputs)
                 torch.library.opcheck(overload(self.case.name), *args)
 
+    @pytest.mark.above_kernels
     @pytest.mark.parametrize("use_reentrant", [False, True])
     def test_checkpointing_gives_equal_gradients(
         self, variant: Inputs, use_reentrant: bool
@@ -190,18 +195,20 @@ class DifferentiableOpTests(OpTests):
         actual, expected = run(function, inputs, names), run(self.case, inputs, names)
         assert_same(actual[0] + actual[1], expected[0] + expected[1])
 
+    @pytest.mark.above_kernels
     def test_autocast_gradients_keep_their_types(self) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             inputs = self.plain(dtype)
             names = self.case.names(inputs)
             leaf = leaves(inputs, names)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
                 outputs = self.case(leaf)
             grads = torch.autograd.grad(
                 outputs, [leaf[n] for n in names], [torch.ones_like(y) for y in outputs]
             )
             assert [g.dtype for g in grads] == [leaf[n].dtype for n in names]
 
+    @pytest.mark.above_kernels
     @pytest.mark.slow
     def test_inductor(self) -> None:
         function = self.compiled("inductor", self.plain())

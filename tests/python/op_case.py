@@ -168,7 +168,7 @@ def cotangents(outputs: Outputs) -> Outputs:
     """Fixed random numbers to multiply the outputs by, the same for the same shapes."""
     generator = torch.Generator().manual_seed(1)
     return tuple(
-        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype) for y in outputs
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs
     )
 
 
@@ -227,7 +227,7 @@ def strided(tensor: Tensor, style: str) -> Tensor:
         return tensor[:1].expand(tensor.shape) if tensor.size(0) else tensor
     if style == "transposed":
         return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    buffer = torch.full((*tensor.shape[:-1], 2 * tensor.size(-1) + 1), 77.0).to(tensor.dtype)
+    buffer = tensor.new_full((*tensor.shape[:-1], 2 * tensor.size(-1) + 1), 77)
     view = buffer[..., 1::2]
     view.copy_(tensor)
     return view

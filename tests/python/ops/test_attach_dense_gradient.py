@@ -38,7 +38,15 @@ class TestAttachDenseGradient(DifferentiableOpTests):
         make=make,
         reference=reference.attach_dense_gradient,
         wrapper=lambda inputs: torchmoe.ops.attach_dense_gradient(**inputs),
-        situations=("plain", "dropped", "single_expert", "one_token", "no_tokens", "large"),
+        situations=(
+            "plain",
+            "dropped",
+            "single_expert",
+            "one_token",
+            "no_tokens",
+            "large",
+            "aligned",
+        ),
         variants=(
             {"activation": "swiglu", "bias": True},
             {"activation": "gelu", "bias": False},

@@ -108,7 +108,7 @@ class TestGateWeights(DifferentiableOpTests):
         assert bool((weights[~routed] == 0).all())
 
     def test_topk_survives_where_p_underflows(self) -> None:
-        logits = torch.tensor([[1000.0, 0.0, 0.0, 1.0]])
+        logits = torch.tensor([[1000.0, 0.0, 0.0, 1.0]], requires_grad=True)
         weights = torchmoe.ops.gate_weights(
             logits,
             torch.tensor([[1, 2]]),
@@ -117,6 +117,8 @@ class TestGateWeights(DifferentiableOpTests):
             estimator="exact",
         )
         assert weights.tolist() == [[0.5, 0.5]]
+        (grad,) = torch.autograd.grad(weights[0, 0], logits)
+        assert grad.tolist() == [[0.0, 0.25, -0.25, 0.0]]
 
     def test_logits_of_minus_inf_give_zero_and_a_zero_gradient(self, variant: Inputs) -> None:
         """A masked-out expert, and a token whose experts are all masked out."""

@@ -43,7 +43,7 @@ class TestLoadBalancingLoss(DifferentiableOpTests):
         make=make,
         reference=reference.load_balancing_loss,
         wrapper=lambda inputs: torchmoe.ops.load_balancing_loss(**inputs),
-        situations=("plain", "single_expert", "one_token", "no_tokens", "large"),
+        situations=("plain", "single_expert", "one_token", "no_tokens", "many", "large"),
         variants=(
             {"score_function": "softmax", "groups": (), "mask": True},
             {"score_function": "sigmoid", "groups": (), "mask": False},

@@ -37,7 +37,7 @@ class TestMeanOverTokens(DifferentiableOpTests):
         make=make,
         reference=reference.mean_over_tokens,
         wrapper=lambda inputs: torchmoe.ops.mean_over_tokens(**inputs),
-        situations=("plain", "single_expert", "one_token", "no_tokens", "large"),
+        situations=("plain", "single_expert", "one_token", "no_tokens", "many", "large"),
         variants=(
             {"groups": (), "mask": True},
             {"groups": (), "mask": False},

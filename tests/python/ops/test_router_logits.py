@@ -8,7 +8,7 @@ import reference
 import torchmoe
 from gradient_harness import DifferentiableOpTests
 from op_case import Autocast, ErrorCase, Inputs, OpCase, altered, wide_dtype
-from situations import Situation, normal
+from situations import SITUATIONS, Situation, normal
 
 
 def make(s: Situation, dtype: torch.dtype, bias: bool) -> Inputs:
@@ -37,7 +37,7 @@ class TestRouterLogits(DifferentiableOpTests):
         make=make,
         reference=reference.router_logits,
         wrapper=lambda inputs: torchmoe.ops.router_logits(**inputs),
-        situations=("plain", "single_expert", "one_token", "no_tokens", "large"),
+        situations=("plain", "single_expert", "one_token", "no_tokens", "many", "large"),
         variants=({"bias": True}, {"bias": False}),
         result_is_wide=True,
         differentiable=("x", "weight", "bias"),
@@ -68,3 +68,13 @@ class TestRouterLogits(DifferentiableOpTests):
         weight = torch.full((1, 1024), 2.0**-8, dtype=torch.bfloat16)
         weight[0, 0] = 64.0
         assert torchmoe.ops.router_logits(x, weight).item() == 64.0 + 1023 / 256
+
+    def test_a_backward_inside_an_autocast_region_is_not_narrowed(self) -> None:
+        inputs = make(SITUATIONS["plain"], torch.float32, **self.case.variants[0])
+        x = inputs["x"].requires_grad_()
+        (logits,) = self.case(inputs)
+        grad = normal(*logits.shape, dtype=torch.float32)
+        (expected,) = torch.autograd.grad(logits, x, grad, retain_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (actual,) = torch.autograd.grad(logits, x, grad)
+        assert torch.equal(actual, expected)

@@ -32,7 +32,7 @@ class TestRouterZLoss(DifferentiableOpTests):
         make=make,
         reference=reference.router_z_loss,
         wrapper=lambda inputs: torchmoe.ops.router_z_loss(**inputs),
-        situations=("plain", "single_expert", "one_token", "no_tokens", "large"),
+        situations=("plain", "single_expert", "one_token", "no_tokens", "many", "large"),
         variants=(
             {"groups": (), "mask": True},
             {"groups": (), "mask": False},

@@ -41,7 +41,8 @@ class TestSelectExperts(OpTests):
         reference=reference.select_experts,
         wrapper=lambda inputs: torchmoe.ops.select_experts(**inputs),
         situations=(
-            "plain", "top1", "all_experts", "single_expert", "one_token", "no_tokens", "large"
+            "plain", "top1", "all_experts", "single_expert", "one_token", "no_tokens", "many",
+            "large",
         ),
         variants=(
             {"bias": True, "mask": True},

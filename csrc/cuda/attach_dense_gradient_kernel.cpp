@@ -1,0 +1,130 @@
+// Every expert once for every token, and nothing kept of it but one number each: a plan in which
+// every token chooses every expert, taken through expert_mlp's own kernels a block of tokens at a
+// time.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common/dtypes.h"
+#include "common/tensors.h"
+#include "cuda/device.h"
+#include "cuda/expert_mlp_kernel.h"
+#include "cuda/gemm/grouped_product.h"
+#include "cuda/gemm/tile_map_tensors.h"
+#include "cuda/plan_tensors.h"
+#include "ops/attach_dense_gradient.h"
+#include "ops/dispatch_plan.h"
+
+namespace torchmoe {
+
+namespace {
+
+// Rows in a block: enough to fill every multiprocessor, few enough that their pre-activations take
+// a fraction of what a training step keeps.
+constexpr int64_t kBlockRows = 65536;
+
+at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
+                                                 const at::Tensor& x,
+                                                 const at::Tensor& w_in,
+                                                 const std::optional<at::Tensor>& b_in,
+                                                 const at::Tensor& w_out,
+                                                 const std::optional<at::Tensor>& b_out,
+                                                 std::string_view activation_name) {
+  check_attach_dense_gradient_backward(grad, x, w_in, b_in, w_out, b_out, activation_name);
+  const cuda::OnDevice device(x);
+  const auto stream = device.stream();
+  const auto activation = choose_activation("attach_dense_gradient", activation_name);
+  const int64_t num_tokens = x.size(0);
+  const int64_t num_experts = w_out.size(0);
+  const int64_t hidden = w_out.size(1);
+  const int64_t intermediate = w_out.size(2);
+  const auto dtype = x.scalar_type();
+  const auto acc = accumulate_dtype(dtype);
+  const auto grad_c = contiguous_as(grad, dtype);
+  const auto x_c = x.contiguous();
+  const auto w_in_c = w_in.contiguous();
+  const auto b_in_c = contiguous_as(b_in, dtype);
+  const auto w_out_c = w_out.contiguous();
+  const auto b_out_c = contiguous_as(b_out, dtype);
+  const auto int_options = x.options().dtype(at::kLong);
+  const auto acc_options = x.options().dtype(acc);
+  auto grad_probs = at::empty({num_tokens, num_experts}, acc_options);
+  if (grad_probs.numel() == 0) {
+    return grad_probs;
+  }
+  const int64_t block_tokens = std::min(num_tokens, std::max<int64_t>(1, kBlockRows / num_experts));
+  const int64_t block_rows = block_tokens * num_experts;
+  const auto every_expert = at::arange(num_experts, int_options);
+  const auto tokens = at::empty({block_rows}, int_options);
+  const auto row_weights = at::empty({block_rows}, acc_options);
+  const auto unit_weights = at::empty({block_rows}, acc_options).fill_(1);
+  const auto pre = at::empty({block_rows, w_in.size(1)}, x.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, dtype, "attach_dense_gradient_backward", [&] {
+        using Acc = at::opmath_type<scalar_t>;
+        scalar_t* unwanted = nullptr;
+        const Acc* unweighted = nullptr;
+        const auto dots =
+            at::empty({block_rows, cuda::dot_parts<scalar_t>(intermediate)}, acc_options);
+        for (int64_t begin = 0; begin < num_tokens; begin += block_tokens) {
+          const int64_t count = std::min(block_tokens, num_tokens - begin);
+          const auto all = dispatch_plan(every_expert.expand({count, num_experts}), num_experts);
+          const cuda::PlanTensors plan(all.expert_offsets, all.row_to_slot, all.slot_to_row);
+          const cuda::TileMapTensors tiles(stream,
+                                           plan.expert_offsets(),
+                                           count * num_experts,
+                                           cuda::product_tile_rows<scalar_t>(),
+                                           cuda::FirstRow::zero);
+          const auto* x_data = x_c.const_data_ptr<scalar_t>() + begin * hidden;
+          const auto* grad_data = grad_c.const_data_ptr<scalar_t>() + begin * hidden;
+          cuda::read_plan_rows(stream,
+                               plan.plan(),
+                               unit_weights.const_data_ptr<Acc>(),
+                               tokens.mutable_data_ptr<int64_t>(),
+                               row_weights.mutable_data_ptr<Acc>());
+          cuda::project_up(stream,
+                           tiles.map(),
+                           activation,
+                           x_data,
+                           tokens.const_data_ptr<int64_t>(),
+                           w_in_c.const_data_ptr<scalar_t>(),
+                           data_or_null<scalar_t>(b_in_c),
+                           pre.mutable_data_ptr<scalar_t>(),
+                           unwanted,
+                           hidden,
+                           intermediate);
+          cuda::project_down_backward(stream,
+                                      tiles.map(),
+                                      activation,
+                                      grad_data,
+                                      tokens.const_data_ptr<int64_t>(),
+                                      w_out_c.const_data_ptr<scalar_t>(),
+                                      pre.const_data_ptr<scalar_t>(),
+                                      unweighted,
+                                      dots.mutable_data_ptr<Acc>(),
+                                      unwanted,
+                                      unwanted,
+                                      hidden,
+                                      intermediate);
+          cuda::finish_grad_weights(stream,
+                                    plan.plan(),
+                                    tiles.map(),
+                                    dots.const_data_ptr<Acc>(),
+                                    grad_data,
+                                    data_or_null<scalar_t>(b_out_c),
+                                    grad_probs.mutable_data_ptr<Acc>() + begin * num_experts,
+                                    hidden,
+                                    intermediate);
+        }
+      });
+  return grad_probs;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchmoe, CUDA, m) {
+  m.impl("_attach_dense_gradient_backward", &attach_dense_gradient_backward_kernel);
+}
+
+}  // namespace torchmoe

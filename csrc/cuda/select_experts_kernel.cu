@@ -1,0 +1,99 @@
+#include "cuda/select_experts_kernel.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include "cuda/candidate.h"
+#include "cuda/score.h"
+#include "cuda/warp.h"
+
+namespace torchmoe::cuda {
+
+namespace {
+
+/// The first of this lane's experts (lane, lane + 32, ...) that comes after `taken`.
+template <typename T>
+__device__ Candidate<at::opmath_type<T>> next_of_lane(const T* scores,
+                                                      const at::opmath_type<T>* bias,
+                                                      int64_t num_experts,
+                                                      const Candidate<at::opmath_type<T>>& taken) {
+  using Acc = at::opmath_type<T>;
+  auto first = Candidate<Acc>::none();
+  for (int64_t e = lane_id(); e < num_experts; e += kWarpSize) {
+    const auto score = static_cast<Acc>(scores[e]);
+    const Candidate<Acc> candidate{bias == nullptr ? score : score + bias[e], e};
+    if (comes_before(candidate, first) && comes_before(taken, candidate)) {
+      first = candidate;
+    }
+  }
+  return first;
+}
+
+/// A warp selects one token's experts, a round each. A lane remembers no more than the next of its
+/// own experts, and looks through them again when that one has been taken: registers for any number
+/// of experts and choices.
+template <typename T>
+__global__ void __launch_bounds__(kTokenThreads)
+    select_experts_kernel(SelectSizes sizes,
+                          const T* scores,
+                          const at::opmath_type<T>* bias,
+                          const bool* token_mask,
+                          int64_t* indices) {
+  using Acc = at::opmath_type<T>;
+  const int64_t token = warp_in_grid();
+  if (token >= sizes.num_tokens) {
+    return;
+  }
+  int64_t* out = indices + token * sizes.top_k;
+  if (token_mask != nullptr && !token_mask[token]) {
+    for (int64_t j = lane_id(); j < sizes.top_k; j += kWarpSize) {
+      out[j] = -1;
+    }
+    return;
+  }
+  const T* row = scores + token * sizes.num_experts;
+  auto mine = next_of_lane(row, bias, sizes.num_experts, Candidate<Acc>::start());
+  for (int64_t j = 0; j < sizes.top_k; ++j) {
+    const auto best = first_of_warp(mine);
+    if (mine.expert == best.expert) {
+      out[j] = best.expert;
+      if (j + 1 < sizes.top_k) {
+        mine = next_of_lane(row, bias, sizes.num_experts, best);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void select_experts(Stream stream,
+                    const SelectSizes& sizes,
+                    const T* scores,
+                    const at::opmath_type<T>* bias,
+                    const bool* token_mask,
+                    int64_t* indices) {
+  launch(stream,
+         blocks_of_tokens(sizes.num_tokens),
+         kTokenThreads,
+         0,
+         select_experts_kernel<T>,
+         sizes,
+         scores,
+         bias,
+         token_mask,
+         indices);
+}
+
+// NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
+#define TORCHMOE_INSTANTIATE(T) \
+  template void select_experts( \
+      Stream, const SelectSizes&, const T*, const at::opmath_type<T>*, const bool*, int64_t*);
+TORCHMOE_INSTANTIATE(float)
+TORCHMOE_INSTANTIATE(double)
+TORCHMOE_INSTANTIATE(c10::Half)
+TORCHMOE_INSTANTIATE(c10::BFloat16)
+#undef TORCHMOE_INSTANTIATE
+// NOLINTEND(bugprone-macro-parentheses)
+
+}  // namespace torchmoe::cuda
