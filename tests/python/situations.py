@@ -104,8 +104,9 @@ _ALL = (
     Situation("many", routing="dropped", T=9, E=70, K=40),
     # Past any vector width and block size, and not a multiple of one.
     Situation("large", routing="dropped", T=131, H=70, I=37, E=9, K=3),
-    # Widths that may be read 16 bytes at a time, and more than one tile of a product every way.
-    Situation("aligned", routing="dropped", T=200, H=72, I=136, E=3, K=2),
+    # Widths that may be read 16 bytes at a time, and more than one tile of a product every way;
+    # one of them full to the edge.
+    Situation("aligned", routing="dropped", T=200, H=72, I=192, E=3, K=2),
 )
 
 SITUATIONS = {situation.name: situation for situation in _ALL}
