@@ -57,14 +57,13 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
   const int64_t block_rows = block_tokens * num_experts;
   const auto every_expert = at::arange(num_experts, int_options);
   const auto tokens = at::empty({block_rows}, int_options);
-  const auto row_weights = at::empty({block_rows}, acc_options);
-  const auto unit_weights = at::empty({block_rows}, acc_options).fill_(1);
   const auto pre = at::empty({block_rows, w_in.size(1)}, x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, dtype, "attach_dense_gradient_backward", [&] {
         using Acc = at::opmath_type<scalar_t>;
         scalar_t* unwanted = nullptr;
         const Acc* unweighted = nullptr;
+        Acc* no_row_weights = nullptr;
         const auto dots =
             at::empty({block_rows, cuda::dot_parts<scalar_t>(intermediate)}, acc_options);
         for (int64_t begin = 0; begin < num_tokens; begin += block_tokens) {
@@ -78,11 +77,8 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                            cuda::FirstRow::zero);
           const auto* x_data = x_c.const_data_ptr<scalar_t>() + begin * hidden;
           const auto* grad_data = grad_c.const_data_ptr<scalar_t>() + begin * hidden;
-          cuda::read_plan_rows(stream,
-                               plan.plan(),
-                               unit_weights.const_data_ptr<Acc>(),
-                               tokens.mutable_data_ptr<int64_t>(),
-                               row_weights.mutable_data_ptr<Acc>());
+          cuda::read_plan_rows(
+              stream, plan.plan(), unweighted, tokens.mutable_data_ptr<int64_t>(), no_row_weights);
           cuda::project_up(stream,
                            tiles.map(),
                            activation,

@@ -52,7 +52,6 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   const auto w_out_c = w_out.contiguous();
   const auto b_out_c = contiguous_as(b_out, dtype);
   const auto tokens = at::empty({num_rows}, row_to_slot.options());
-  const auto row_weights = at::empty({num_rows}, x.options().dtype(acc));
   auto y = at::empty(x.sizes(), x.options());
   auto pre = at::empty({save_pre ? num_rows : 0, w_in.size(1)}, x.options());
   auto act = at::empty({num_rows, intermediate}, x.options());
@@ -66,11 +65,9 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                      cuda::FirstRow::zero);
     const auto* weight_data = weights_acc.const_data_ptr<Acc>();
     auto* pre_data = save_pre ? pre.mutable_data_ptr<scalar_t>() : nullptr;
-    cuda::read_plan_rows(stream,
-                         plan.plan(),
-                         weight_data,
-                         tokens.mutable_data_ptr<int64_t>(),
-                         row_weights.mutable_data_ptr<Acc>());
+    Acc* no_row_weights = nullptr;
+    cuda::read_plan_rows(
+        stream, plan.plan(), weight_data, tokens.mutable_data_ptr<int64_t>(), no_row_weights);
     cuda::project_up(stream,
                      tiles.map(),
                      activation,

@@ -19,7 +19,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   const int64_t slot = plan.slot_of(row);
   tokens[row] = slot < 0 ? -1 : slot / plan.top_k;
-  row_weights[row] = slot < 0 ? Acc(0) : weights[slot];
+  if (row_weights != nullptr) {
+    row_weights[row] = slot < 0 ? Acc(0) : weights[slot];
+  }
 }
 
 /// Activations in a tile: half of its columns where the other half are the gates' values.
@@ -163,17 +165,6 @@ struct ActivateBackward {
   }
 };
 
-/// The expert that owns a row: the last one that starts at or before it.
-__device__ int64_t expert_of(const TileMap& map, int64_t row) {
-  int64_t low = 0;
-  int64_t high = map.num_experts;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (map.offsets[middle] <= row ? low : high) = middle;
-  }
-  return low;
-}
-
 /// A warp for each slot.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -199,7 +190,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (b_out != nullptr) {
       const T* g = grad + slot / plan.top_k * hidden;
-      const T* b = b_out + expert_of(map, row) * hidden;
+      const int64_t expert = last_start_before(map.offsets, map.num_experts, row);
+      const T* b = b_out + expert * hidden;
       for (int64_t h = lane_id(); h < hidden; h += kWarpSize) {
         sum += static_cast<Acc>(g[h]) * static_cast<Acc>(b[h]);
       }

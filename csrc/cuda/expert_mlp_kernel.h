@@ -10,7 +10,8 @@
 
 namespace torchmoe::cuda {
 
-/// For every row its token and its slot's weight; -1 and 0 for a row that no slot owns.
+/// For every row its token and its slot's weight (null row_weights: not wanted); -1 and 0 for a row
+/// that no slot owns.
 template <typename Acc>
 void read_plan_rows(
     Stream stream, const Plan& plan, const Acc* weights, int64_t* tokens, Acc* row_weights);

@@ -40,6 +40,8 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
                          out.mutable_data_ptr<scalar_t>(),
                          weight.size(2),
                          weight.size(1));
+    cuda::zero_unrouted_rows(
+        device.stream(), tiles.map(), out.mutable_data_ptr<scalar_t>(), weight.size(1));
   });
   return out;
 }
@@ -80,6 +82,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
                                      grad_rows.mutable_data_ptr<scalar_t>(),
                                      in_features,
                                      out_features);
+      cuda::zero_unrouted_rows(
+          device.stream(), tiles.map(), grad_rows.mutable_data_ptr<scalar_t>(), in_features);
     }
     if (output_mask[1]) {
       cuda::grouped_linear_grad_weight(device.stream(),

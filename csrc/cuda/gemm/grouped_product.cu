@@ -175,7 +175,6 @@ void grouped_linear(Stream stream,
       in_features,
       out_features,
       StoreRows<T>{out, bias, out_features, allows_vectors(out, out_features)});
-  zero_unrouted_rows(stream, map, out, out_features);
 }
 
 template <typename T>
@@ -196,7 +195,6 @@ void grouped_linear_grad_rows(Stream stream,
       out_features,
       in_features,
       StoreRows<T>{grad_rows, nullptr, in_features, allows_vectors(grad_rows, in_features)});
-  zero_unrouted_rows(stream, map, grad_rows, in_features);
 }
 
 template <typename T>

@@ -55,13 +55,8 @@ __global__ void __launch_bounds__(kThreads) tiles_kernel(TileMap map) {
     map.tiles[tile] = {-1, 0};
     return;
   }
-  int64_t low = 0;
-  int64_t high = map.num_experts;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (map.first_tile[middle] <= tile ? low : high) = middle;
-  }
-  map.tiles[tile] = {low, map.offsets[low] + (tile - map.first_tile[low]) * map.tile_rows};
+  const int64_t expert = last_start_before(map.first_tile, map.num_experts, tile);
+  map.tiles[tile] = {expert, map.offsets[expert] + (tile - map.first_tile[expert]) * map.tile_rows};
 }
 
 }  // namespace

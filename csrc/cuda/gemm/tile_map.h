@@ -42,6 +42,19 @@ constexpr int64_t most_tiles(int64_t num_rows, int64_t num_experts, int64_t tile
   return num_rows / tile_rows + (num_experts < num_rows ? num_experts : num_rows);
 }
 
+/// The last of `size` ascending starts that is at or before `place`, which is not before the first.
+TORCHMOE_HOST_DEVICE inline int64_t last_start_before(const int64_t* starts,
+                                                      int64_t size,
+                                                      int64_t place) {
+  int64_t low = 0;
+  int64_t high = size;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (starts[middle] <= place ? low : high) = middle;
+  }
+  return low;
+}
+
 /// Fills in the map's arrays.
 void make_tile_map(Stream stream,
                    const int64_t* expert_offsets,
