@@ -17,7 +17,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train compare compare-estimators balance test test-cpp test-python test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean
+.PHONY: help develop library system train compare compare-estimators balance report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,15 +77,24 @@ balance: develop  ## Let a collapsed router recover under each way of balancing,
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
 
+report-cpu: develop  ## Measure the CPU kernels and write docs/cpu.md, ten minutes (ARGS="--help")
+	$(BIN)/python -m benchmarks.cpu_report $(ARGS)
+
 # ---- Check -----------------------------------------------------------------------------------------------------------------
 
-test: test-cpp test-python test-emulation  ## Run every test, C++ and Python
+test: test-cpp test-python test-capabilities test-emulation  ## Run every test, C++ and Python
 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 test-python: build-tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+# The products' kernels for instruction sets that this processor has but torch did not choose, and the way without any.
+test-capabilities: build-tests
+	@for capability in avx2 default; do echo "ATEN_CPU_CAPABILITY=$$capability"; \
+	  ATEN_CPU_CAPABILITY=$$capability $(BIN)/python -m pytest \
+	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan}.py || exit 1; done
 
 # The CUDA kernels, run thread by thread on the host: all but 1,300 tokens through every expert, which take minutes.
 test-emulation: build-tests  ## Run the CUDA kernels on the host through the tests of every op

@@ -8,13 +8,12 @@
 #include <string_view>
 #include <type_traits>
 
+#include "activation_names.h"
 #include "choices.h"
 #include "host_device.h"
 #include "sigmoid.h"
 
 namespace torchmoe {
-
-enum class Activation { gelu, gelu_tanh, relu, silu, swiglu, geglu, reglu };
 
 inline Activation choose_activation(std::string_view op, std::string_view given) {
   static constexpr Choices<Activation, 7> choices{{{"gelu", Activation::gelu},

@@ -17,6 +17,10 @@ inline std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& 
   return tensor ? std::optional(contiguous_as(*tensor, dtype)) : std::nullopt;
 }
 
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
+  return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
 /// The data of an optional contiguous tensor, null where there is none.
 template <typename T>
 const T* data_or_null(const std::optional<at::Tensor>& tensor) {

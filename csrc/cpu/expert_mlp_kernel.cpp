@@ -1,6 +1,14 @@
-// The experts' feed-forward networks, stage by stage over rows in expert order: gather, product,
-// activation, product, combine.
+// The experts' feed-forward networks. Tokens are gathered, weights packed and 16-bit numbers widened
+// by the products as they read; the activation, forward and backward, works on a product's block
+// while it is in the cache.
+//
+// A thread takes one expert through all of its products, so that what lies between them stays in its
+// cache and exists for a few experts at a time. Threads without an expert help the others.
+#include <algorithm>
+#include <numeric>
+
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -9,7 +17,8 @@
 #include "common/dtypes.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
-#include "cpu/activate_rows.h"
+#include "cpu/activation_block.h"
+#include "cpu/empty_pages.h"
 #include "cpu/gemm/grouped_product.h"
 #include "cpu/parallel.h"
 #include "cpu/plan_reader.h"
@@ -30,80 +39,121 @@ Shape shape_of(const at::Tensor& w_in, const at::Tensor& w_out) {
   return {w_out.size(1), w_out.size(2), w_in.size(1)};
 }
 
-/// For the routed rows, with dA' = grad w_out (the weight not yet in) in grad_act:
-///
-///     weight's gradient  <dA', a> + <grad, b_out>
-///     weighted_act       weight * a                  for w_out's gradient
-///     grad_pre           weight * dA' * da/dpre
-///
-/// grad_act becomes weighted_act in place.
-template <typename T>
-void activation_backward_rows(Activation activation,
-                              const PlanView& plan,
-                              const T* pre,
-                              const T* weights,
-                              T* grad_act,
-                              T* grad_pre,
-                              T* grad_weights,
-                              const Shape& shape) {
-  const bool gated = is_gated(activation);
-  with_nonlinearity(activation, [&](auto f) {
-    cpu::parallel_items(plan.num_routed, shape.pre_width, [&](int64_t begin, int64_t end) {
-      std::vector<T> act(shape.intermediate);
+/// What the routed rows are made of; a row without a slot is a token of zeros with weight 0.
+template <typename Acc>
+struct RoutedRows {
+  RoutedRows(const PlanView& plan, const Acc* slot_weights)
+      : tokens(plan.num_routed), weights(plan.num_routed) {
+    cpu::parallel_items(plan.num_routed, 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const int64_t slot = plan.slot_of(r);
-        const T weight = slot < 0 ? T(0) : weights[slot];
-        const T* gate = pre + r * shape.pre_width;
-        const T* up = gate + shape.intermediate;
-        T* d_act = grad_act + r * shape.intermediate;
-        T* d_gate = grad_pre + r * shape.pre_width;
-        T* d_up = d_gate + shape.intermediate;
-        for (int64_t i = 0; i < shape.intermediate; ++i) {
-          const auto [value, slope] = activate_with_slope<f()>(gate[i]);
-          const T d = weight * d_act[i];
-          if (gated) {
-            act[i] = value * up[i];
-            d_gate[i] = d * up[i] * slope;
-            d_up[i] = d * value;
-          } else {
-            act[i] = value;
-            d_gate[i] = d * slope;
-          }
-        }
-        if (slot >= 0) {
-          grad_weights[slot] = cpu::dot<T>(d_act, act.data(), shape.intermediate);
-        }
-        std::transform(act.begin(), act.end(), d_act, [weight](T value) { return weight * value; });
+        tokens[r] = slot < 0 ? -1 : slot / plan.top_k;
+        weights[r] = slot < 0 ? Acc(0) : slot_weights[slot];
       }
     });
-  });
+  }
+
+  std::vector<int64_t> tokens;
+  std::vector<Acc> weights;
+};
+
+template <typename T>
+struct ExpertMatrices {
+  T* w_in;
+  T* b_in;  // null: none
+  T* w_out;
+  T* b_out;
+};
+
+/// `offset` numbers further on, null where there is nothing.
+template <typename T>
+T* advance(T* data, int64_t offset) {
+  return data == nullptr ? nullptr : data + offset;
 }
 
-/// For routed rows: adds <grad, b_out[e]> to the weights' gradients (nothing where b_out is null)
-/// and turns the gathered gradients into weight * grad.
+/// Expert e's matrices.
 template <typename T>
-void weigh_grad_rows(const cpu::Offsets& offsets,
-                     const PlanView& plan,
-                     const T* b_out,
-                     const T* weights,
-                     T* grad_rows,
-                     T* grad_weights,
-                     int64_t hidden) {
-  const auto num_experts = static_cast<int64_t>(offsets.size()) - 1;
-  cpu::parallel_tasks(num_experts, [&](int64_t e) {
-    for (int64_t r = offsets[e]; r < offsets[e + 1]; ++r) {
-      const int64_t slot = plan.slot_of(r);
-      if (slot < 0) {
-        continue;
-      }
-      T* g = grad_rows + r * hidden;
-      if (b_out != nullptr) {
-        grad_weights[slot] += cpu::dot<T>(g, b_out + e * hidden, hidden);
-      }
-      std::transform(
-          g, g + hidden, g, [weight = weights[slot]](T value) { return weight * value; });
-    }
-  });
+ExpertMatrices<T> of_expert(const ExpertMatrices<T>& all, int64_t e, const Shape& shape) {
+  return {advance(all.w_in, e * shape.pre_width * shape.hidden),
+          advance(all.b_in, e * shape.pre_width),
+          advance(all.w_out, e * shape.hidden * shape.intermediate),
+          advance(all.b_out, e * shape.hidden)};
+}
+
+/// The experts in the order in which threads should open them, and how many have rows.
+struct ExpertOrder {
+  explicit ExpertOrder(const cpu::Offsets& offsets) : experts(offsets.size() - 1) {
+    const auto rows = [&](int64_t e) { return offsets[e + 1] - offsets[e]; };
+    std::iota(experts.begin(), experts.end(), 0);
+    std::stable_sort(
+        experts.begin(), experts.end(), [&](int64_t a, int64_t b) { return rows(a) > rows(b); });
+    num_busy =
+        std::count_if(experts.begin(), experts.end(), [&](int64_t e) { return rows(e) > 0; });
+  }
+
+  std::vector<int64_t> experts;  // the most rows first
+  int64_t num_busy;
+};
+
+// Rows of what phases hand on lie this many numbers further apart than they are wide: apart by a
+// power of two they would share a few lines of the caches.
+constexpr int64_t kSpacing = 16;
+
+/// One expert's rows, as products over a single expert see them.
+struct ExpertRows {
+  int64_t first;
+  cpu::Offsets offsets;  // {0, how many}
+
+  int64_t count() const { return offsets.back(); }
+};
+
+ExpertRows rows_of(const cpu::Offsets& offsets, int64_t e) {
+  return {offsets[e], {0, offsets[e + 1] - offsets[e]}};
+}
+
+/// One expert's tasks forward. pre [rows, P] is null where nobody wants the pre-activation; out is
+/// [rows, H].
+template <typename T, typename Acc>
+std::vector<cpu::Phase> forward_phases(Activation activation,
+                                       const ExpertRows& rows,
+                                       const cpu::Rows<T>& tokens,
+                                       const ExpertMatrices<const T>& matrices,
+                                       T* pre,
+                                       Acc* out,
+                                       const Shape& shape,
+                                       int64_t beside,
+                                       cpu::Workspace& workspace) {
+  const int64_t stride = shape.intermediate + kSpacing;
+  Acc* act = workspace.group.get<Acc>(rows.count() * stride);
+  std::vector<cpu::Phase> phases(2);
+  for (const auto& block : cpu::row_blocks(rows.offsets, shape.intermediate, beside)) {
+    phases[0].push_back([=](cpu::Workspace& own) {
+      const int64_t row = block.rows.begin;
+      const int64_t column = block.columns.begin;
+      T* pre_block = advance(pre, row * shape.pre_width + column);
+      cpu::ActivationBlock<T, Acc> target{};
+      target.rows = block.rows.size();
+      target.columns = block.columns.size();
+      target.pre_gate = pre_block;
+      target.pre_up = is_gated(activation) ? advance(pre_block, shape.intermediate) : nullptr;
+      target.pre_stride = shape.pre_width;
+      target.act = act + row * stride + column;
+      target.act_stride = stride;
+      const auto matrix = cpu::input_matrix(
+          activation, matrices.w_in, matrices.b_in, column, shape.intermediate, shape.hidden);
+      cpu::activated_product(activation, tokens.from(row, 0), matrix, shape.hidden, target, own);
+    });
+  }
+  cpu::grouped_linear(phases[1],
+                      rows.offsets,
+                      cpu::Rows<Acc>{act, stride},
+                      matrices.w_out,
+                      matrices.b_out,
+                      out,
+                      shape.intermediate,
+                      shape.hidden,
+                      beside);
+  return phases;
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
@@ -124,51 +174,180 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
   const auto shape = shape_of(w_in, w_out);
   const auto num_rows = row_to_slot.size(0);
-  const auto dtype = x.scalar_type();
-  const auto acc = accumulate_dtype(dtype);
-  const auto x_acc = contiguous_as(x, acc);
-  const auto weights_acc = contiguous_as(weights, acc);
-  const auto w_in_acc = contiguous_as(w_in, acc);
-  const auto b_in_acc = contiguous_as(b_in, acc);
-  const auto w_out_acc = contiguous_as(w_out, acc);
-  const auto b_out_acc = contiguous_as(b_out, acc);
-  const auto options = x.options().dtype(acc);
-  auto y = at::empty(x.sizes(), options);
-  auto pre = at::empty({num_rows, shape.pre_width}, options);
-  auto rows = at::empty({num_rows, shape.hidden}, options);
-  auto act = at::empty({num_rows, shape.intermediate}, options);
-  AT_DISPATCH_FLOATING_TYPES(acc, "expert_mlp", [&] {
-    auto* pre_data = pre.mutable_data_ptr<scalar_t>();
-    auto* row_data = rows.mutable_data_ptr<scalar_t>();
-    auto* act_data = act.mutable_data_ptr<scalar_t>();
+  const auto options = x.options().dtype(accumulate_dtype(x.scalar_type()));
+  const auto x_c = x.contiguous();
+  const auto weights_acc = contiguous_as(weights, accumulate_dtype(x.scalar_type()));
+  const auto w_in_c = w_in.contiguous();
+  const auto b_in_c = contiguous(b_in);
+  const auto w_out_c = w_out.contiguous();
+  const auto b_out_c = contiguous(b_out);
+  auto y = at::empty(x.sizes(), x.options());
+  auto pre = cpu::empty_pages({save_pre ? num_rows : 0, shape.pre_width}, x.options());
+  const auto rows = cpu::empty_pages({num_rows, shape.hidden}, options);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "expert_mlp", [&] {
+    using Acc = at::opmath_type<scalar_t>;
     const auto view = plan.view();
-    cpu::gather_rows(view, x_acc.const_data_ptr<scalar_t>(), row_data, shape.hidden);
-    std::fill(pre_data + view.num_routed * shape.pre_width,
-              pre_data + num_rows * shape.pre_width,
-              scalar_t(0));
-    cpu::grouped_linear(plan.offsets(),
-                        row_data,
-                        w_in_acc.const_data_ptr<scalar_t>(),
-                        data_or_null<scalar_t>(b_in_acc),
-                        pre_data,
-                        shape.hidden,
-                        shape.pre_width);
-    cpu::activate_rows(activation, pre_data, act_data, view.num_routed, shape.intermediate);
-    // The gathered tokens have served; their memory takes the experts' outputs.
-    cpu::grouped_linear(plan.offsets(),
-                        act_data,
-                        w_out_acc.const_data_ptr<scalar_t>(),
-                        data_or_null<scalar_t>(b_out_acc),
-                        row_data,
-                        shape.intermediate,
-                        shape.hidden);
-    cpu::combine_rows(view,
-                      row_data,
-                      weights_acc.const_data_ptr<scalar_t>(),
-                      y.mutable_data_ptr<scalar_t>(),
-                      shape.hidden);
+    const auto* weight_data = weights_acc.const_data_ptr<Acc>();
+    auto* row_data = rows.mutable_data_ptr<Acc>();
+    scalar_t* pre_data = nullptr;
+    if (save_pre) {
+      pre_data = pre.mutable_data_ptr<scalar_t>();
+      std::fill(pre_data + view.num_routed * shape.pre_width,
+                pre_data + num_rows * shape.pre_width,
+                scalar_t(0));
+    }
+    const RoutedRows<Acc> routed(view, weight_data);
+    const ExpertMatrices<const scalar_t> matrices{w_in_c.const_data_ptr<scalar_t>(),
+                                                  data_or_null<scalar_t>(b_in_c),
+                                                  w_out_c.const_data_ptr<scalar_t>(),
+                                                  data_or_null<scalar_t>(b_out_c)};
+    const auto* x_data = x_c.const_data_ptr<scalar_t>();
+    const ExpertOrder order(plan.offsets());
+    cpu::run_groups(order.num_busy, [&](int64_t i, cpu::Workspace& workspace) {
+      const int64_t e = order.experts[i];
+      const auto expert_rows = rows_of(plan.offsets(), e);
+      const int64_t first = expert_rows.first;
+      return forward_phases(activation,
+                            expert_rows,
+                            cpu::Rows<scalar_t>{x_data, shape.hidden, routed.tokens.data() + first},
+                            of_expert(matrices, e, shape),
+                            advance(pre_data, first * shape.pre_width),
+                            row_data + first * shape.hidden,
+                            shape,
+                            order.num_busy,
+                            workspace);
+    });
+    cpu::combine_rows(view, row_data, weight_data, y.mutable_data_ptr<scalar_t>(), shape.hidden);
   });
-  return {y.to(dtype), save_pre ? pre.to(dtype) : at::empty({0, shape.pre_width}, x.options())};
+  return {y, pre};
+}
+
+/// Where one expert's gradients go; null where nobody wants one.
+template <typename T, typename Acc>
+struct ExpertGradients {
+  ExpertMatrices<T> matrices;
+  Acc* rows;     // [rows, H], each row's share of x's gradient
+  Acc* weights;  // [T, K], of all experts
+};
+
+/// One expert's tasks backward: dA' and through the activation; then the gradients of both matrices,
+/// of the rows and of the weights, which need nothing of one another.
+template <typename T, typename Acc>
+std::vector<cpu::Phase> backward_phases(Activation activation,
+                                        const ExpertRows& rows,
+                                        const PlanView& plan,
+                                        const cpu::Rows<T>& tokens,
+                                        const cpu::Rows<T>& grad,
+                                        const Acc* weights,
+                                        const ExpertMatrices<const T>& matrices,
+                                        const T* pre,
+                                        const ExpertGradients<T, Acc>& gradients,
+                                        const Shape& shape,
+                                        int64_t beside,
+                                        cpu::Workspace& workspace) {
+  const bool gated = is_gated(activation);
+  const auto blocks = cpu::row_blocks(rows.offsets, shape.intermediate, beside);
+  const int64_t num_dots = blocks.empty() ? 0 : blocks.back().column_block + 1;
+  const int64_t act_stride = shape.intermediate + kSpacing;
+  const int64_t pre_stride = shape.pre_width + kSpacing;
+  Acc* weighted_act = workspace.group.get<Acc>(rows.count() * (act_stride + pre_stride + num_dots));
+  Acc* grad_pre = weighted_act + rows.count() * act_stride;
+  Acc* dots = grad_pre + rows.count() * pre_stride;
+  std::vector<cpu::Phase> phases(2);
+  for (const auto& block : blocks) {
+    phases[0].push_back([=](cpu::Workspace& own) {
+      const int64_t row = block.rows.begin;
+      const int64_t column = block.columns.begin;
+      const cpu::ProductSizes sizes{block.rows.size(), block.columns.size(), shape.hidden};
+      Acc* grad_act = own.gate.get<Acc>(sizes.m * sizes.n);
+      cpu::product(cpu::Form::nn,
+                   grad.from(row, 0),
+                   cpu::Rows<T>{matrices.w_out + column, shape.intermediate},
+                   sizes,
+                   grad_act,
+                   sizes.n,
+                   own);
+      const T* pre_gate = pre + row * shape.pre_width + column;
+      Acc* grad_gate = grad_pre + row * pre_stride + column;
+      cpu::ActivationBackwardBlock<T, Acc> target{};
+      target.rows = sizes.m;
+      target.columns = sizes.n;
+      target.grad_act = grad_act;
+      target.grad_act_stride = sizes.n;
+      target.pre_gate = pre_gate;
+      target.pre_up = gated ? pre_gate + shape.intermediate : nullptr;
+      target.pre_stride = shape.pre_width;
+      target.weights = weights + row;
+      target.weighted_act = weighted_act + row * act_stride + column;
+      target.act_stride = act_stride;
+      target.grad_gate = grad_gate;
+      target.grad_up = gated ? grad_gate + shape.intermediate : nullptr;
+      target.grad_pre_stride = pre_stride;
+      target.dots = dots + row * num_dots + block.column_block;
+      target.dots_stride = num_dots;
+      cpu::activate_block_backward(activation, target);
+    });
+  }
+  auto& tasks = phases[1];
+  const cpu::Rows<Acc> act_rows{weighted_act, act_stride};
+  const cpu::Rows<Acc> grad_pre_rows{grad_pre, pre_stride};
+  const auto [hidden, intermediate, pre_width] = shape;
+  if (gradients.rows != nullptr) {
+    cpu::grouped_linear_grad_rows(tasks,
+                                  rows.offsets,
+                                  grad_pre_rows,
+                                  matrices.w_in,
+                                  gradients.rows,
+                                  hidden,
+                                  pre_width,
+                                  beside);
+  }
+  if (gradients.matrices.w_in != nullptr) {
+    cpu::grouped_linear_grad_weight(tasks,
+                                    rows.offsets,
+                                    grad_pre_rows,
+                                    tokens,
+                                    gradients.matrices.w_in,
+                                    hidden,
+                                    pre_width,
+                                    beside);
+  }
+  if (gradients.matrices.w_out != nullptr) {
+    cpu::grouped_linear_grad_weight(tasks,
+                                    rows.offsets,
+                                    grad,
+                                    act_rows,
+                                    gradients.matrices.w_out,
+                                    intermediate,
+                                    hidden,
+                                    beside);
+  }
+  if (gradients.matrices.b_in != nullptr) {
+    const Acc* unweighted = nullptr;
+    cpu::grouped_linear_grad_bias(
+        tasks, rows.offsets, grad_pre_rows, unweighted, gradients.matrices.b_in, pre_width);
+  }
+  if (gradients.matrices.b_out != nullptr) {
+    cpu::grouped_linear_grad_bias(
+        tasks, rows.offsets, grad, weights, gradients.matrices.b_out, hidden);
+  }
+  // A weight's gradient: <dA', a> of all columns, and <grad, b_out>.
+  for (const auto& block : cpu::row_blocks(rows.offsets, /*columns=*/1)) {
+    tasks.push_back([=, first = rows.first, hidden = hidden](cpu::Workspace&) {
+      for (int64_t r = block.rows.begin; r < block.rows.end; ++r) {
+        const int64_t slot = plan.slot_of(first + r);
+        if (slot < 0) {
+          continue;
+        }
+        const Acc* of_row = dots + r * num_dots;
+        gradients.weights[slot] = std::accumulate(of_row, of_row + num_dots, Acc(0));
+        if (matrices.b_out != nullptr) {
+          gradients.weights[slot] += cpu::dot<Acc>(grad.row(r), matrices.b_out, hidden);
+        }
+      }
+    });
+  }
+  return phases;
 }
 
 ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
@@ -190,109 +369,78 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto [want_x, want_weights, want_w_in, want_b_in, want_w_out, want_b_out] = output_mask;
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
-  const auto& offsets = plan.offsets();
   const auto shape = shape_of(w_in, w_out);
-  const auto num_rows = row_to_slot.size(0);
   const auto num_experts = w_in.size(0);
   const auto dtype = x.scalar_type();
-  const auto acc = accumulate_dtype(dtype);
-  const auto grad_acc = contiguous_as(grad, acc);
-  const auto x_acc = contiguous_as(x, acc);
-  const auto weights_acc = contiguous_as(weights, acc);
-  const auto w_in_acc = contiguous_as(w_in, acc);
-  const auto w_out_acc = contiguous_as(w_out, acc);
-  const auto b_out_acc = contiguous_as(b_out, acc);
-  const auto pre_acc = contiguous_as(pre, acc);
-  const auto options = x.options().dtype(acc);
-  auto grad_x = empty_if(want_x, x.sym_sizes(), options);
+  const auto options = x.options().dtype(accumulate_dtype(dtype));
+  const auto grad_c = contiguous_as(grad, dtype);
+  const auto x_c = x.contiguous();
+  const auto weights_acc = contiguous_as(weights, accumulate_dtype(dtype));
+  const auto w_in_c = w_in.contiguous();
+  const auto w_out_c = w_out.contiguous();
+  const auto b_out_c = contiguous(b_out);
+  const auto pre_c = contiguous_as(pre, dtype);
+  auto grad_x = empty_if(want_x, x.sym_sizes(), x.options());
   auto grad_weights = at::zeros(weights.sizes(), options);
-  auto grad_w_in = empty_if(want_w_in, w_in.sym_sizes(), options);
-  auto grad_b_in = empty_if(want_b_in, {num_experts, shape.pre_width}, options);
-  auto grad_w_out = empty_if(want_w_out, w_out.sym_sizes(), options);
-  auto grad_b_out = empty_if(want_b_out, {num_experts, shape.hidden}, options);
-  auto rows = at::empty({num_rows, shape.hidden}, options);
-  auto act = at::empty({num_rows, shape.intermediate}, options);
-  auto grad_pre = at::empty({num_rows, shape.pre_width}, options);
-  AT_DISPATCH_FLOATING_TYPES(acc, "expert_mlp_backward", [&] {
+  auto grad_w_in = cpu::empty_pages_if(want_w_in, w_in.sizes(), w_in.options());
+  auto grad_b_in = empty_if(want_b_in, {num_experts, shape.pre_width}, w_in.options());
+  auto grad_w_out = cpu::empty_pages_if(want_w_out, w_out.sizes(), w_out.options());
+  auto grad_b_out = empty_if(want_b_out, {num_experts, shape.hidden}, w_out.options());
+  const auto rows = cpu::empty_pages({want_x ? row_to_slot.size(0) : 0, shape.hidden}, options);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "expert_mlp_backward", [&] {
+    using Acc = at::opmath_type<scalar_t>;
+    const auto data_if = [](bool wanted, at::Tensor& tensor) {
+      return wanted ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+    };
+    auto* row_data = want_x ? rows.mutable_data_ptr<Acc>() : nullptr;
     const auto view = plan.view();
-    const auto* weight_data = weights_acc.const_data_ptr<scalar_t>();
-    auto* row_data = rows.mutable_data_ptr<scalar_t>();
-    auto* act_data = act.mutable_data_ptr<scalar_t>();
-    auto* grad_pre_data = grad_pre.mutable_data_ptr<scalar_t>();
-    auto* grad_weight_data = grad_weights.mutable_data_ptr<scalar_t>();
-
-    // 1. dA' = grad w_out, then through the activation.
-    cpu::gather_rows(view, grad_acc.const_data_ptr<scalar_t>(), row_data, shape.hidden);
-    cpu::grouped_linear_grad_rows(offsets,
-                                  row_data,
-                                  w_out_acc.const_data_ptr<scalar_t>(),
-                                  act_data,
-                                  shape.intermediate,
-                                  shape.hidden);
-    activation_backward_rows(activation,
+    const RoutedRows<Acc> routed(view, weights_acc.const_data_ptr<Acc>());
+    const ExpertMatrices<const scalar_t> matrices{w_in_c.const_data_ptr<scalar_t>(),
+                                                  nullptr,
+                                                  w_out_c.const_data_ptr<scalar_t>(),
+                                                  data_or_null<scalar_t>(b_out_c)};
+    const ExpertMatrices<scalar_t> matrix_gradients{data_if(want_w_in, grad_w_in),
+                                                    data_if(want_b_in, grad_b_in),
+                                                    data_if(want_w_out, grad_w_out),
+                                                    data_if(want_b_out, grad_b_out)};
+    const auto* x_data = x_c.const_data_ptr<scalar_t>();
+    const auto* grad_data = grad_c.const_data_ptr<scalar_t>();
+    const auto* pre_data = pre_c.const_data_ptr<scalar_t>();
+    auto* grad_weight_data = grad_weights.mutable_data_ptr<Acc>();
+    const ExpertOrder order(plan.offsets());
+    // An idle expert's gradients are zeros, which its tasks write too.
+    cpu::run_groups(num_experts, [&](int64_t i, cpu::Workspace& workspace) {
+      const int64_t e = order.experts[i];
+      const auto expert_rows = rows_of(plan.offsets(), e);
+      const int64_t first = expert_rows.first;
+      const int64_t* tokens = routed.tokens.data() + first;
+      return backward_phases(activation,
+                             expert_rows,
                              view,
-                             pre_acc.const_data_ptr<scalar_t>(),
-                             weight_data,
-                             act_data,
-                             grad_pre_data,
-                             grad_weight_data,
-                             shape);
-    // 2. w_out and b_out: the weight sits in the activation for the one, in the gradient's rows for
-    // the other.
-    if (want_w_out) {
-      cpu::grouped_linear_grad_weight(offsets,
-                                      row_data,
-                                      act_data,
-                                      grad_w_out.mutable_data_ptr<scalar_t>(),
-                                      shape.intermediate,
-                                      shape.hidden);
-    }
-    if (b_out_acc || want_b_out) {
-      weigh_grad_rows(offsets,
-                      view,
-                      data_or_null<scalar_t>(b_out_acc),
-                      weight_data,
-                      row_data,
-                      grad_weight_data,
-                      shape.hidden);
-    }
-    if (want_b_out) {
-      cpu::grouped_linear_grad_bias(
-          offsets, row_data, grad_b_out.mutable_data_ptr<scalar_t>(), shape.hidden);
-    }
-    // 3. w_in and b_in; the rows now hold the tokens.
-    if (want_w_in) {
-      cpu::gather_rows(view, x_acc.const_data_ptr<scalar_t>(), row_data, shape.hidden);
-      cpu::grouped_linear_grad_weight(offsets,
-                                      grad_pre_data,
-                                      row_data,
-                                      grad_w_in.mutable_data_ptr<scalar_t>(),
-                                      shape.hidden,
-                                      shape.pre_width);
-    }
-    if (want_b_in) {
-      cpu::grouped_linear_grad_bias(
-          offsets, grad_pre_data, grad_b_in.mutable_data_ptr<scalar_t>(), shape.pre_width);
-    }
-    // 4. x; the rows now hold each slot's share of its gradient.
+                             cpu::Rows<scalar_t>{x_data, shape.hidden, tokens},
+                             cpu::Rows<scalar_t>{grad_data, shape.hidden, tokens},
+                             routed.weights.data() + first,
+                             of_expert(matrices, e, shape),
+                             pre_data + first * shape.pre_width,
+                             ExpertGradients<scalar_t, Acc>{of_expert(matrix_gradients, e, shape),
+                                                            advance(row_data, first * shape.hidden),
+                                                            grad_weight_data},
+                             shape,
+                             order.num_busy,
+                             workspace);
+    });
     if (want_x) {
-      cpu::grouped_linear_grad_rows(offsets,
-                                    grad_pre_data,
-                                    w_in_acc.const_data_ptr<scalar_t>(),
-                                    row_data,
-                                    shape.hidden,
-                                    shape.pre_width);
-      const scalar_t* unweighted = nullptr;
+      const Acc* unweighted = nullptr;
       cpu::combine_rows(
-          view, row_data, unweighted, grad_x.mutable_data_ptr<scalar_t>(), shape.hidden);
+          plan.view(), row_data, unweighted, grad_x.mutable_data_ptr<scalar_t>(), shape.hidden);
     }
   });
-  return {grad_x.to(dtype),
+  return {grad_x,
           want_weights ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()),
-          grad_w_in.to(dtype),
-          grad_b_in.to(dtype),
-          grad_w_out.to(dtype),
-          grad_b_out.to(dtype)};
+          grad_w_in,
+          grad_b_in,
+          grad_w_out,
+          grad_b_out};
 }
 
 }  // namespace

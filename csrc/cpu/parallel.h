@@ -1,25 +1,38 @@
 // Parallel loops whose results do not depend on the number of threads.
 //
 // Two rules: work is cut into tasks by sizes alone, never by the thread count, and every sum
-// belongs to one task or is formed over the tasks in their order.
+// belongs to one task or is formed over the tasks in their order. Which thread takes which task is
+// then free, and the next idle one does.
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include <ATen/Parallel.h>
 
 namespace torchmoe::cpu {
 
-/// Runs task(i) for i in [0, num_tasks).
+/// Runs worker() on every thread.
 ///
 /// A library's matrix product chooses its own split, and with it its rounding, from the threads it
-/// may use. Inside a parallel region it runs on one (see gemm/product.cpp for MKL); a region needs
-/// two tasks, hence the empty second one.
+/// may use. Inside a parallel region it runs on one (see gemm/library_product.cpp for MKL); a region
+/// needs two workers, hence a second one even where there is a single thread.
+template <typename Worker>
+void parallel_workers(const Worker& worker) {
+  at::parallel_for(0, std::max(2, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      worker();
+    }
+  });
+}
+
+/// Runs task(i) for i in [0, num_tasks).
 template <typename Task>
 void parallel_tasks(int64_t num_tasks, const Task& task) {
-  at::parallel_for(0, std::max<int64_t>(num_tasks, 2), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < std::min(end, num_tasks); ++i) {
+  std::atomic<int64_t> taken{0};
+  parallel_workers([&] {
+    for (int64_t i = taken.fetch_add(1); i < num_tasks; i = taken.fetch_add(1)) {
       task(i);
     }
   });

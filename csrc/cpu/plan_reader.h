@@ -4,7 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "common/plan_view.h"
-#include "cpu/gemm/grouped_product.h"
+#include "cpu/gemm/blocks.h"
 
 namespace torchmoe::cpu {
 

@@ -1,4 +1,5 @@
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -6,104 +7,117 @@
 #include "common/output_mask.h"
 #include "common/tensors.h"
 #include "cpu/gemm/product.h"
-#include "cpu/parallel.h"
+#include "cpu/gemm/tasks.h"
 #include "ops/router_logits.h"
 
 namespace torchmoe {
 
 namespace {
 
-using cpu::Matrix;
+using cpu::Form;
+using cpu::Rows;
 
 // Tokens per task of the products that run along the tokens.
 constexpr int64_t kBlockTokens = 256;
-// Experts per task of the weight's gradient, whose sum runs over all tokens.
-constexpr int64_t kBlockExperts = 16;
+// Features per task of the weight's gradient, whose sum runs over all tokens.
+constexpr int64_t kBlockFeatures = 64;
 
-int64_t num_blocks(int64_t size, int64_t block) {
-  return (size + block - 1) / block;
+struct Sizes {
+  int64_t tokens;
+  int64_t hidden;
+  int64_t experts;
+};
+
+/// task(begin, size, workspace) for the blocks of [0, size), in parallel.
+template <typename Task>
+void for_blocks(int64_t size, int64_t block, const Task& task) {
+  cpu::Phase tasks;
+  for (int64_t begin = 0; begin < size; begin += block) {
+    const int64_t count = std::min(block, size - begin);
+    tasks.push_back([=, &task](cpu::Workspace& workspace) { task(begin, count, workspace); });
+  }
+  cpu::run(std::move(tasks));
 }
 
 /// logits [T, E] = x [T, H] weight [E, H]^T + bias
-template <typename T>
-void router_logits_kernel_impl(const Matrix<const T>& x,
-                               const Matrix<const T>& weight,
-                               const T* bias,
-                               const Matrix<T>& logits) {
-  cpu::parallel_tasks(num_blocks(x.rows, kBlockTokens), [&](int64_t i) {
-    const int64_t begin = i * kBlockTokens;
-    const int64_t end = std::min(begin + kBlockTokens, x.rows);
-    cpu::product(x.row_range(begin, end), weight.transposed(), logits.row_range(begin, end));
-    if (bias != nullptr) {
-      for (int64_t t = begin; t < end; ++t) {
-        for (int64_t e = 0; e < logits.cols; ++e) {
-          logits.data[t * logits.cols + e] += bias[e];
-        }
-      }
-    }
-  });
+template <typename T, typename Acc>
+void router_logits_kernel_impl(
+    const T* x, const T* weight, const T* bias, Acc* logits, const Sizes& sizes) {
+  for_blocks(
+      sizes.tokens, kBlockTokens, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
+        cpu::product_plus_bias(Form::nt,
+                               Rows<T>{x, sizes.hidden}.from(begin, 0),
+                               Rows<T>{weight, sizes.hidden},
+                               {count, sizes.experts, sizes.hidden},
+                               bias,
+                               logits + begin * sizes.experts,
+                               sizes.experts,
+                               workspace);
+      });
 }
 
 /// grad_x [T, H] = grad [T, E] weight [E, H]
-template <typename T>
-void grad_x_kernel_impl(const Matrix<const T>& grad,
-                        const Matrix<const T>& weight,
-                        const Matrix<T>& grad_x) {
-  cpu::parallel_tasks(num_blocks(grad.rows, kBlockTokens), [&](int64_t i) {
-    const int64_t begin = i * kBlockTokens;
-    const int64_t end = std::min(begin + kBlockTokens, grad.rows);
-    cpu::product(grad.row_range(begin, end), weight, grad_x.row_range(begin, end));
-  });
+template <typename T, typename Acc>
+void grad_x_kernel_impl(const Acc* grad, const T* weight, T* grad_x, const Sizes& sizes) {
+  for_blocks(
+      sizes.tokens, kBlockTokens, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
+        const T* no_bias = nullptr;
+        cpu::product_plus_bias(Form::nn,
+                               Rows<Acc>{grad, sizes.experts}.from(begin, 0),
+                               Rows<T>{weight, sizes.hidden},
+                               {count, sizes.hidden, sizes.experts},
+                               no_bias,
+                               grad_x + begin * sizes.hidden,
+                               sizes.hidden,
+                               workspace);
+      });
 }
 
 /// grad_weight [E, H] = grad [T, E]^T x [T, H]
-template <typename T>
-void grad_weight_kernel_impl(const Matrix<const T>& grad,
-                             const Matrix<const T>& x,
-                             const Matrix<T>& grad_weight) {
-  const auto grad_t = grad.transposed();
-  cpu::parallel_tasks(num_blocks(grad_t.rows, kBlockExperts), [&](int64_t i) {
-    const int64_t begin = i * kBlockExperts;
-    const int64_t end = std::min(begin + kBlockExperts, grad_t.rows);
-    cpu::product(grad_t.row_range(begin, end), x, grad_weight.row_range(begin, end));
-  });
+template <typename T, typename Acc>
+void grad_weight_kernel_impl(const Acc* grad, const T* x, T* grad_weight, const Sizes& sizes) {
+  for_blocks(
+      sizes.hidden, kBlockFeatures, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
+        const T* no_bias = nullptr;
+        cpu::product_plus_bias(Form::tn,
+                               Rows<Acc>{grad, sizes.experts},
+                               Rows<T>{x, sizes.hidden}.from(0, begin),
+                               {sizes.experts, count, sizes.tokens},
+                               no_bias,
+                               grad_weight + begin,
+                               sizes.hidden,
+                               workspace);
+      });
 }
 
 /// grad_bias [E] = sum of grad [T, E] in token order
-template <typename T>
-void grad_bias_kernel_impl(const Matrix<const T>& grad, T* grad_bias) {
-  std::fill(grad_bias, grad_bias + grad.cols, T(0));
-  for (int64_t t = 0; t < grad.rows; ++t) {
-    for (int64_t e = 0; e < grad.cols; ++e) {
-      grad_bias[e] += grad.data[t * grad.cols + e];
+template <typename T, typename Acc>
+void grad_bias_kernel_impl(const Acc* grad, T* grad_bias, const Sizes& sizes) {
+  std::vector<Acc> sums(sizes.experts);
+  for (int64_t t = 0; t < sizes.tokens; ++t) {
+    for (int64_t e = 0; e < sizes.experts; ++e) {
+      sums[e] += grad[t * sizes.experts + e];
     }
   }
-}
-
-template <typename T>
-Matrix<const T> const_matrix(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr<T>(), tensor.size(0), tensor.size(1), tensor.size(1)};
-}
-
-template <typename T>
-Matrix<T> mutable_matrix(at::Tensor& tensor) {
-  return {tensor.mutable_data_ptr<T>(), tensor.size(0), tensor.size(1), tensor.size(1)};
+  std::copy(sums.begin(), sums.end(), grad_bias);
 }
 
 at::Tensor router_logits_kernel(const at::Tensor& x,
                                 const at::Tensor& weight,
                                 const std::optional<at::Tensor>& bias) {
   check_router_logits(x, weight, bias);
-  const auto acc = accumulate_dtype(x.scalar_type());
-  const auto x_acc = contiguous_as(x, acc);
-  const auto weight_acc = contiguous_as(weight, acc);
-  const auto bias_acc = contiguous_as(bias, acc);
-  auto logits = at::empty({x.size(0), weight.size(0)}, x.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, "router_logits", [&] {
-    router_logits_kernel_impl<scalar_t>(const_matrix<scalar_t>(x_acc),
-                                        const_matrix<scalar_t>(weight_acc),
-                                        data_or_null<scalar_t>(bias_acc),
-                                        mutable_matrix<scalar_t>(logits));
+  const Sizes sizes{x.size(0), x.size(1), weight.size(0)};
+  const auto x_c = x.contiguous();
+  const auto weight_c = weight.contiguous();
+  const auto bias_c = contiguous(bias);
+  auto logits = at::empty({sizes.tokens, sizes.experts},
+                          x.options().dtype(accumulate_dtype(x.scalar_type())));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "router_logits", [&] {
+    router_logits_kernel_impl(x_c.const_data_ptr<scalar_t>(),
+                              weight_c.const_data_ptr<scalar_t>(),
+                              data_or_null<scalar_t>(bias_c),
+                              logits.mutable_data_ptr<at::opmath_type<scalar_t>>(),
+                              sizes);
   });
   return logits;
 }
@@ -114,30 +128,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> router_logits_backward_kernel(
     const at::Tensor& weight,
     std::array<bool, 3> output_mask) {
   check_router_logits_backward(grad, x, weight);
-  const auto acc = accumulate_dtype(x.scalar_type());
-  const auto grad_acc = contiguous_as(grad, acc);
-  const auto x_acc = contiguous_as(x, acc);
-  const auto weight_acc = contiguous_as(weight, acc);
-  const auto options = x.options().dtype(acc);
-  auto grad_x = empty_if(output_mask[0], x.sym_sizes(), options);
-  auto grad_weight = empty_if(output_mask[1], weight.sym_sizes(), options);
-  auto grad_bias = empty_if(output_mask[2], {weight.sym_size(0)}, options);
-  AT_DISPATCH_FLOATING_TYPES(acc, "router_logits_backward", [&] {
-    const auto g = const_matrix<scalar_t>(grad_acc);
-    if (output_mask[0]) {
-      grad_x_kernel_impl(g, const_matrix<scalar_t>(weight_acc), mutable_matrix<scalar_t>(grad_x));
-    }
-    if (output_mask[1]) {
-      grad_weight_kernel_impl(
-          g, const_matrix<scalar_t>(x_acc), mutable_matrix<scalar_t>(grad_weight));
-    }
-    if (output_mask[2]) {
-      grad_bias_kernel_impl(g, grad_bias.mutable_data_ptr<scalar_t>());
-    }
-  });
-  return {grad_x.to(x.scalar_type()),
-          grad_weight.to(weight.scalar_type()),
-          grad_bias.to(weight.scalar_type())};
+  const Sizes sizes{x.size(0), x.size(1), weight.size(0)};
+  const auto grad_acc = contiguous_as(grad, accumulate_dtype(x.scalar_type()));
+  const auto x_c = x.contiguous();
+  const auto weight_c = weight.contiguous();
+  auto grad_x = empty_if(output_mask[0], x.sym_sizes(), x.options());
+  auto grad_weight = empty_if(output_mask[1], weight.sym_sizes(), weight.options());
+  auto grad_bias = empty_if(output_mask[2], {weight.sym_size(0)}, weight.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, x.scalar_type(), "router_logits_backward", [&] {
+        const auto* g = grad_acc.const_data_ptr<at::opmath_type<scalar_t>>();
+        if (output_mask[0]) {
+          grad_x_kernel_impl(
+              g, weight_c.const_data_ptr<scalar_t>(), grad_x.mutable_data_ptr<scalar_t>(), sizes);
+        }
+        if (output_mask[1]) {
+          grad_weight_kernel_impl(
+              g, x_c.const_data_ptr<scalar_t>(), grad_weight.mutable_data_ptr<scalar_t>(), sizes);
+        }
+        if (output_mask[2]) {
+          grad_bias_kernel_impl(g, grad_bias.mutable_data_ptr<scalar_t>(), sizes);
+        }
+      });
+  return {grad_x, grad_weight, grad_bias};
 }
 
 }  // namespace

@@ -1,56 +1,128 @@
-// Products of rows sorted by expert with each expert's own matrix.
+// Products of rows sorted by expert with each expert's own matrix, as tasks.
+//
+// weight is [E, out, in], bias [E, out] or null. Rows past offsets.back() are neither read nor
+// written. `beside` is as in blocks.h. Out the type of the result; sums are formed in at::opmath_type<T>.
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
-#include <ATen/core/Tensor.h>
+#include "cpu/gemm/blocks.h"
+#include "cpu/gemm/product.h"
+#include "cpu/gemm/tasks.h"
 
 namespace torchmoe::cpu {
 
-/// Rows in expert order: expert e's are offsets[e] .. offsets[e + 1].
-using Offsets = std::vector<int64_t>;
-
-/// expert_offsets as the kernels use it: ascending and within [0, num_rows], whatever the tensor
-/// holds, so that a bad plan gives a defined result and never a wild access.
-Offsets read_offsets(const at::Tensor& expert_offsets, int64_t num_rows);
-
-/// out[r] = rows[r] weight[e]^T + bias[e] for expert e's rows; rows past offsets.back() are not
-/// touched. rows [N, in], weight [E, out, in], bias [E, out] or null, out [N, out]; T is float or
-/// double.
-template <typename T>
-void grouped_linear(const Offsets& offsets,
-                    const T* rows,
-                    const T* weight,
-                    const T* bias,
-                    T* out,
+/// out[r] = rows[r] weight[e]^T + bias[e] for expert e's rows: rows [N, in] -> out [N, out].
+template <typename A, typename W, typename Out>
+void grouped_linear(Phase& tasks,
+                    const Offsets& offsets,
+                    const Rows<A>& rows,
+                    const W* weight,
+                    const W* bias,
+                    Out* out,
                     int64_t in_features,
-                    int64_t out_features);
+                    int64_t out_features,
+                    int64_t beside = 1) {
+  for (const auto& block : row_blocks(offsets, out_features, beside)) {
+    const ProductSizes sizes{block.rows.size(), block.columns.size(), in_features};
+    tasks.push_back([=](Workspace& workspace) {
+      const int64_t first = block.expert * out_features + block.columns.begin;
+      product_plus_bias(Form::nt,
+                        rows.from(block.rows.begin, 0),
+                        Rows<W>{weight + first * in_features, in_features},
+                        sizes,
+                        bias == nullptr ? nullptr : bias + first,
+                        out + block.rows.begin * out_features + block.columns.begin,
+                        out_features,
+                        workspace);
+    });
+  }
+}
 
 /// grad_rows[r] = grad[r] weight[e], the transposed product: grad [N, out] -> grad_rows [N, in].
-template <typename T>
-void grouped_linear_grad_rows(const Offsets& offsets,
-                              const T* grad,
-                              const T* weight,
-                              T* grad_rows,
+template <typename G, typename W, typename Out>
+void grouped_linear_grad_rows(Phase& tasks,
+                              const Offsets& offsets,
+                              const Rows<G>& grad,
+                              const W* weight,
+                              Out* grad_rows,
                               int64_t in_features,
-                              int64_t out_features);
+                              int64_t out_features,
+                              int64_t beside = 1) {
+  for (const auto& block : row_blocks(offsets, in_features, beside)) {
+    const ProductSizes sizes{block.rows.size(), block.columns.size(), out_features};
+    tasks.push_back([=](Workspace& workspace) {
+      const W* matrix = weight + block.expert * out_features * in_features;
+      const W* no_bias = nullptr;
+      product_plus_bias(Form::nn,
+                        grad.from(block.rows.begin, 0),
+                        Rows<W>{matrix + block.columns.begin, in_features},
+                        sizes,
+                        no_bias,
+                        grad_rows + block.rows.begin * in_features + block.columns.begin,
+                        in_features,
+                        workspace);
+    });
+  }
+}
 
 /// grad_weight[e] = sum over expert e's rows of grad[r]^T rows[r], 0 for an idle expert: [E, out,
 /// in].
-template <typename T>
-void grouped_linear_grad_weight(const Offsets& offsets,
-                                const T* grad,
-                                const T* rows,
-                                T* grad_weight,
+template <typename G, typename A, typename Out>
+void grouped_linear_grad_weight(Phase& tasks,
+                                const Offsets& offsets,
+                                const Rows<G>& grad,
+                                const Rows<A>& rows,
+                                Out* grad_weight,
                                 int64_t in_features,
-                                int64_t out_features);
+                                int64_t out_features,
+                                int64_t beside = 1) {
+  const auto num_experts = static_cast<int64_t>(offsets.size()) - 1;
+  for (const auto& block : matrix_blocks(num_experts, out_features, in_features, beside)) {
+    const int64_t first = offsets[block.expert];
+    const ProductSizes sizes{
+        block.rows.size(), block.columns.size(), offsets[block.expert + 1] - first};
+    tasks.push_back([=](Workspace& workspace) {
+      const int64_t row = block.expert * out_features + block.rows.begin;
+      const A* no_bias = nullptr;
+      product_plus_bias(Form::tn,
+                        grad.from(first, block.rows.begin),
+                        rows.from(first, block.columns.begin),
+                        sizes,
+                        no_bias,
+                        grad_weight + row * in_features + block.columns.begin,
+                        in_features,
+                        workspace);
+    });
+  }
+}
 
-/// grad_bias[e] = sum over expert e's rows of grad[r], in row order: [E, out].
-template <typename T>
-void grouped_linear_grad_bias(const Offsets& offsets,
-                              const T* grad,
-                              T* grad_bias,
-                              int64_t out_features);
+/// grad_bias[e] = sum over expert e's rows of weights[r] * grad[r], in row order: [E, out]. Null
+/// weights count as 1.
+template <typename G, typename Acc, typename Out>
+void grouped_linear_grad_bias(Phase& tasks,
+                              const Offsets& offsets,
+                              const Rows<G>& grad,
+                              const Acc* weights,
+                              Out* grad_bias,
+                              int64_t out_features) {
+  const auto num_experts = static_cast<int64_t>(offsets.size()) - 1;
+  for (const auto& block : matrix_blocks(num_experts, 1, out_features)) {
+    const Range rows{offsets[block.expert], offsets[block.expert + 1]};
+    tasks.push_back([=](Workspace& workspace) {
+      Acc* sum = workspace.result.get<Acc>(block.columns.size());
+      std::fill_n(sum, block.columns.size(), Acc(0));
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
+        const G* row = grad.from(0, block.columns.begin).row(r);
+        const Acc weight = weights == nullptr ? Acc(1) : weights[r];
+        for (int64_t o = 0; row != nullptr && o < block.columns.size(); ++o) {
+          sum[o] += weight * static_cast<Acc>(row[o]);
+        }
+      }
+      store_numbers(
+          sum, grad_bias + block.expert * out_features + block.columns.begin, block.columns.size());
+    });
+  }
+}
 
 }  // namespace torchmoe::cpu

@@ -1,4 +1,4 @@
-#include "cpu/gemm/product.h"
+#include "cpu/gemm/library_product.h"
 
 #include <algorithm>
 
@@ -44,7 +44,7 @@ at::Tensor as_tensor(const Matrix<T>& matrix) {
 }  // namespace
 
 template <typename T>
-void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>& out) {
+void library_product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>& out) {
   if (out.rows == 0 || out.cols == 0) {
     return;
   }
@@ -56,9 +56,11 @@ void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>
   at::cpu::mm_out(out_tensor, as_tensor(a), as_tensor(b));
 }
 
-template void product(const Matrix<const float>&, const Matrix<const float>&, const Matrix<float>&);
-template void product(const Matrix<const double>&,
-                      const Matrix<const double>&,
-                      const Matrix<double>&);
+template void library_product(const Matrix<const float>&,
+                              const Matrix<const float>&,
+                              const Matrix<float>&);
+template void library_product(const Matrix<const double>&,
+                              const Matrix<const double>&,
+                              const Matrix<double>&);
 
 }  // namespace torchmoe::cpu

@@ -1,0 +1,41 @@
+// Memory for results and for what lies between products.
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace torchmoe::cpu {
+
+/// at::empty, whose memory Linux may give in pages of 2 MB. The first touch of a page costs the
+/// kernel about a microsecond, whatever its size, and a step's gradients are memory that nobody has
+/// touched.
+inline at::Tensor empty_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  auto tensor = at::empty(sizes, options);
+#ifdef __linux__
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  auto* data = static_cast<char*>(tensor.mutable_data_ptr());
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (begin + tensor.nbytes()) / kPage * kPage;
+  if (first < last) {
+    // Advice: where it is refused, nothing is lost.
+    static_cast<void>(madvise(data + (first - begin), last - first, MADV_HUGEPAGE));
+  }
+#endif
+  return tensor;
+}
+
+/// The same for a result that somebody wants, else an empty tensor of shape [0].
+inline at::Tensor empty_pages_if(bool wanted,
+                                 at::IntArrayRef sizes,
+                                 const at::TensorOptions& options) {
+  return wanted ? empty_pages(sizes, options) : at::empty({0}, options);
+}
+
+}  // namespace torchmoe::cpu

@@ -1,0 +1,11 @@
+#pragma once
+
+#include "cpu/simd/simd.h"
+
+namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
+
+/// Numbers of scratch that product() uses.
+int64_t product_scratch();
+void product(const ProductCall& call);
+
+}  // namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET

@@ -1,0 +1,107 @@
+// What the CPU backend compiles once for each instruction set and chooses at run time.
+//
+// The sources of this room know no tensor and include no header whose inline functions another
+// room compiles too: the linker keeps one copy of such a function, and a copy with instructions
+// that a processor lacks must never be it.
+#pragma once
+
+#include <cstdint>
+
+#include "common/activation_names.h"
+
+namespace torchmoe::cpu {
+
+/// A stored number. 16-bit types are widened to float32 on their way in and rounded on their way
+/// out; arithmetic is float32.
+enum class Element { float32, bfloat16, float16 };
+
+/// Where numbers are stored.
+struct Numbers {
+  const void* data;
+  Element type;
+};
+struct MutableNumbers {
+  void* data;
+  Element type;
+};
+
+/// Rows of contiguous numbers: row i starts at number (index ? index[i] : i) * stride of data. A
+/// negative index is a row of zeros.
+struct NumberRows {
+  Numbers numbers;
+  int64_t stride;
+  const int64_t* index;
+};
+
+/// Which way the operands of a product lie. A row holds either all terms of the sums of one row (or
+/// column) of the result, or one term of them all.
+enum class Form {
+  nt,  // out[i, j] = sum over k of left[i][k] right[j][k]
+  nn,  // out[i, j] = sum over k of left[i][k] right[k][j]
+  tn,  // out[i, j] = sum over k of left[k][i] right[k][j]
+};
+
+/// out [m, n] of float32, row i at out + i * out_stride.
+struct ProductCall {
+  Form form;
+  NumberRows left;
+  NumberRows right;
+  int64_t m;
+  int64_t n;
+  int64_t k;
+  float* out;
+  int64_t out_stride;
+  float* scratch;  // Simd::product_scratch numbers, aligned to 64 bytes
+};
+
+/// A block of the pre-activation's product becomes the pre-activation and the activation.
+struct ActivateCall {
+  Activation nonlinearity;
+  int64_t rows;
+  int64_t columns;
+  const float* gate;  // [rows, columns], the product without the bias
+  const float* up;    // the same of a gated activation, else null
+  int64_t stride;     // of gate and up
+  Numbers gate_bias;  // [columns], data null: none
+  Numbers up_bias;
+  MutableNumbers pre_gate;  // [rows, columns], data null: not wanted
+  MutableNumbers pre_up;
+  int64_t pre_stride;
+  float* act;  // [rows, columns]
+  int64_t act_stride;
+};
+
+/// A block of dA' = dL/dy w_out goes backward through the activation.
+struct ActivateBackwardCall {
+  Activation nonlinearity;
+  int64_t rows;
+  int64_t columns;
+  const float* grad_act;  // [rows, columns] = dA'
+  int64_t grad_act_stride;
+  Numbers pre_gate;  // [rows, columns]
+  Numbers pre_up;    // the same of a gated activation, else data null
+  int64_t pre_stride;
+  const float* weights;  // [rows], each row's combine weight
+  float* weighted_act;   // [rows, columns] = weight * a
+  int64_t act_stride;
+  float* grad_gate;  // [rows, columns] = weight * dA' * da/dpre
+  float* grad_up;
+  int64_t grad_pre_stride;
+  float* dots;  // [rows] = <dA', a> over these columns
+  int64_t dots_stride;
+};
+
+/// The functions of one instruction set.
+struct Simd {
+  int64_t product_scratch;
+  void (*product)(const ProductCall&);
+  void (*activate)(const ActivateCall&);
+  void (*activate_backward)(const ActivateBackwardCall&);
+  void (*store)(const float* from, MutableNumbers to, int64_t count);
+};
+
+/// Those of the instruction set that torch has chosen for its own kernels; null where this room has
+/// none for it.
+const Simd* simd();
+
+}  // namespace torchmoe::cpu

@@ -1,0 +1,679 @@
+// The activations of every instruction set against the float64 formulas of common/activation.h.
+//
+// The tolerances are running error bounds, to first order in u = 2^-24 (Higham, Accuracy and
+// Stability of Numerical Algorithms, section 3.3): what each operation of csrc/cpu/simd rounds and
+// what it makes of the errors in its operands. exp is off by 2 units in the last place, 4 u, and
+// gives 0 where its result is below the least normal number.
+
+// Unoptimised, the compiler does not see that c10's check ends choose(), which these tests never call.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wreturn-type"
+#include "cpu/activation_block.h"
+#pragma GCC diagnostic pop
+
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/instruction_sets.h"
+
+using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
+using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
+using torchmoe::Activation;
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr double kLeastNormal = 0x1p-126;
+constexpr double kLeast = 0x1p-149;  // what a subnormal result rounds by, twice
+constexpr double kSecondOrder = 1.001;
+
+const std::vector<std::pair<Activation, const char*>> kNonlinearities = {
+    {Activation::relu, "relu"},
+    {Activation::silu, "silu"},
+    {Activation::gelu, "gelu"},
+    {Activation::gelu_tanh, "gelu_tanh"}};
+
+/// A number and how far a float32 result may be from it.
+struct Bounded {
+  double value;
+  double error;
+};
+
+struct Expected {
+  Bounded value;
+  Bounded slope;
+};
+
+/// 1 / (1 + exp(-u)) where exp(-u) is off by `relative`; `rest` is 1 - s. Where exp(-u) is so small
+/// that 1 + exp(-u) is 1, the sum's error is rest itself and the quotient has none. Where exp(-u) is
+/// inf, from 2^128 on, s is 0.
+double sigmoid_error(double s, double rest, double relative) {
+  return s * rest * relative + 2 * s * std::min(rest, kUnit) + (s < 0x1.01p-128 ? s : kLeast);
+}
+
+Expected expected_relu(double u) {
+  return {{u < 0 ? 0 : u, 0}, {u > 0 ? 1.0 : 0.0, 0}};
+}
+
+Expected expected_silu(double u) {
+  const double s = torchmoe::sigmoid(u), rest = torchmoe::sigmoid(-u), size = std::fabs(u);
+  const double s_error = sigmoid_error(s, rest, 4 * kUnit);
+  const double value = u * s;
+  const double inner = 1 + u * rest;  // 1 - s, the product and the sum round
+  const double inner_error =
+      size * (s_error + kUnit * rest) + kUnit * size * rest + kUnit * std::fabs(inner);
+  const double slope = s * inner;
+  return {{value, size * s_error + kUnit * std::fabs(value)},
+          {slope, s * inner_error + std::fabs(inner) * s_error + kUnit * std::fabs(slope)}};
+}
+
+/// The relative error of P(X > |u|) = exp(-u^2 / 2) s q(s), in u: 4 of exp and u^2 / 2 of its
+/// argument's rounding; s is off by 2.4 (a constant, a sum, a quotient), which s q(s) makes 2.5 times
+/// as large; 3 of the polynomial's steps, whose partial sums add up to 3 q; 0.7 of its fit; and 2
+/// products.
+double beyond_error(double u) {
+  return (u * u / 2 + 4 + 2.4 * 2.5 + 3 + 0.7 + 2) * kUnit;
+}
+
+Expected expected_gelu(double u) {
+  constexpr double kInverseSqrt2 = 0.70710678118654752440;
+  constexpr double kInverseSqrt2Pi = 0.39894228040143267794;
+  const double size = std::fabs(u);
+  const double beyond = std::erfc(size * kInverseSqrt2) / 2, below = u < 0 ? beyond : 1 - beyond;
+  const double density = std::exp(-u * u / 2);
+  const double flushed = density < 2 * kLeastNormal ? kLeastNormal : 0;
+  const double below_error = beyond * beyond_error(u) + flushed + (u < 0 ? 0 : kUnit * below);
+  const double value = u * below;
+  const double term = density == 0 ? 0 : u * kInverseSqrt2Pi * density;
+  // A constant and two products.
+  const double term_error =
+      std::fabs(term) * (u * u / 2 + 4 + 3) * kUnit + (size < 100 ? size * flushed : 0);
+  const double slope = below + term;
+  return {{value, size * below_error + kUnit * std::fabs(value)},
+          {slope, below_error + term_error + kUnit * std::fabs(slope)}};
+}
+
+Expected expected_gelu_tanh(double u) {
+  constexpr double kTwoSqrt2OverPi = 1.59576912160573071176;
+  const double size = std::fabs(u);
+  const double twice = kTwoSqrt2OverPi * (u + 0.044715 * u * u * u);
+  const double s = torchmoe::sigmoid(twice), rest = torchmoe::sigmoid(-twice);
+  // Two constants, three products and a sum, all of the same sign, in the argument.
+  const double s_error = sigmoid_error(s, rest, (4 + 6 * std::fabs(twice)) * kUnit);
+  const double value = u * s;
+  const double inner = kTwoSqrt2OverPi * (1 + 3 * 0.044715 * u * u);  // off by 6: as the argument
+  const double term = rest == 0 ? 0 : u * s * rest * inner;
+  const double term_error = size * inner * (s * (s_error + kUnit * rest) + rest * s_error) +
+                            std::fabs(term) * (6 + 3) * kUnit;
+  const double slope = s + term;
+  return {{value, size * s_error + kUnit * std::fabs(value)},
+          {slope, s_error + term_error + kUnit * std::fabs(slope)}};
+}
+
+/// f(u) and f'(u), small ones too, where the formulas of common/activation.h lose all digits.
+Expected expected_activation(Activation f, double u) {
+  switch (f) {
+    case Activation::relu:
+      return expected_relu(u);
+    case Activation::silu:
+      return expected_silu(u);
+    case Activation::gelu:
+      return expected_gelu(u);
+    default:
+      return expected_gelu_tanh(u);
+  }
+}
+
+/// The formulas of common/activation.h.
+template <typename T>
+torchmoe::ValueAndSlope<T> formula(Activation f, T u) {
+  torchmoe::ValueAndSlope<T> result{};
+  torchmoe::with_nonlinearity(f, [&](auto g) { result = torchmoe::activate_with_slope<g()>(u); });
+  return result;
+}
+
+/// -100 to 100, the more the closer to 0, and where a formula might break.
+std::vector<float> sweep() {
+  std::vector<float> numbers;
+  for (int i = -4000; i <= 4000; ++i) {
+    numbers.push_back(static_cast<float>(i) / 40);
+    numbers.push_back(static_cast<float>(i) / 397);
+  }
+  for (int e = -149; e < 7; ++e) {
+    for (const float mantissa : {1.0F, 1.37F, 1.9999F}) {
+      numbers.push_back(std::ldexp(mantissa, e));
+      numbers.push_back(-std::ldexp(mantissa, e));
+    }
+  }
+  for (const float edge : {87.33F,
+                           87.336F,
+                           88.0F,
+                           88.72F,
+                           88.7228F,
+                           88.73F,
+                           88.74F,
+                           88.8F,
+                           13.2F,
+                           13.214F,
+                           13.22F,
+                           10.1F,
+                           10.05F,
+                           16.6F,
+                           17.3F,
+                           5.0F,
+                           0.0F}) {
+    for (const float x : {edge, std::nextafter(edge, kInf), std::nextafter(edge, -kInf)}) {
+      numbers.push_back(x);
+      numbers.push_back(-x);
+    }
+  }
+  return numbers;
+}
+
+/// Not finite, or so large that an intermediate result is not.
+std::vector<float> specials() {
+  std::vector<float> numbers = {kNaN};
+  for (const float x : {kInf,
+                        3.4e38F,
+                        1e38F,
+                        1e30F,
+                        2e19F,
+                        1.8e19F,
+                        1e19F,
+                        1e15F,
+                        2e13F,
+                        1e13F,
+                        1e12F,
+                        1e6F,
+                        1e4F,
+                        200.0F,
+                        88.8F,
+                        0.0F,
+                        1e-40F,
+                        1e-45F}) {
+    numbers.push_back(x);
+    numbers.push_back(-x);
+  }
+  return numbers;
+}
+
+const char* class_of(float x) {
+  return std::isnan(x) ? "NaN" : !std::isinf(x) ? "finite" : x > 0 ? "inf" : "-inf";
+}
+
+/// Counts wrong numbers and keeps a text of the first.
+class Wrong {
+ public:
+  void check(const char* what, double actual, Bounded expected, double given) {
+    const double allowed = kSecondOrder * expected.error + 8 * kLeast;
+    if (!(std::fabs(actual - expected.value) <= allowed)) {
+      add(what, given, actual, expected.value, allowed);
+    }
+  }
+  void check_bits(const char* what, double actual, double expected, double given) {
+    const bool is_same = std::isnan(expected)
+                             ? std::isnan(actual)
+                             : actual == expected && std::signbit(actual) == std::signbit(expected);
+    if (!is_same) {
+      add(what, given, actual, expected, 0);
+    }
+  }
+  std::string text() const { return text_; }
+
+ private:
+  void add(const char* what, double given, double actual, double expected, double allowed) {
+    if (text_.empty()) {
+      std::ostringstream text;
+      text.precision(10);
+      text << what << " for u = " << given << ": " << actual << " instead of " << expected
+           << ", allowed " << allowed;
+      text_ = text.str();
+    }
+  }
+
+  std::string text_;
+};
+
+Bounded times(Bounded x, double factor, double roundings) {
+  return {x.value * factor, std::fabs(factor) * (x.error + roundings * kUnit * std::fabs(x.value))};
+}
+
+template <typename T>
+constexpr at::ScalarType type_of = c10::CppTypeToScalarType<T>::value;
+
+float float_at(const Stored& stored, int64_t i, int64_t j) {
+  return static_cast<const float*>(stored.numbers().data)[i * stored.values().size(1) + j];
+}
+
+/// A forward call over `us` as [rows, columns], the biases already taken off where there are any.
+struct Forward {
+  Activation f;
+  bool is_gated;
+  bool has_gate_bias;
+  bool has_up_bias;
+  bool wants_pre_gate;
+  bool wants_pre_up;
+  int64_t gap;
+};
+
+template <typename T>
+std::string check_forward(const Simd& simd, const Forward& given, const Tensor& us) {
+  const int64_t rows = us.size(0), columns = us.size(1), gap = given.gap;
+  const auto padded = [&](const Tensor& x) {
+    return Stored(torch::constant_pad_nd(x, {gap, 0}, kNaN), torch::kFloat);
+  };
+  const Stored gate = padded(us), up = padded(wave(us.sizes(), 1, 3));
+  const Stored gate_bias(wave({1, columns}, 2), type_of<T>),
+      up_bias(wave({1, columns}, 3), type_of<T>);
+  const Written<T> pre_gate(rows, columns, columns + gap), pre_up(rows, columns, columns + gap);
+  const Written<float> act(rows, columns, columns + gap + 1);
+  const auto* gates = static_cast<const float*>(gate.last(rows, columns).numbers.data);
+  const auto* ups = static_cast<const float*>(up.last(rows, columns).numbers.data);
+  const Numbers no_bias{nullptr, element(type_of<T>)};
+  const MutableNumbers no_pre{nullptr, element(type_of<T>)};
+  simd.activate({given.f,
+                 rows,
+                 columns,
+                 gates,
+                 given.is_gated ? ups : nullptr,
+                 columns + gap,
+                 given.has_gate_bias ? gate_bias.numbers() : no_bias,
+                 given.has_up_bias ? up_bias.numbers() : no_bias,
+                 given.wants_pre_gate ? numbers(pre_gate.data()) : no_pre,
+                 given.wants_pre_up ? numbers(pre_up.data()) : no_pre,
+                 columns + gap,
+                 act.data(),
+                 columns + gap + 1});
+  CHECK(act.is_only_matrix_written());
+  CHECK(pre_gate.is_only_matrix_written());
+  CHECK(pre_up.is_only_matrix_written());
+  const auto* of_gate = static_cast<const T*>(gate_bias.numbers().data);
+  const auto* of_up = static_cast<const T*>(up_bias.numbers().data);
+  Wrong wrong;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t i = r * (columns + gap) + c;
+      const float u = given.has_gate_bias ? gates[i] + static_cast<float>(of_gate[c]) : gates[i];
+      const float v = given.has_up_bias ? ups[i] + static_cast<float>(of_up[c]) : ups[i];
+      if (given.wants_pre_gate) {
+        wrong.check_bits("pre_gate", pre_gate.at(r, c), static_cast<T>(u), u);
+      }
+      if (given.is_gated && given.wants_pre_up) {
+        wrong.check_bits("pre_up", pre_up.at(r, c), static_cast<T>(v), u);
+      }
+      Bounded expected = expected_activation(given.f, u).value;
+      if (given.is_gated) {
+        expected = times(expected, v, 1);
+      }
+      wrong.check("act", act.at(r, c), expected, u);
+    }
+  }
+  return wrong.text();
+}
+
+template <typename T>
+std::string check_backward(
+    const Simd& simd, Activation f, bool is_gated, int64_t gap, const Tensor& us) {
+  const int64_t rows = us.size(0), columns = us.size(1), stride = columns + gap;
+  const auto padded = [&](const Tensor& x, at::ScalarType type) {
+    return Stored(torch::constant_pad_nd(x, {gap, 0}, kNaN), type);
+  };
+  const Stored pre_gate = padded(us, type_of<T>),
+               pre_up = padded(wave(us.sizes(), 1, 3), type_of<T>);
+  const Stored grad_act = padded(wave(us.sizes(), 4), torch::kFloat);
+  const Stored weights(wave({1, rows}, 5), torch::kFloat);
+  const Written<float> weighted_act(rows, columns, stride + 1), dots(rows, 1, 1 + gap);
+  const Written<float> grad_gate(rows, columns, stride), grad_up(rows, columns, stride);
+  const auto* grads = static_cast<const float*>(grad_act.last(rows, columns).numbers.data);
+  const Numbers gates = pre_gate.last(rows, columns).numbers;
+  const Numbers ups = pre_up.last(rows, columns).numbers;
+  simd.activate_backward({f,
+                          rows,
+                          columns,
+                          grads,
+                          stride,
+                          gates,
+                          is_gated ? ups : Numbers{nullptr, ups.type},
+                          stride,
+                          static_cast<const float*>(weights.numbers().data),
+                          weighted_act.data(),
+                          stride + 1,
+                          grad_gate.data(),
+                          is_gated ? grad_up.data() : nullptr,
+                          stride,
+                          dots.data(),
+                          1 + gap});
+  CHECK(weighted_act.is_only_matrix_written());
+  CHECK(grad_gate.is_only_matrix_written());
+  CHECK(grad_up.is_only_matrix_written());
+  CHECK(dots.is_only_matrix_written());
+  Wrong wrong;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double weight = float_at(weights, 0, r);
+    Bounded dot{0, 0};
+    double dot_size = 0;
+    for (int64_t c = 0; c < columns; ++c) {
+      const int64_t i = r * stride + c;
+      const double u = static_cast<float>(static_cast<const T*>(gates.data)[i]);
+      const double grad = grads[i];
+      const double up = is_gated ? static_cast<float>(static_cast<const T*>(ups.data)[i]) : 1;
+      const double product = is_gated ? 1 : 0;  // the rounding of what is multiplied by up
+      const auto [value, slope] = expected_activation(f, u);
+      wrong.check(
+          "grad_gate", grad_gate.at(r, c), times(slope, weight * grad * up, 2 + product), u);
+      if (is_gated) {
+        wrong.check("grad_up", grad_up.at(r, c), times(value, weight * grad, 2), u);
+      }
+      const Bounded act = times(value, up, product);
+      wrong.check("weighted_act", weighted_act.at(r, c), times(act, weight, 1), u);
+      dot.value += grad * act.value;
+      dot.error += std::fabs(grad) * act.error;
+      dot_size += std::fabs(grad * act.value);
+    }
+    // A product of `columns` terms; as in product_test.cpp.
+    dot.error += static_cast<double>(columns + 1) * kUnit * dot_size;
+    wrong.check("dots", dots.at(r, 0), dot, static_cast<double>(r));
+  }
+  return wrong.text();
+}
+
+/// `numbers` in rows of `columns`, the last filled up with the first number.
+Tensor in_rows(const std::vector<float>& numbers, int64_t columns) {
+  const auto count = static_cast<int64_t>(numbers.size());
+  const int64_t rows = (count + columns - 1) / columns;
+  Tensor all = torch::full({rows * columns}, numbers[0], torch::kFloat);
+  std::copy(numbers.begin(), numbers.end(), all.data_ptr<float>());
+  return all.view({rows, columns}).to(torch::kDouble);
+}
+
+}  // namespace
+
+TEST_CASE("activation: what is expected is what common/activation.h says", "[cpu][activation]") {
+  for (const auto& [f, name] : kNonlinearities) {
+    INFO(name);
+    double worst = 0;
+    for (const float number : sweep()) {
+      const double u = number;
+      const auto [value, slope] = formula<double>(f, u);
+      const Expected expected = expected_activation(f, u);
+      // 1 + erf and 1 + tanh are off by 2^-53 and what erf and tanh are off by.
+      const double scale = std::max(1.0, std::fabs(u));
+      worst = std::max(worst, std::fabs(value - expected.value.value) / scale);
+      worst = std::max(worst, std::fabs(slope - expected.slope.value) / (scale * scale * scale));
+    }
+    CHECK(worst <= 4 * std::numeric_limits<double>::epsilon());
+  }
+}
+
+TEST_CASE("activate: values", "[cpu][activation]") {
+  const Tensor us = in_rows(sweep(), 101);
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const bool is_gated : {false, true}) {
+      for (const auto& [name, functions] : instruction_sets()) {
+        INFO(name << " " << f_name << (is_gated ? " gated" : ""));
+        const Forward call{f, is_gated, false, false, true, is_gated, 0};
+        CHECK(check_forward<float>(*functions, call, us) == "");
+        CHECK(check_forward<c10::BFloat16>(*functions, call, us) == "");
+        CHECK(check_forward<c10::Half>(*functions, call, us) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("activate: sizes, biases and what is wanted", "[cpu][activation]") {
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const auto& [name, functions] : instruction_sets()) {
+      for (const int64_t columns : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33}) {
+        const Tensor us = wave({columns == 17 ? 0 : 3, columns}, 0, 6);
+        for (int choice = 0; choice < 32; ++choice) {
+          const bool is_gated = (choice & 1) != 0;
+          const Forward call{f,
+                             is_gated,
+                             (choice & 2) != 0,
+                             is_gated && (choice & 4) != 0,
+                             (choice & 8) != 0,
+                             is_gated && (choice & 16) != 0,
+                             choice % 3};
+          if (!is_gated && (choice & (4 | 16)) != 0) {
+            continue;  // a plain activation has no up
+          }
+          INFO(name << " " << f_name << " " << columns << " columns, choice " << choice);
+          CHECK(check_forward<float>(*functions, call, us) == "");
+          CHECK(check_forward<c10::BFloat16>(*functions, call, us) == "");
+          CHECK(check_forward<c10::Half>(*functions, call, us) == "");
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("activate_backward: values", "[cpu][activation]") {
+  const Tensor us = in_rows(sweep(), 101);
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const bool is_gated : {false, true}) {
+      for (const auto& [name, functions] : instruction_sets()) {
+        INFO(name << " " << f_name << (is_gated ? " gated" : ""));
+        CHECK(check_backward<float>(*functions, f, is_gated, 0, us) == "");
+        CHECK(check_backward<c10::BFloat16>(*functions, f, is_gated, 0, us) == "");
+        CHECK(check_backward<c10::Half>(*functions, f, is_gated, 0, us) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("activate_backward: sizes", "[cpu][activation]") {
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const auto& [name, functions] : instruction_sets()) {
+      for (const int64_t columns : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 200}) {
+        for (const bool is_gated : {false, true}) {
+          for (const int64_t gap : {0, 3}) {
+            INFO(name << " " << f_name << " " << columns << " columns, gap " << gap
+                      << (is_gated ? ", gated" : ""));
+            const Tensor us = wave({columns == 17 ? 0 : 3, columns}, 0, 6);
+            CHECK(check_backward<float>(*functions, f, is_gated, gap, us) == "");
+            CHECK(check_backward<c10::BFloat16>(*functions, f, is_gated, gap, us) == "");
+            CHECK(check_backward<c10::Half>(*functions, f, is_gated, gap, us) == "");
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[cpu][activation]") {
+  const Stored us(in_rows(specials(), 1), torch::kFloat);
+  const int64_t rows = us.values().size(0);
+  const auto* u = static_cast<const float*>(us.numbers().data);
+  const std::vector<float> ones(rows, 1);
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const auto& [name, functions] : instruction_sets()) {
+      const Written<float> act(rows, 1, 1), weighted_act(rows, 1, 1), slope(rows, 1, 1),
+          dots(rows, 1, 1), pre(rows, 1, 1);
+      const MutableNumbers pre_gate = numbers(pre.data());
+      functions->activate({f, rows, 1, u, nullptr, 1, {}, {}, pre_gate, {}, 1, act.data(), 1});
+      functions->activate_backward({f,
+                                    rows,
+                                    1,
+                                    ones.data(),
+                                    1,
+                                    numbers(u),
+                                    Numbers{},
+                                    1,
+                                    ones.data(),
+                                    weighted_act.data(),
+                                    1,
+                                    slope.data(),
+                                    nullptr,
+                                    1,
+                                    dots.data(),
+                                    1});
+      for (int64_t i = 0; i < rows; ++i) {
+        INFO(name << " " << f_name << " of " << u[i]);
+        const auto scalar = formula<float>(f, u[i]);
+        CHECK(std::string(class_of(act.at(i, 0))) == class_of(scalar.value));
+        CHECK(std::string(class_of(weighted_act.at(i, 0))) == class_of(scalar.value));
+        CHECK(std::string(class_of(dots.at(i, 0))) == class_of(scalar.value));
+        CHECK(std::string(class_of(slope.at(i, 0))) == class_of(scalar.slope));
+        Wrong wrong;
+        const Expected expected = expected_activation(f, u[i]);
+        if (std::isfinite(scalar.value)) {
+          wrong.check("value", act.at(i, 0), expected.value, u[i]);
+        }
+        if (std::isfinite(scalar.slope)) {
+          wrong.check("slope", slope.at(i, 0), expected.slope, u[i]);
+        }
+        CHECK(wrong.text() == "");
+        if (std::isfinite(u[i])) {
+          CHECK(std::signbit(act.at(i, 0)) == std::signbit(scalar.value));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("activation: NaN stays with its row", "[cpu][activation]") {
+  constexpr int64_t kColumns = 19;
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const auto& [name, functions] : instruction_sets()) {
+      for (const int64_t column : {0L, 9L, kColumns - 1}) {
+        INFO(name << " " << f_name << " in column " << column);
+        Tensor us = wave({3, kColumns}, 0, 2).to(torch::kFloat);
+        us[1][column] = kNaN;
+        const Tensor ones = torch::ones({3, kColumns}), up = wave({3, kColumns}).to(torch::kFloat);
+        const Written<float> act(3, kColumns, kColumns), gate(3, kColumns, kColumns),
+            of_up(3, kColumns, kColumns), dots(3, 1, 1);
+        functions->activate_backward({f,
+                                      3,
+                                      kColumns,
+                                      ones.const_data_ptr<float>(),
+                                      kColumns,
+                                      numbers(us.const_data_ptr<float>()),
+                                      numbers(up.const_data_ptr<float>()),
+                                      kColumns,
+                                      ones.const_data_ptr<float>(),
+                                      act.data(),
+                                      kColumns,
+                                      gate.data(),
+                                      of_up.data(),
+                                      kColumns,
+                                      dots.data(),
+                                      1});
+        for (const auto* written : {&act, &of_up}) {
+          CHECK(torch::equal(written->values().isnan(), us.isnan()));
+        }
+        // relu's slope is 0 there, as in the scalar formula.
+        CHECK(torch::equal(
+            gate.values().isnan(),
+            f == Activation::relu ? torch::zeros_like(us).to(torch::kBool) : us.isnan()));
+        CHECK(torch::equal(dots.values().flatten().isnan(), us.isnan().any(1)));
+      }
+    }
+  }
+}
+
+namespace {
+
+/// Both directions of a block in T with arithmetic in Acc, all results in one tensor.
+template <typename T, typename Acc>
+Tensor block_results(Activation activation, const Tensor& us) {
+  const int64_t rows = us.size(0), columns = us.size(1);
+  const bool gated = is_gated(activation);
+  const auto acc = type_of<Acc>, type = type_of<T>;
+  const Tensor gate = us.to(acc), up = wave(us.sizes(), 1, 3, acc);
+  const Tensor gate_bias = wave({columns}, 2, 1, type), up_bias = wave({columns}, 3, 1, type);
+  const Written<T> pre_gate(rows, columns, columns), pre_up(rows, columns, columns);
+  const Written<Acc> act(rows, columns, columns), weighted(rows, columns, columns);
+  const Written<Acc> grad_gate(rows, columns, columns), grad_up(rows, columns, columns);
+  const Written<Acc> dots(rows, 1, 1);
+  const Tensor grad = wave(us.sizes(), 4, 1, acc), weights = wave({rows}, 5, 1, acc);
+  activate_block<T, Acc>(activation,
+                         {rows,
+                          columns,
+                          gate.const_data_ptr<Acc>(),
+                          gated ? up.const_data_ptr<Acc>() : nullptr,
+                          columns,
+                          gate_bias.const_data_ptr<T>(),
+                          gated ? up_bias.const_data_ptr<T>() : nullptr,
+                          pre_gate.data(),
+                          gated ? pre_up.data() : nullptr,
+                          columns,
+                          act.data(),
+                          columns});
+  activate_block_backward<T, Acc>(activation,
+                                  {rows,
+                                   columns,
+                                   grad.const_data_ptr<Acc>(),
+                                   columns,
+                                   pre_gate.data(),
+                                   gated ? pre_up.data() : nullptr,
+                                   columns,
+                                   weights.const_data_ptr<Acc>(),
+                                   weighted.data(),
+                                   columns,
+                                   grad_gate.data(),
+                                   gated ? grad_up.data() : nullptr,
+                                   columns,
+                                   dots.data(),
+                                   1});
+  std::vector<Tensor> all = {
+      pre_gate.values(), act.values(), weighted.values(), grad_gate.values(), dots.values()};
+  if (gated) {
+    all.insert(all.end(), {pre_up.values(), grad_up.values()});
+  }
+  for (Tensor& x : all) {
+    x = x.to(torch::kDouble).flatten();
+  }
+  return torch::cat(all);
+}
+
+/// The same from torch's own functions in float64, the pre-activation rounded to `type`.
+Tensor torch_results(const std::string& activation, const Tensor& us, at::ScalarType type) {
+  const int64_t rows = us.size(0), columns = us.size(1);
+  const bool gated = activation.ends_with("glu");
+  const auto stored = [&](const Tensor& x) { return x.to(type).to(torch::kDouble); };
+  const auto apply = [&](const Tensor& gate, const Tensor& up) {
+    const Tensor value = activation == "relu" || activation == "reglu"    ? gate.relu()
+                         : activation == "silu" || activation == "swiglu" ? torch::silu(gate)
+                         : activation == "gelu_tanh" ? torch::gelu(gate, "tanh")
+                                                     : torch::gelu(gate);
+    return gated ? value * up : value;
+  };
+  const Tensor gate = us + stored(wave({columns}, 2)),
+               up = wave(us.sizes(), 1, 3) + stored(wave({columns}, 3));
+  const Tensor pre_gate = stored(gate).requires_grad_(), pre_up = stored(up).requires_grad_();
+  const Tensor act = apply(pre_gate, pre_up);
+  const Tensor grad = wave(us.sizes(), 4), weights = wave({rows}, 5).unsqueeze(1);
+  act.backward(weights * grad);
+  std::vector<Tensor> all = {
+      pre_gate, apply(gate, up), weights * act, pre_gate.grad(), (grad * act).sum(1)};
+  if (gated) {
+    all.insert(all.end(), {pre_up, pre_up.grad()});
+  }
+  for (Tensor& x : all) {
+    x = x.detach().flatten();
+  }
+  return torch::cat(all);
+}
+
+}  // namespace
+
+TEST_CASE("activation: a block of every type", "[cpu][activation]") {
+  const Tensor us = wave({5, 37}, 0, 4);
+  for (const std::string name : {"gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"}) {
+    INFO(name);
+    const Activation activation = torchmoe::choose_activation("test", name);
+    CHECK(difference(block_results<double, double>(activation, us),
+                     torch_results(name, us, torch::kDouble),
+                     37) == "");
+    CHECK(difference(block_results<float, float>(activation, us).to(torch::kFloat),
+                     torch_results(name, us, torch::kFloat),
+                     37) == "");
+    CHECK(difference(block_results<c10::BFloat16, float>(activation, us).to(torch::kFloat),
+                     torch_results(name, us, torch::kBFloat16),
+                     37) == "");
+  }
+}

@@ -1,0 +1,172 @@
+// Every instruction set of csrc/cpu/simd that this processor has, and the numbers its functions read
+// and write.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <unistd.h>
+#include <vector>
+
+#include "cpu/simd/simd.h"
+#include "support.h"
+
+#include <sys/mman.h>
+
+#if defined(__x86_64__)
+namespace torchmoe::cpu::avx2 {
+const Simd* table();
+}
+namespace torchmoe::cpu::avx512 {
+const Simd* table();
+}
+#endif
+
+namespace torchmoe::test {
+
+/// Of a rounding to float32: half its epsilon.
+constexpr double kUnit = 0x1p-24;
+
+struct InstructionSet {
+  const char* name;
+  const cpu::Simd* functions;
+};
+
+inline std::vector<InstructionSet> instruction_sets() {
+  std::vector<InstructionSet> sets;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    sets.push_back({"avx2", cpu::avx2::table()});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      sets.push_back({"avx512", cpu::avx512::table()});
+    }
+  }
+#endif
+  return sets;
+}
+
+inline cpu::Element element(at::ScalarType type) {
+  return type == torch::kBFloat16 ? cpu::Element::bfloat16
+         : type == torch::kHalf   ? cpu::Element::float16
+                                  : cpu::Element::float32;
+}
+
+/// Memory that ends where a page begins that nobody may touch: reading or writing past the end is a
+/// crash. It is filled with 0xff bytes, which are NaN in every type.
+class Guarded {
+ public:
+  explicit Guarded(int64_t bytes) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    const int64_t usable = (bytes + page - 1) / page * page;
+    const size_t all = usable + page;
+    void* begin = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (begin == MAP_FAILED) {
+      throw std::runtime_error("mmap failed");
+    }
+    memory_.reset(static_cast<char*>(begin), [all](char* memory) { munmap(memory, all); });
+    end_ = memory_.get() + usable;
+    if (mprotect(end_, page, PROT_NONE) != 0) {
+      throw std::runtime_error("mprotect failed");
+    }
+    std::fill(memory_.get(), end_, '\xff');
+  }
+
+  /// The last `count` numbers.
+  template <typename T>
+  T* last(int64_t count) const {
+    return reinterpret_cast<T*>(end_ - count * sizeof(T));
+  }
+  char* begin() const { return memory_.get(); }
+  char* end() const { return end_; }
+
+ private:
+  std::shared_ptr<char> memory_;
+  char* end_;
+};
+
+/// A matrix stored in one of the three types at the end of guarded memory.
+class Stored {
+ public:
+  Stored(const Tensor& matrix, at::ScalarType type)
+      : Stored(matrix.to(type).contiguous(), nullptr) {}
+
+  /// What is stored, in float64.
+  const Tensor& values() const { return values_; }
+
+  cpu::Numbers numbers() const { return {first(values_.numel()), type_}; }
+
+  /// The last rows' last numbers: what comes before them belongs to somebody else.
+  cpu::NumberRows last(int64_t rows, int64_t numbers) const {
+    const int64_t width = values_.size(1);
+    const int64_t used = std::max<int64_t>(0, (rows - 1) * width + numbers);
+    return {{first(used), type_}, width, nullptr};
+  }
+
+ private:
+  Stored(const Tensor& stored, std::nullptr_t)
+      : values_(stored.to(torch::kDouble)),
+        type_(element(stored.scalar_type())),
+        size_(static_cast<int64_t>(stored.element_size())),
+        memory_(stored.numel() * size_) {
+    const auto* bytes = static_cast<const char*>(stored.const_data_ptr());
+    std::copy_n(bytes, stored.numel() * size_, memory_.last<char>(stored.numel() * size_));
+  }
+
+  const void* first(int64_t numbers) const { return memory_.last<char>(numbers * size_); }
+
+  Tensor values_;
+  cpu::Element type_;
+  int64_t size_;
+  Guarded memory_;
+};
+
+/// Where a matrix is to be written, row i at i * stride, at the end of guarded memory.
+template <typename T>
+class Written {
+ public:
+  Written(int64_t rows, int64_t columns, int64_t stride)
+      : rows_(rows),
+        columns_(columns),
+        stride_(stride),
+        memory_((kBefore + std::max<int64_t>(0, (rows - 1) * stride + columns)) * sizeof(T)) {}
+
+  T* data() const { return memory_.last<T>(rows_ == 0 ? 0 : (rows_ - 1) * stride_ + columns_); }
+
+  T at(int64_t i, int64_t j) const { return data()[i * stride_ + j]; }
+
+  Tensor values() const {
+    return at::from_blob(
+        data(), {rows_, columns_}, {stride_, 1}, c10::CppTypeToScalarType<T>::value);
+  }
+
+  /// Whether what lies before and between the rows is as it was.
+  bool is_only_matrix_written() const {
+    const char* from = memory_.begin();
+    for (int64_t i = 0; columns_ > 0 && i < rows_; ++i) {
+      const auto* row = reinterpret_cast<const char*>(data() + i * stride_);
+      if (!is_untouched(from, row)) {
+        return false;
+      }
+      from = row + columns_ * sizeof(T);
+    }
+    return is_untouched(from, memory_.end());
+  }
+
+ private:
+  static constexpr int64_t kBefore = 64;
+
+  static bool is_untouched(const char* from, const char* to) {
+    return from == to || (*from == '\xff' && std::memcmp(from, from + 1, to - from - 1) == 0);
+  }
+
+  int64_t rows_;
+  int64_t columns_;
+  int64_t stride_;
+  Guarded memory_;
+};
+
+}  // namespace torchmoe::test

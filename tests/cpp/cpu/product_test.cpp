@@ -1,0 +1,602 @@
+// The matrix products of every instruction set against float64 ones.
+//
+// A float32 sum of k products, in any order and with or without fused operations, is off by at most
+// gamma_k = k u / (1 - k u) times the sum of the products' magnitudes, u = 2^-24: no product passes
+// more than k roundings, its own and k - 1 additions (Higham, Accuracy and Stability of Numerical
+// Algorithms, section 3.1). gamma_k <= (k + 1) u for k <= 4000. What float64 rounds lies within the
+// one u that this leaves.
+#include "cpu/gemm/product.h"
+
+#include <bit>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/gemm/tasks.h"
+#include "cpu/instruction_sets.h"
+
+using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
+using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+const std::vector<std::pair<Form, const char*>> kForms = {
+    {Form::nt, "nt"}, {Form::nn, "nn"}, {Form::tn, "tn"}};
+
+using Types = std::pair<at::ScalarType, at::ScalarType>;
+
+const Types kFloats = {torch::kFloat, torch::kFloat};
+
+std::vector<Types> pairs_of_types() {
+  std::vector<Types> pairs = {kFloats};
+  for (const auto type : {torch::kBFloat16, torch::kHalf}) {
+    pairs.insert(pairs.end(), {{type, type}, {type, torch::kFloat}, {torch::kFloat, type}});
+  }
+  return pairs;
+}
+
+struct Expected {
+  Tensor sums;
+  Tensor tolerance;
+};
+
+/// left [m, k] times right [k, n], float64.
+Expected expected_product(const Tensor& left, const Tensor& right) {
+  const auto terms = static_cast<double>(left.size(1));
+  return {left.matmul(right), (terms + 1) * kUnit * left.abs().matmul(right.abs())};
+}
+
+/// The last rows and columns of what is expected.
+Expected last(const Expected& expected, int64_t m, int64_t n) {
+  const auto cut = [&](const Tensor& x) {
+    return x.slice(0, x.size(0) - m).slice(1, x.size(1) - n);
+  };
+  return {cut(expected.sums), cut(expected.tolerance)};
+}
+
+/// Empty when every number is within the tolerance, or the very inf or a NaN that is expected.
+std::string mismatch(const Tensor& actual, const Expected& expected) {
+  const Tensor a = actual.to(torch::kDouble);
+  const Tensor& b = expected.sums;
+  const Tensor error = (a - b).abs();
+  if (error.le(expected.tolerance).logical_and_(b.isfinite()).all().item<bool>()) {
+    return "";
+  }
+  const Tensor right =
+      torch::where(b.isfinite(), error <= expected.tolerance, (a == b) | (a.isnan() & b.isnan()));
+  if (right.all().item<bool>()) {
+    return "";
+  }
+  const Tensor where = right.logical_not().nonzero();
+  const auto i = where[0][0].item<int64_t>(), j = where[0][1].item<int64_t>();
+  std::ostringstream text;
+  text.precision(10);
+  text << where.size(0) << " wrong, the first at [" << i << ", " << j
+       << "]: " << a[i][j].item<double>() << " instead of " << b[i][j].item<double>()
+       << ", allowed " << expected.tolerance[i][j].item<double>();
+  return text.str();
+}
+
+/// A product's scratch, full of NaN before each call.
+class Products {
+ public:
+  explicit Products(const Simd& simd)
+      : simd_(simd), scratch_(simd.product_scratch * static_cast<int64_t>(sizeof(float))) {}
+
+  /// The product, into rows `gap` numbers apart.
+  Tensor operator()(Form form,
+                    const NumberRows& left,
+                    const NumberRows& right,
+                    int64_t m,
+                    int64_t n,
+                    int64_t k,
+                    int64_t gap = 0,
+                    char scratch_byte = '\xff') {
+    // Aligned to 64 bytes; the numbers of all scratches so far end there too.
+    auto* scratch = reinterpret_cast<float*>(
+        reinterpret_cast<uintptr_t>(scratch_.last<float>(simd_.product_scratch)) / 64 * 64);
+    std::memset(scratch, scratch_byte, simd_.product_scratch * sizeof(float));
+    const Written<float> out(m, n, n + gap);
+    simd_.product({form, left, right, m, n, k, out.data(), n + gap, scratch});
+    CHECK(out.is_only_matrix_written());
+    return out.values().clone();
+  }
+
+ private:
+  const Simd& simd_;
+  Guarded scratch_;
+};
+
+/// Operands of a form, of which a test uses the last rows and numbers.
+class Operands {
+ public:
+  Operands(Form form, const Types& types, int64_t m, int64_t n, int64_t k)
+      : Operands(form, types, wave({m, k}, 0), wave({k, n}, 2)) {}
+
+  /// left [m, k], right [k, n].
+  Operands(Form form, const Types& types, const Tensor& left, const Tensor& right)
+      : form_(form),
+        left_(form == Form::tn ? left.t() : left, types.first),
+        right_(form == Form::nt ? right.t() : right, types.second) {}
+
+  Expected expected(int64_t k) const {
+    const Tensor left = form_ == Form::tn ? left_.values().t() : left_.values();
+    const Tensor right = form_ == Form::nt ? right_.values().t() : right_.values();
+    return expected_product(left.slice(1, left.size(1) - k), right.slice(0, right.size(0) - k));
+  }
+  NumberRows left(int64_t m, int64_t k) const {
+    return form_ == Form::tn ? left_.last(k, m) : left_.last(m, k);
+  }
+  NumberRows right(int64_t n, int64_t k) const {
+    return form_ == Form::nt ? right_.last(n, k) : right_.last(k, n);
+  }
+
+ private:
+  Form form_;
+  Stored left_;
+  Stored right_;
+};
+
+using Sizes = std::vector<int64_t>;
+
+/// Every m with every n and every k. All but the largest have strides beyond their rows.
+void check_sizes(const Types& types, const Sizes& ms, const Sizes& ns, const Sizes& ks) {
+  const auto largest = [](const Sizes& sizes) {
+    return *std::max_element(sizes.begin(), sizes.end());
+  };
+  for (const auto& [form, form_name] : kForms) {
+    const Operands operands(form, types, largest(ms), largest(ns), largest(ks));
+    for (const int64_t k : ks) {
+      const Expected expected = operands.expected(k);
+      for (const auto& [name, functions] : instruction_sets()) {
+        Products products(*functions);
+        for (const int64_t m : ms) {
+          for (const int64_t n : ns) {
+            INFO(name << " " << form_name << " " << types.first << " " << types.second << " m " << m
+                      << " n " << n << " k " << k);
+            const Tensor actual =
+                products(form, operands.left(m, k), operands.right(n, k), m, n, k, (m + n + k) % 4);
+            CHECK(mismatch(actual, last(expected, m, n)) == "");
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("simd: the chosen instruction set is one that the processor has", "[cpu][product]") {
+  bool is_known = simd() == nullptr;
+  for (const auto& [name, functions] : instruction_sets()) {
+    is_known = is_known || simd() == functions;
+  }
+  CHECK(is_known);
+}
+
+TEST_CASE("product: sizes around those of a tile", "[cpu][product]") {
+  check_sizes(kFloats,
+              {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 19},
+              {0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 47, 48, 49, 65, 97},
+              {0, 1, 2, 7, 8, 9, 15, 16, 17, 33});
+}
+
+TEST_CASE("product: every pair of types", "[cpu][product]") {
+  for (const auto& types : pairs_of_types()) {
+    check_sizes(types, {1, 6, 7, 9, 10, 19}, {1, 8, 15, 17, 33, 48, 65}, {1, 8, 9, 33});
+  }
+}
+
+TEST_CASE("product: sizes around those of a block", "[cpu][product]") {
+  for (const auto& types : pairs_of_types()) {
+    const bool is_all = types == kFloats;  // the blocks are the same for every type
+    check_sizes(types, is_all ? Sizes{251, 252, 253, 504, 505} : Sizes{252, 253}, {17}, {3});
+    check_sizes(
+        types, {7}, is_all ? Sizes{511, 512, 513, 1024, 1025} : Sizes{511, 512, 513}, {3, 17});
+    check_sizes(types,
+                {1, 7, 10},
+                {17, 49},
+                is_all ? Sizes{191, 192, 193, 383, 384, 385, 577} : Sizes{191, 192, 193, 385});
+    check_sizes(types, {253}, {513}, {193});
+  }
+  check_sizes(kFloats, {1, 2, 3, 4, 5, 8}, {512, 1000}, {384, 385, 1030});
+  check_sizes(kFloats, {252, 505}, {512, 1025}, {385});
+}
+
+TEST_CASE("product: no terms give zeros", "[cpu][product]") {
+  for (const auto& [form, form_name] : kForms) {
+    for (const auto& [name, functions] : instruction_sets()) {
+      INFO(name << " " << form_name);
+      const NumberRows none{{nullptr, Element::bfloat16}, 0, nullptr};
+      const Tensor out = Products(*functions)(form, none, none, 3, 50, 0, 2);
+      CHECK(torch::equal(out, torch::zeros({3, 50})));
+      CHECK_FALSE(out.signbit().any().item<bool>());
+    }
+  }
+}
+
+TEST_CASE("product: rows by index", "[cpu][product]") {
+  enum class Zeros { none, some, all };
+  // Fewer stored rows than are asked for, and the first of them, NaN, never.
+  struct Indexed {
+    Indexed(int64_t count, int64_t width, double phase, at::ScalarType type, Zeros zeros)
+        : stored(values(count * 2 / 3 + 2, width, phase), type), memory(count * 8) {
+      const int64_t rows = stored.values().size(0) - 1;
+      index = memory.last<int64_t>(count);
+      std::vector<Tensor> read;
+      for (int64_t i = 0; i < count; ++i) {
+        const bool is_zeros = zeros == Zeros::all || (zeros == Zeros::some && i % 5 == 3);
+        index[i] = is_zeros ? (i % 2 == 0 ? -1 : std::numeric_limits<int64_t>::min())
+                            : 1 + (i * 7 + 2) % rows;
+        read.push_back(is_zeros ? torch::zeros({width}, torch::kDouble)
+                                : stored.values()[index[i]]);
+      }
+      matrix = torch::stack(read);
+    }
+    static Tensor values(int64_t rows, int64_t width, double phase) {
+      Tensor result = wave({rows, width}, phase);
+      result[0].fill_(kNaN);
+      return result;
+    }
+    NumberRows rows() const { return {stored.numbers(), matrix.size(1), index}; }
+
+    Stored stored;
+    Guarded memory;
+    int64_t* index;
+    Tensor matrix;
+  };
+  struct Case {
+    int64_t m, n, k;
+    Zeros left, right;
+  };
+  const std::vector<Case> cases = {{2, 50, 201, Zeros::some, Zeros::none},
+                                   {2, 50, 201, Zeros::none, Zeros::some},
+                                   {7, 50, 201, Zeros::none, Zeros::none},
+                                   {20, 50, 30, Zeros::some, Zeros::some},
+                                   {20, 50, 201, Zeros::all, Zeros::some},
+                                   {20, 50, 201, Zeros::some, Zeros::all},
+                                   {256, 520, 201, Zeros::some, Zeros::some}};
+  for (const auto& [m, n, k, left_zeros, right_zeros] : cases) {
+    for (const auto& types : pairs_of_types()) {
+      for (const auto& [form, form_name] : kForms) {
+        const bool left_has_terms = form == Form::tn, right_has_terms = form != Form::nt;
+        const Indexed left(
+            left_has_terms ? k : m, left_has_terms ? m : k, 0, types.first, left_zeros);
+        const Indexed right(
+            right_has_terms ? k : n, right_has_terms ? n : k, 2, types.second, right_zeros);
+        const Stored plain_left(left.matrix, types.first), plain_right(right.matrix, types.second);
+        const NumberRows in_place_left = plain_left.last(left.matrix.size(0), left.matrix.size(1));
+        const NumberRows in_place_right =
+            plain_right.last(right.matrix.size(0), right.matrix.size(1));
+        const Expected expected =
+            expected_product(left_has_terms ? left.matrix.t() : left.matrix,
+                             right_has_terms ? right.matrix : right.matrix.t());
+        for (const auto& [name, functions] : instruction_sets()) {
+          INFO(name << " " << form_name << " " << types.first << " " << types.second << " m " << m
+                    << " n " << n << " k " << k);
+          Products products(*functions);
+          const auto check = [&](const NumberRows& a, const NumberRows& b, int64_t gap) {
+            CHECK(mismatch(products(form, a, b, m, n, k, gap), expected) == "");
+          };
+          check(left.rows(), right.rows(), 3);
+          check(left.rows(), in_place_right, 0);
+          check(in_place_left, right.rows(), 0);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("product: NaN and inf go where they belong", "[cpu][product]") {
+  constexpr int64_t kM = 20, kN = 51, kK = 200;
+  Tensor left = wave({kM, kK}), right = wave({kK, kN}, 2);
+  left[3][5] = kInf;
+  left[4][0] = -kInf;
+  left[kM - 1][kK - 1] = kNaN;
+  left[7][11] = kInf;  // times 0
+  left[8][20] = kInf;  // minus inf
+  left[8][21] = -kInf;
+  right[11].fill_(0);
+  right[20][kN - 2] = kNaN;
+  right[kK - 1][kN - 1] = -kInf;
+  right[0][17] = kInf;
+  for (const auto& types : pairs_of_types()) {
+    for (const auto& [form, form_name] : kForms) {
+      const Operands operands(form, types, left, right);
+      const Expected expected = operands.expected(kK);
+      REQUIRE(expected.sums.isinf().any().item<bool>());
+      REQUIRE(expected.sums.isfinite().any().item<bool>());
+      for (const auto& [name, functions] : instruction_sets()) {
+        INFO(name << " " << form_name << " " << types.first << " " << types.second);
+        Products products(*functions);
+        for (const int64_t m : {kM, int64_t{1}}) {
+          for (const int64_t n : {kN, int64_t{1}}) {
+            const Tensor actual =
+                products(form, operands.left(m, kK), operands.right(n, kK), m, n, kK);
+            CHECK(mismatch(actual, last(expected, m, n)) == "");
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("product: a row of zeros times inf is NaN", "[cpu][product]") {
+  const int64_t zeros[] = {-1, -1, -1};
+  Tensor numbers = torch::ones({3, 3}, torch::kDouble);
+  numbers[1].fill_(kInf);
+  const Stored stored(numbers, torch::kFloat);
+  for (const auto& [form, form_name] : kForms) {
+    for (const auto& [name, functions] : instruction_sets()) {
+      INFO(name << " " << form_name);
+      Products products(*functions);
+      const NumberRows none{stored.numbers(), 3, zeros}, some{stored.numbers(), 3, nullptr};
+      const Tensor zero = torch::zeros({3, 3}, torch::kDouble);
+      const Tensor values = stored.values();
+      CHECK(mismatch(products(form, none, some, 3, 3, 3),
+                     expected_product(zero, form == Form::nt ? values.t() : values)) == "");
+      CHECK(mismatch(products(form, some, none, 3, 3, 3),
+                     expected_product(form == Form::tn ? values.t() : values, zero)) == "");
+    }
+  }
+}
+
+TEST_CASE("product: what the scratch holds does not matter", "[cpu][product]") {
+  for (const auto& types : pairs_of_types()) {
+    for (const auto& [form, form_name] : kForms) {
+      const Operands operands(form, types, 23, 77, 213);
+      for (const auto& [name, functions] : instruction_sets()) {
+        INFO(name << " " << form_name << " " << types.first << " " << types.second);
+        Products products(*functions);
+        for (const int64_t m : {1, 23}) {
+          const auto with = [&](char scratch_byte) {
+            return products(form,
+                            operands.left(m, 213),
+                            operands.right(77, 213),
+                            m,
+                            77,
+                            213,
+                            /*gap=*/0,
+                            scratch_byte);
+          };
+          CHECK(torch::equal(with('\xff'), with('\x3f')));
+        }
+      }
+    }
+  }
+}
+
+// Products of up to this many rows may add in another order: see product.cpp.
+TEST_CASE("product: a number of the result does not depend on the others", "[cpu][product]") {
+  constexpr int64_t kFewRows = 8, kM = 40, kN = 113, kK = 190;
+  for (const auto& types : pairs_of_types()) {
+    for (const auto& [form, form_name] : kForms) {
+      const Operands operands(form, types, kM, kN, kK);
+      for (const auto& [name, functions] : instruction_sets()) {
+        Products products(*functions);
+        const auto result = [&](int64_t m, int64_t n) {
+          return products(form, operands.left(m, kK), operands.right(n, kK), m, n, kK);
+        };
+        const Tensor few = result(kFewRows, kN), many = result(kM, kN);
+        for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 25, 39}) {
+          for (const int64_t n : {1, 3, 16, 29, 48, 61, 113}) {
+            INFO(name << " " << form_name << " " << types.first << " " << types.second
+                      << " the last " << m << " rows and " << n << " columns");
+            const Tensor& all = m <= kFewRows ? few : many;
+            CHECK(torch::equal(result(m, n), all.slice(0, all.size(0) - m).slice(1, kN - n)));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("product: every number of a 16-bit type is read as it is", "[cpu][product]") {
+  constexpr int64_t kAll = 65536;
+  const Tensor bits = torch::arange(kAll, torch::kInt).to(torch::kShort).view({kAll, 1});
+  const Stored one(torch::ones({1, 1}, torch::kDouble), torch::kFloat);
+  for (const auto type : {torch::kBFloat16, torch::kHalf}) {
+    const Stored numbers(bits.view(type).to(torch::kDouble), type);
+    // + 0.0 makes a zero of -0, as a sum does.
+    const Expected column{numbers.values() + 0.0, torch::zeros({kAll, 1}, torch::kDouble)};
+    const Expected row{column.sums.view({1, kAll}), column.tolerance.view({1, kAll})};
+    for (const auto& [name, functions] : instruction_sets()) {
+      INFO(name << " " << type);
+      Products products(*functions);
+      const NumberRows of_one{numbers.numbers(), 1, nullptr},
+          of_all{numbers.numbers(), kAll, nullptr};
+      const NumberRows factor{one.numbers(), 1, nullptr};
+      CHECK(mismatch(products(Form::nt, of_one, factor, kAll, 1, 1), column) == "");
+      CHECK(mismatch(products(Form::tn, of_all, factor, kAll, 1, 1), column) == "");
+      CHECK(mismatch(products(Form::nt, factor, of_one, 1, kAll, 1), row) == "");
+      CHECK(mismatch(products(Form::nn, factor, of_all, 1, kAll, 1), row) == "");
+    }
+  }
+}
+
+namespace {
+
+/// All 16-bit numbers, what lies halfway to the next one and beside that, and bits of all kinds.
+template <typename T>
+std::vector<float> numbers_to_round() {
+  std::vector<float> numbers;
+  const auto with_neighbours = [&](float x) {
+    numbers.insert(numbers.end(), {x, std::nextafter(x, kInf), std::nextafter(x, -kInf)});
+  };
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const auto x = static_cast<float>(T(static_cast<uint16_t>(bits), T::from_bits()));
+    const auto next = static_cast<float>(T(static_cast<uint16_t>(bits + 1), T::from_bits()));
+    with_neighbours(x);
+    with_neighbours(static_cast<float>((static_cast<double>(x) + static_cast<double>(next)) / 2));
+  }
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  for (const float x : {65504.0F, 65519.996F, 65520.0F, 65536.0F, kLargest, 3.3895314e38F, 0.0F}) {
+    with_neighbours(x);
+    with_neighbours(-x);
+  }
+  for (const uint32_t bits : {0x7f800001U, 0x7fffffffU, 0xffffffffU, 0xff800001U, 0x7fc00000U}) {
+    numbers.push_back(std::bit_cast<float>(bits));  // NaN whose payload is lost when it is cut off
+  }
+  uint32_t state = 1;
+  for (int i = 0; i < 200000; ++i) {
+    state = state * 1664525 + 1013904223;
+    numbers.push_back(std::bit_cast<float>(state));
+  }
+  return numbers;
+}
+
+template <typename T>
+void check_rounding(const Simd& simd) {
+  const auto numbers = numbers_to_round<T>();
+  const auto count = static_cast<int64_t>(numbers.size());
+  const Written<T> out(1, count, count);
+  simd.store(numbers.data(), torchmoe::cpu::numbers(out.data()), count);
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const T expected(numbers[i]), actual = out.data()[i];
+    if (std::isnan(numbers[i]) ? !std::isnan(static_cast<float>(actual)) : actual.x != expected.x) {
+      if (++wrong == 1) {
+        UNSCOPED_INFO(std::hex << "bits " << std::bit_cast<uint32_t>(numbers[i]) << " become "
+                               << actual.x << " instead of " << expected.x);
+      }
+    }
+  }
+  CHECK(wrong == 0);
+}
+
+template <typename T>
+void check_counts(const Simd& simd) {
+  for (int64_t count = 0; count <= 70; ++count) {
+    INFO(count << " numbers");
+    const Stored from(wave({1, count}, 0, 100), torch::kFloat);
+    const Written<T> out(1, count, count);
+    simd.store(
+        static_cast<const float*>(from.numbers().data), torchmoe::cpu::numbers(out.data()), count);
+    CHECK(torch::equal(out.values(), from.values().to(torch::kFloat).to(out.values().dtype())));
+    CHECK(out.is_only_matrix_written());
+  }
+}
+
+}  // namespace
+
+TEST_CASE("store: rounds as c10 does", "[cpu][product]") {
+  for (const auto& [name, functions] : instruction_sets()) {
+    INFO(name);
+    check_rounding<c10::BFloat16>(*functions);
+    check_rounding<c10::Half>(*functions);
+    const auto numbers = numbers_to_round<c10::Half>();
+    std::vector<float> out(numbers.size());
+    functions->store(
+        numbers.data(), torchmoe::cpu::numbers(out.data()), static_cast<int64_t>(out.size()));
+    CHECK(std::memcmp(out.data(), numbers.data(), out.size() * sizeof(float)) == 0);
+  }
+}
+
+TEST_CASE("store: writes what it is asked for", "[cpu][product]") {
+  for (const auto& [name, functions] : instruction_sets()) {
+    INFO(name);
+    check_counts<float>(*functions);
+    check_counts<c10::BFloat16>(*functions);
+    check_counts<c10::Half>(*functions);
+  }
+}
+
+namespace {
+
+/// product(), and with a bias, of a task.
+template <typename L, typename R, typename Out>
+void check_task(bool is_indexed) {
+  using Acc = at::opmath_type<L>;
+  constexpr int64_t kM = 11, kN = 19, kK = 205, kGap = 3;
+  const double unit = std::numeric_limits<Acc>::epsilon() / 2;
+  const double stored =
+      std::is_same_v<Out, Acc> ? 0 : static_cast<double>(std::numeric_limits<Out>::epsilon()) / 2;
+  for (const auto& [form, form_name] : kForms) {
+    INFO(form_name << (is_indexed ? " by index" : ""));
+    const bool left_has_terms = form == Form::tn, right_has_terms = form != Form::nt;
+    const int64_t left_rows = left_has_terms ? kK : kM, left_width = left_has_terms ? kM : kK;
+    const int64_t right_rows = right_has_terms ? kK : kN, right_width = right_has_terms ? kN : kK;
+    const Tensor left =
+        wave({left_rows + 1, left_width + 2}, 0, 1, c10::CppTypeToScalarType<L>::value);
+    const Tensor right =
+        wave({right_rows + 1, right_width + 2}, 2, 1, c10::CppTypeToScalarType<R>::value);
+    const Tensor bias = wave({kN}, 3, 1, c10::CppTypeToScalarType<R>::value);
+    Rows<L> of_left{left.const_data_ptr<L>(), left_width + 2};
+    Rows<R> of_right{right.const_data_ptr<R>(), right_width + 2};
+    Tensor a = left.to(torch::kDouble), b = right.to(torch::kDouble);
+    std::vector<int64_t> left_index(left_rows + 1), right_index(right_rows + 1);
+    if (is_indexed) {
+      const auto set = [](std::vector<int64_t>& index, Tensor& matrix, auto& rows) {
+        std::vector<Tensor> read;
+        for (size_t i = 0; i < index.size(); ++i) {
+          index[i] = i % 4 == 2 ? -3 : static_cast<int64_t>(i * 5 % index.size());
+          read.push_back(index[i] < 0 ? torch::zeros_like(matrix[0]) : matrix[index[i]]);
+        }
+        matrix = torch::stack(read);
+        rows.index = index.data();
+      };
+      set(left_index, a, of_left);
+      set(right_index, b, of_right);
+    }
+    a = a.slice(0, 1).slice(1, 2);
+    b = b.slice(0, 1).slice(1, 2);
+    a = left_has_terms ? a.t() : a;
+    b = right_has_terms ? b : b.t();
+    const Tensor sizes = a.abs().matmul(b.abs()), sums = a.matmul(b);
+    const Written<Acc> plain(kM, kN, kN + kGap);
+    const Written<Out> with_bias(kM, kN, kN + kGap);
+    run({[&, form = form](Workspace& workspace) {
+      const ProductSizes shape{kM, kN, kK};
+      product(
+          form, of_left.from(1, 2), of_right.from(1, 2), shape, plain.data(), kN + kGap, workspace);
+      product_plus_bias(form,
+                        of_left.from(1, 2),
+                        of_right.from(1, 2),
+                        shape,
+                        bias.const_data_ptr<R>(),
+                        with_bias.data(),
+                        kN + kGap,
+                        workspace);
+    }});
+    // Twice, for float64 is as exact as what it is compared with.
+    const Tensor tolerance = 2 * (kK + 1) * unit * sizes;
+    CHECK(mismatch(plain.values(), {sums, tolerance}) == "");
+    const Tensor result = sums + bias.to(torch::kDouble);
+    CHECK(mismatch(
+              with_bias.values(),
+              {result, (tolerance + unit * result.abs()) * (1 + stored) + stored * result.abs()}) ==
+          "");
+    CHECK(plain.is_only_matrix_written());
+    CHECK(with_bias.is_only_matrix_written());
+  }
+}
+
+}  // namespace
+
+TEST_CASE("product: a task's, of every type", "[cpu][product]") {
+  for (const bool is_indexed : {false, true}) {
+    check_task<double, double, double>(is_indexed);
+    check_task<float, float, float>(is_indexed);
+    check_task<c10::BFloat16, c10::BFloat16, c10::BFloat16>(is_indexed);
+    check_task<c10::BFloat16, c10::BFloat16, float>(is_indexed);
+    check_task<float, c10::BFloat16, float>(is_indexed);
+    check_task<c10::Half, float, c10::Half>(is_indexed);
+  }
+}
+
+TEST_CASE("product: a task's of nothing", "[cpu][product]") {
+  const Written<double> out(2, 3, 4);
+  run({[&](Workspace& workspace) {
+    const Rows<double> none{nullptr, 1};
+    product(Form::nn, none, none, {0, 3, 2}, out.data(), 4, workspace);
+    product(Form::tn, none, none, {2, 0, 2}, out.data(), 4, workspace);
+    product(Form::nt, none, none, {2, 3, 0}, out.data(), 4, workspace);
+  }});
+  CHECK(torch::equal(out.values(), torch::zeros({2, 3}, torch::kDouble)));
+  CHECK(out.is_only_matrix_written());
+}
