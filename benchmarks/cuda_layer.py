@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import torchmoe
-from benchmarks.moe_layer import Shape, mixtral_block, our_layer, positive, transformers_version
+from benchmarks.contenders import Shape, mixtral_block, our_layer, positive, transformers_version
 from torchmoe import ops
 
 DEVICE = "cuda"

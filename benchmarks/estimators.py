@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.moe_layer import Shape
+from benchmarks.contenders import Shape
 from torchmoe.nn import MoE
 from torchmoe.testing import EstimatorResult, compare_estimators
 

@@ -1,330 +1,242 @@
 """How fast is one mixture-of-experts layer, forward and backward?
 
-Run it as `python -m benchmarks.moe_layer`. Three things are timed side by side:
+Run it as `python -m benchmarks.moe_layer`. Side by side are timed torchmoe, Transformers' Mixtral
+block, the plain loop of a textbook and the dense bound, which `contenders` describes; in a 16-bit
+type the same layer of torchmoe in float32, too. Three ratios answer, each of one block's fastest
+rounds or medians:
 
-- torchmoe: `torchmoe.nn.MoE` from router to output;
-- peers: the Mixtral block of Hugging Face Transformers with its `grouped_mm` and its `eager`
-  experts, where Transformers is installed, with the same weights and the same tokens;
-- the dense bound: the six `torch.mm` of the same floating-point operations (18 T K H I), each one
-  product over all T*K rows with no routing at all. No layer built on that library gets faster.
+- U, the share of the FMA peak: the FLOPs of the experts' products, 18 T K H I for a step and 6 T K
+  H I for inference, over the time of everything, routing included, and the probed float32 peak;
+- D, the time over that of the dense bound;
+- P, the time of the better of Transformers' two implementations over ours.
 
-A machine's speed changes from minute to minute, so every round runs every contender once, in an
-order that turns by one each round, and only ratios to the dense bound of the same rounds are worth
-quoting. Each peer is first shown to compute what torchmoe computes; one that does not is an error.
+A forward-only block runs under `torch.inference_mode`. At a few tokens it is bound by reading the
+experts' weights, of which the dense bound reads one expert's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import torchmoe
+from benchmarks.clock import Block, Clock, Run, Times
+from benchmarks.contenders import (
+    OURS,
+    TRANSFORMERS,
+    Contender,
+    DenseBound,
+    Shape,
+    check_agreement,
+    in_float32,
+    inputs,
+    mixtral_block,
+    our_layer,
+    plain_loop,
+    positive,
+    transformers_version,
+)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEERS = ("grouped_mm", "eager")
-OURS, DENSE = "torchmoe", "six dense mm"
-
-# A peer adds the same numbers in another order, so a sum of n terms may differ by n * eps of the
-# largest element; four such sums follow one another (router, W_in, W_out and their backward).
-AGREEMENT = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes of one layer and its batch."""
+class Case:
+    """What a block measures."""
 
-    tokens: int
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shape:
-        """Reads "T,H,I,E,K"."""
-        try:
-            shape = cls(*(int(field) for field in text.split(",")))
-        except (TypeError, ValueError):
-            raise argparse.ArgumentTypeError(
-                f"must be five integers T,H,I,E,K, got {text!r}"
-            ) from None
-        if min(asdict(shape).values()) < 1 or shape.top_k > shape.experts:
-            raise argparse.ArgumentTypeError(
-                f"must be five positive integers T,H,I,E,K with K at most E, got {text!r}"
-            )
-        return shape
+    shape: Shape
+    forward_only: bool = False
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of the experts' products, forward and backward."""
-        return 18 * self.tokens * self.top_k * self.hidden * self.intermediate
+        """Floating-point operations of the experts' products."""
+        return self.shape.flops // 3 if self.forward_only else self.shape.flops
+
+    def __str__(self) -> str:
+        """The sizes, and whether there is a backward pass."""
+        return f"{self.shape}{' forward only' if self.forward_only else ''}"
 
 
-DEFAULT_SHAPES = (
-    Shape(1024, 256, 512, 8, 2),
-    Shape(2048, 512, 1024, 8, 2),
-    Shape(2048, 512, 256, 64, 8),
-    Shape(1024, 512, 1792, 8, 2),
+DEFAULT_CASES = (
+    Case(Shape(1024, 256, 512, 8, 2)),
+    Case(Shape(2048, 512, 1024, 8, 2)),
+    Case(Shape(2048, 512, 256, 64, 8)),
+    Case(Shape(1024, 512, 1792, 8, 2)),
+    Case(Shape(1, 512, 1024, 8, 2), forward_only=True),
+    Case(Shape(16, 512, 1024, 8, 2), forward_only=True),
 )
 
 
-class Timing(NamedTuple):
-    """Seconds of one run."""
+@dataclass(frozen=True)
+class Row:
+    """What is said of one contender."""
 
-    forward: float
-    total: float
-
-
-class Contender:
-    """A module that maps [T, H] to [T, H], timed forward and backward."""
-
-    def __init__(
-        self, name: str, module: nn.Module, output: Callable[[nn.Module, Tensor], Tensor]
-    ) -> None:
-        """Takes how to get the output tensor from the module."""
-        self.name = name
-        self.module = module
-        self._output = output
-
-    def run(self, x: Tensor, grad: Tensor) -> Timing:
-        """One forward and backward, with fresh gradients as after `zero_grad()`."""
-        self.module.zero_grad(set_to_none=True)
-        x.grad = None
-        start = time.perf_counter()
-        y = self._output(self.module, x)
-        middle = time.perf_counter()
-        torch.autograd.backward([y], [grad])
-        return Timing(middle - start, time.perf_counter() - start)
-
-    def results(self, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
-        """The output and every gradient, by the name of the layer's parameter."""
-        self.module.zero_grad(set_to_none=True)
-        x.grad = None
-        y = self._output(self.module, x)
-        torch.autograd.backward([y], [grad])
-        found = {"output": y, "gradient of x": x.grad}
-        for name, parameter in self.module.named_parameters():
-            found[f"gradient of {name.replace('gate.weight', 'router.weight')}"] = parameter.grad
-        if missing := [name for name, value in found.items() if value is None]:
-            raise SystemExit(f"{self.name} gives no {', '.join(missing)}")
-        # Detached, because converting the module converts its gradients in place.
-        return {name: value.detach() for name, value in found.items() if value is not None}
+    min_ms: float
+    median_ms: float
+    spread: float
+    min_over_dense: float
+    median_over_dense: float
+    gflops: float
+    share_of_peak: float
+    rounds: int
 
 
-class DenseBound:
-    """The products of one dense layer on all T*K rows: forward two, backward four."""
+@dataclass(frozen=True)
+class Result:
+    """One block."""
 
-    name = DENSE
+    case: Case
+    block: Block
+    dense: str  # the name of the dense bound
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
-        """Allocates every operand and result, so that a run does nothing but multiply."""
-        rows = shape.tokens * shape.top_k
-        hidden, inner = shape.hidden, shape.intermediate
+    @property
+    def rows(self) -> dict[str, Row]:
+        """By contender."""
+        return {name: self._row(times) for name, times in self.block.times.items()}
 
-        def matrix(height: int, width: int) -> Tensor:
-            return torch.randn(height, width).to(dtype)
+    def _row(self, times: Times) -> Row:
+        dense = self.block.times[self.dense]
+        rate = self.case.flops / times.low
+        return Row(
+            min_ms=1e3 * times.low,
+            median_ms=1e3 * times.middle,
+            spread=times.spread,
+            min_over_dense=times.low / dense.low,
+            median_over_dense=times.middle / dense.middle,
+            gflops=rate / 1e9,
+            share_of_peak=rate / self.block.peak,
+            rounds=len(times.seconds),
+        )
 
-        x, pre, act, y = (matrix(rows, n) for n in (hidden, 2 * inner, inner, hidden))
-        w_in, w_out = matrix(2 * inner, hidden), matrix(hidden, inner)
-        self._forward = [(x, w_in.t(), pre.clone()), (act, w_out.t(), y.clone())]
-        self._backward = [
-            (y, w_out, act.clone()),
-            (y.t(), act, w_out.clone()),
-            (pre, w_in, x.clone()),
-            (pre.t(), x, w_in.clone()),
-        ]
+    @property
+    def better_peer(self) -> tuple[str, float, float] | None:
+        """The faster of Transformers' implementations and P by minima and by medians."""
+        peers = [name for name in self.block.times if name.startswith("transformers")]
+        if not peers:
+            return None
+        times = self.block.times
+        ours, peer = times[OURS], min(peers, key=lambda name: times[name].low)
+        middle = min(times[name].middle for name in peers)
+        return peer, times[peer].low / ours.low, middle / ours.middle
 
-    def run(self, x: Tensor, grad: Tensor) -> Timing:
-        """The six products; the layer's own tensors are not looked at."""
-        del x, grad
-        start = time.perf_counter()
-        for a, b, out in self._forward:
-            torch.mm(a, b, out=out)
-        middle = time.perf_counter()
-        for a, b, out in self._backward:
-            torch.mm(a, b, out=out)
-        return Timing(middle - start, time.perf_counter() - start)
-
-
-def our_layer(shape: Shape, dtype: torch.dtype) -> Contender:
-    """The layer under test. The balancing loss is computed, as in training, and not added."""
-    layer = torchmoe.nn.MoE(
-        shape.hidden,
-        shape.intermediate,
-        shape.experts,
-        shape.top_k,
-        activation="swiglu",
-        dtype=dtype,
-    )
-    return Contender(OURS, layer, lambda module, x: module(x).hidden_states)
-
-
-def mixtral_block(shape: Shape, ours: nn.Module, implementation: str) -> Contender:
-    """Transformers' block with the parameters of `ours`, which have the same layout."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    config = MixtralConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_local_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        hidden_act="silu",
-        router_jitter_noise=0.0,
-    )
-    config._experts_implementation = implementation
-    make_block: Any = MixtralSparseMoeBlock  # its constructor has no types
-    block = make_block(config).to(next(ours.parameters()).dtype)
-    state = {name.replace("router.", "gate."): value for name, value in ours.state_dict().items()}
-    block.load_state_dict(state)
-    name = f"transformers {implementation}"
-    return Contender(name, block, lambda module, x: module(x.unsqueeze(0)).squeeze(0))
-
-
-def check_agreement(shape: Shape, ours: Contender, peer: Contender, dtype: torch.dtype) -> None:
-    """Shows that both compute the same function before either is timed.
-
-    Both run in float32, on weights and tokens of `dtype`, which float32 holds exactly. Two correct
-    routers may rank two close experts differently, so tokens near such a tie are set to zero.
-    """
-    wide = torch.float32
-    x, grad = (tensor.detach().to(wide) for tensor in inputs(shape, dtype))
-    with_dtype(ours, wide)
-    if shape.top_k < shape.experts:
-        logits = x @ ours.module.get_parameter("router.weight").detach().t()
-        ranked = logits.sort(dim=-1, descending=True).values
-        gap = ranked[:, shape.top_k - 1] - ranked[:, shape.top_k]
-        close = gap <= AGREEMENT * shape.hidden * torch.finfo(wide).eps * logits.abs().max()
-        x[close], grad[close] = 0, 0
-    x.requires_grad_()
-    expected = ours.results(x, grad)
-    actual = with_dtype(peer, wide).results(x, grad)
-    with_dtype(ours, dtype), with_dtype(peer, dtype)
-    if expected.keys() != actual.keys():
-        raise SystemExit(f"{peer.name} has {sorted(actual)}, {ours.name} has {sorted(expected)}")
-    longest = max(shape.hidden, 2 * shape.intermediate, shape.tokens * shape.top_k)
-    for name, value in expected.items():
-        error = (actual[name] - value).abs().max().item()
-        bound = AGREEMENT * longest * torch.finfo(wide).eps * value.abs().max().item()
-        if not error <= bound:
-            raise SystemExit(f"{peer.name}: {name} differs by {error:.3g}, more than {bound:.3g}")
-
-
-def with_dtype(contender: Contender, dtype: torch.dtype) -> Contender:
-    """Converts the contender's module in place."""
-    contender.module.to(dtype)
-    return contender
-
-
-def inputs(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tokens and the gradient of the output."""
-    x = torch.randn(shape.tokens, shape.hidden).to(dtype).requires_grad_()
-    return x, torch.randn(shape.tokens, shape.hidden).to(dtype)
-
-
-def transformers_version() -> str | None:
-    """The installed version, or None."""
-    try:
-        import transformers
-        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock  # noqa: F401
-    except ImportError:
-        return None
-    return str(transformers.__version__)
+    @property
+    def over_float32(self) -> float | None:
+        """The time in a 16-bit type over that in float32, where both were measured."""
+        name = f"{OURS} float32"
+        return self.block.ratio(OURS, name) if name in self.block.times else None
 
 
 def measure(
-    shape: Shape, args: argparse.Namespace, peers: tuple[str, ...]
-) -> dict[str, list[Timing]]:
-    """Times every contender `args.rounds` times, interleaved."""
-    torch.manual_seed(args.seed)
-    dtype = DTYPES[args.dtype]
+    case: Case, dtype: torch.dtype, transformers: Sequence[str], clock: Clock, *, loop: bool = True
+) -> Result:
+    """Times every contender on one shape, each peer after it was shown to agree."""
+    shape = case.shape
     ours = our_layer(shape, dtype)
-    contenders: list[Contender | DenseBound] = [DenseBound(shape, dtype), ours]
-    for implementation in peers:
-        peer = mixtral_block(shape, ours.module, implementation)
+    dense = DenseBound(shape, dtype, case.forward_only)
+    peers = [mixtral_block(shape, ours.module, name) for name in transformers if shape.top_k > 1]
+    if loop:
+        peers.append(plain_loop(ours))
+    for peer in peers:
         check_agreement(shape, ours, peer, dtype)
-        contenders.append(peer)
     x, grad = inputs(shape, dtype)
-    times: dict[str, list[Timing]] = {contender.name: [] for contender in contenders}
-    for contender in contenders:
-        contender.run(x, grad)
-    for turn in range(args.rounds):
-        first = turn % len(contenders)
-        for contender in contenders[first:] + contenders[:first]:
-            times[contender.name].append(contender.run(x, grad))
-    return times
+    runs: dict[str, Run] = {dense.name: dense.run}
+    for contender in (ours, *peers):
+        runs[contender.name] = bound_to(contender, x, grad, case)
+    if dtype != torch.float32:
+        wide = in_float32(ours)
+        x, grad = x.detach().float().requires_grad_(), grad.float()
+        runs[wide.name] = bound_to(wide, x, grad, case)
+    return Result(case, clock.measure(runs), dense.name)
 
 
-def summarize(shape: Shape, times: dict[str, list[Timing]]) -> dict[str, dict[str, float]]:
-    """Minima and medians in milliseconds, and their ratios D to the dense bound's."""
-
-    def low_and_middle(name: str) -> tuple[float, float]:
-        totals = [timing.total for timing in times[name]]
-        return min(totals), statistics.median(totals)
-
-    dense = low_and_middle(DENSE)
-    rows = {}
-    for name in times:
-        low, middle = low_and_middle(name)
-        rows[name] = {
-            "forward_min_ms": 1e3 * min(timing.forward for timing in times[name]),
-            "min_ms": 1e3 * low,
-            "median_ms": 1e3 * middle,
-            "min_over_dense": low / dense[0],
-            "median_over_dense": middle / dense[1],
-            "gflops": shape.flops / low / 1e9,
-        }
-    return rows
+def bound_to(contender: Contender, x: torch.Tensor, grad: torch.Tensor, case: Case) -> Run:
+    """The contender's run on these tokens."""
+    return partial(contender.infer, x) if case.forward_only else partial(contender.step, x, grad)
 
 
-def print_table(shape: Shape, rows: dict[str, dict[str, float]]) -> None:
-    """One table per shape; D is the time over the dense bound's."""
-    sizes = "  ".join(f"{name} {size}" for name, size in asdict(shape).items())
-    print(f"\n{sizes}  ({shape.flops / 1e9:.1f} GFLOP)")
-    titles = ("forward ms", "min ms", "median ms", "D min", "D median", "GFLOP/s")
-    print(f"  {'':24}" + "".join(f"{title:>11}" for title in titles))
-    for name, row in rows.items():
-        print(f"  {name:24}" + "".join(f"{value:11.2f}" for value in row.values()))
+COLUMNS = {
+    "min ms": ("min_ms", ".2f"),
+    "median ms": ("median_ms", ".2f"),
+    "p90/min": ("spread", ".2f"),
+    "D min": ("min_over_dense", ".2f"),
+    "D median": ("median_over_dense", ".2f"),
+    "GFLOP/s": ("gflops", ".1f"),
+    "U": ("share_of_peak", ".3f"),
+    "rounds": ("rounds", "d"),
+}
 
 
-def environment(args: argparse.Namespace, transformers: str | None) -> dict[str, str | int]:
+def cells(row: Row) -> list[str]:
+    """One line of the table, in the order of COLUMNS."""
+    return [format(getattr(row, key), form) for key, form in COLUMNS.values()]
+
+
+def conclusions(result: Result) -> list[str]:
+    """The ratios that take two contenders."""
+    lines = []
+    if (peer := result.better_peer) is not None:
+        lines.append(f"P = {peer[1]:.2f} (minima), {peer[2]:.2f} (medians): {peer[0]} over {OURS}")
+    if (ratio := result.over_float32) is not None:
+        lines.append(f"16-bit over float32 = {ratio:.2f} (minima), both {OURS}")
+    return lines
+
+
+def print_result(result: Result) -> None:
+    """One table."""
+    sizes = "  ".join(f"{name} {size}" for name, size in asdict(result.case.shape).items())
+    what = "forward only" if result.case.forward_only else "forward + backward"
+    print(f"\n{sizes}  {what}  ({result.case.flops / 1e9:.2g} GFLOP)")
+    print(f"  {result.block}")
+    print(f"  {'':24}" + "".join(f"{title:>11}" for title in COLUMNS))
+    for name, row in result.rows.items():
+        print(f"  {name:24}" + "".join(f"{cell:>11}" for cell in cells(row)))
+    for line in conclusions(result):
+        print(f"  {line}")
+    sys.stdout.flush()
+
+
+def environment(clock: Clock, dtype: str) -> dict[str, str | int]:
     """What a reader needs to judge the numbers."""
     return {
         "torchmoe": torchmoe.__version__,
         "torch": torch.__version__,
-        "transformers": transformers or "not installed",
+        "transformers": transformers_version() or "not installed",
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": processor(),
+        "cores": os.cpu_count() or 1,
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "rounds": args.rounds,
-        "dtype": args.dtype,
+        "rounds": clock.rounds,
+        "dtype": dtype,
     }
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-    return int(text)
+def processor() -> str:
+    """The model's name, as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.moe_layer",
-        description="Times one MoE layer, forward + backward, beside Transformers and torch.mm.",
+        description="Times one MoE layer beside Transformers, a plain loop and torch.mm.",
     )
     parser.add_argument(
         "--shape",
@@ -332,28 +244,51 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="append",
         metavar="T,H,I,E,K",
         help="tokens, hidden size, intermediate size, experts, top-k; may be repeated "
-        "(default: four shapes)",
+        "(default: four shapes, and two of few tokens forward only)",
     )
+    parser.add_argument("--forward-only", action="store_true", help="inference only")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
-        "--rounds", type=positive, default=8, help="timed runs of each (default: 8)"
+        "--rounds", type=positive, default=14, help="timed runs of each (default: 14)"
     )
     parser.add_argument(
         "--threads", type=positive, help="threads of torch (default: torch's own choice)"
     )
     parser.add_argument(
         "--peer",
-        choices=PEERS,
+        choices=TRANSFORMERS,
         action="append",
         help="a Transformers implementation; may be repeated (default: both)",
     )
     parser.add_argument("--no-peers", action="store_true", help="only torchmoe and the dense bound")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the numbers there")
+    parser.add_argument("--figure", type=Path, metavar="PATH.png", help="also draw them there")
     args = parser.parse_args(argv)
     if args.no_peers and args.peer:
         parser.error("--no-peers must not be given with --peer")
+    if args.figure and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--figure needs matplotlib: pip install matplotlib")
     return args
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """What the command line asks for."""
+    if args.shape:
+        return [Case(shape, args.forward_only) for shape in args.shape]
+    return [Case(case.shape, case.forward_only or args.forward_only) for case in DEFAULT_CASES]
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Every number of a block."""
+    return {
+        **asdict(result.case),
+        "probes_gflops": [result.block.before, result.block.after],
+        "repeats": result.block.repeats,
+        "throttled": result.block.throttled,
+        "summary": {name: asdict(row) for name, row in result.rows.items()},
+        "seconds": {name: times.seconds for name, times in result.block.times.items()},
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -361,28 +296,32 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    version = transformers_version()
-    peers = () if args.no_peers or version is None else tuple(dict.fromkeys(args.peer or PEERS))
-    described = environment(args, version)
-    print(
-        "One MoE layer, forward + backward. D: time over that of six dense torch.mm of its FLOPs."
-    )
+    installed = transformers_version() is not None
+    peers = tuple(dict.fromkeys(args.peer or TRANSFORMERS)) if installed else ()
+    clock = Clock(args.rounds)
+    described = environment(clock, args.dtype)
+    print("One MoE layer. D: time over that of dense torch.mm of its FLOPs. U: share of FMA peak.")
     print("  ".join(f"{name} {value}" for name, value in described.items()))
-    if version is None and not args.no_peers:
-        print("note: no peer is timed, as Transformers is missing: pip install transformers")
+    if not installed and not args.no_peers:
+        print("note: without Transformers, which is missing: pip install transformers")
     results = []
-    for shape in args.shape or DEFAULT_SHAPES:
-        if peers and shape.top_k == 1:
-            print("note: no peer at K = 1, where Mixtral's weight is always 1 and its router idle")
-        times = measure(shape, args, peers if shape.top_k > 1 else ())
-        rows = summarize(shape, times)
-        print_table(shape, rows)
-        seconds = {name: [timing._asdict() for timing in runs] for name, runs in times.items()}
-        results.append({"shape": asdict(shape), "summary": rows, "seconds": seconds})
+    for case in cases_of(args):
+        if peers and case.shape.top_k == 1:
+            print("note: K = 1 without Transformers, where Mixtral's weight is always 1")
+        torch.manual_seed(args.seed)
+        wanted = () if args.no_peers else peers
+        result = measure(case, DTYPES[args.dtype], wanted, clock, loop=not args.no_peers)
+        print_result(result)
+        results.append(result)
     if args.json:
-        report = {"environment": described, "results": results}
+        report = {"environment": described, "results": [as_json(result) for result in results]}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
         print(f"\nwrote {args.json}", file=sys.stderr)
+    if args.figure:
+        from benchmarks.figures import layers, save
+
+        save(layers(results), args.figure)
+        print(f"\nwrote {args.figure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

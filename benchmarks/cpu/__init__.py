@@ -1,0 +1,1 @@
+"""The sections of the report on the CPU backend, one question each; see `benchmarks.cpu_report`."""

@@ -1,0 +1,37 @@
+"""How fast is the layer beside its peers and the dense bound?"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks import figures
+from benchmarks.contenders import TRANSFORMERS, transformers_version
+from benchmarks.cpu.section import Section, Settings
+from benchmarks.markdown import table
+from benchmarks.moe_layer import COLUMNS, Result, cells, conclusions, measure
+
+
+def section_layers(settings: Settings) -> Section:
+    """The table of `make bench`."""
+    version = transformers_version()
+    results: list[Result] = []
+    for case in settings.cases:
+        torch.manual_seed(0)
+        peers = () if version is None else TRANSFORMERS
+        results.append(measure(case, torch.float32, peers, settings.clock))
+    rows = [
+        [f"{result.case}", name, *cells(row)]
+        for result in results
+        for name, row in result.rows.items()
+    ]
+    ends = [f"- {result.case}: {'; '.join(conclusions(result))}" for result in results]
+    return Section(
+        "The layer beside its peers",
+        "A training step (forward and backward, routing included), or inference where it says "
+        "forward only, in float32. D is the time over that of dense `torch.mm` of the same FLOPs, "
+        "U the share of the probed FMA peak, P the time of the better of Transformers' "
+        f"({version or 'not installed'}) two implementations over ours; each peer was first shown "
+        "to compute the same. `make bench` prints this table.",
+        [table(["T, H, I, E, K", "", *COLUMNS], rows, texts=2), "\n".join(ends)],
+        {"cpu_layer.png": figures.layers(results)},
+    )
