@@ -34,8 +34,9 @@ Enum choose(std::string_view op,
     allowed << separator << '"' << name << '"';
     separator = ", ";
   }
-  TORCH_CHECK_VALUE(
-      false, op, ": ", argument, " must be one of ", allowed.str(), ", got \"", given, "\"");
+  C10_THROW_ERROR(
+      ValueError,
+      c10::str(op, ": ", argument, " must be one of ", allowed.str(), ", got \"", given, "\""));
 }
 
 inline ScoreFunction choose_score_function(std::string_view op, std::string_view given) {

@@ -81,7 +81,8 @@ class Groups {
     try {
       Workspace workspace;
       const auto count = static_cast<int64_t>(groups_.size());
-      for (int64_t g = opened_.fetch_add(1); g < count; g = opened_.fetch_add(1)) {
+      for (int64_t g = opened_.fetch_add(1); g < count && !has_failed_.load();
+           g = opened_.fetch_add(1)) {
         groups_[g].open(open(g, workspace));
         work_until([&] { return groups_[g].is_done(); },
                    [&] { return groups_[g].run_one(workspace); });

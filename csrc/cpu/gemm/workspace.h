@@ -16,6 +16,7 @@ class Scratch {
     constexpr size_t kLine = 64;
     const size_t bytes = (count * sizeof(T) + kLine - 1) / kLine * kLine;
     if (bytes > bytes_) {
+      bytes_ = 0;
       memory_.reset(std::aligned_alloc(kLine, bytes));
       if (memory_ == nullptr) {
         throw std::bad_alloc();

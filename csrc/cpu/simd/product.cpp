@@ -347,19 +347,20 @@ struct Kernels {
 template <bool left_by_term>
 constexpr Kernels<left_by_term> kKernels;
 
-/// A tile whose last vector is wider than the result: by way of a buffer.
+/// A tile whose last vector is wider than the result: by way of a buffer, in which the sums go on as
+/// they do elsewhere.
 void multiply_last_tile(MultiplyTile multiply, const Tile& tile, int64_t rows, int64_t columns) {
-  alignas(64) float buffer[kTileRows * kPanelWidth];
+  alignas(64) float buffer[kTileRows * kPanelWidth] = {};
+  const int64_t bytes = columns * static_cast<int64_t>(sizeof(float));
   Tile in_buffer = tile;
   in_buffer.out = buffer;
   in_buffer.out_stride = kPanelWidth;
-  in_buffer.add = false;
+  for (int64_t i = 0; tile.add && i < rows; ++i) {
+    std::memcpy(buffer + i * kPanelWidth, tile.out + i * tile.out_stride, bytes);
+  }
   multiply(in_buffer);
   for (int64_t i = 0; i < rows; ++i) {
-    float* out = tile.out + i * tile.out_stride;
-    for (int64_t j = 0; j < columns; ++j) {
-      out[j] = tile.add ? out[j] + buffer[i * kPanelWidth + j] : buffer[i * kPanelWidth + j];
-    }
+    std::memcpy(tile.out + i * tile.out_stride, buffer + i * kPanelWidth, bytes);
   }
 }
 
@@ -417,15 +418,18 @@ template <int rows, int columns, typename L, typename R>
 void dot_step(
     const L* const* left, const R* const* right, int64_t terms, float* out, int64_t stride) {
   Vector sums[rows][columns] = {};
-  const auto add = [&](int64_t k, const auto& load_terms) {
+  const auto add = [&](int64_t k, const auto& load_terms_at) {
+    const auto load_terms = [&](const auto* row) {
+      return row == nullptr ? Vector{} : load_terms_at(row + k);
+    };
     Vector of_columns[columns];
 #pragma GCC unroll 4
     for (int j = 0; j < columns; ++j) {
-      of_columns[j] = load_terms(right[j] + k);
+      of_columns[j] = load_terms(right[j]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < rows; ++i) {
-      const Vector of_row = load_terms(left[i] + k);
+      const Vector of_row = load_terms(left[i]);
 #pragma GCC unroll 4
       for (int j = 0; j < columns; ++j) {
         sums[i][j] += of_row * of_columns[j];
@@ -465,7 +469,7 @@ void dot_columns(const L* const* left,
   }
 }
 
-/// The product nt of few rows. Neither operand has rows of zeros.
+/// The product nt of few rows.
 template <typename L, typename R>
 void product_of_few_rows(const ProductCall& call) {
   const Reader<L> left_reader(call.left);
@@ -481,15 +485,6 @@ void product_of_few_rows(const ProductCall& call) {
   for (; i < call.m; ++i) {
     dot_columns<1>(left + i, right_reader, call, call.out + i * call.out_stride);
   }
-}
-
-bool has_rows_of_zeros(const NumberRows& rows, int64_t count) {
-  for (int64_t i = 0; rows.index != nullptr && i < count; ++i) {
-    if (rows.index[i] < 0) {
-      return true;
-    }
-  }
-  return false;
 }
 
 // ---- Any number of rows -------------------------------------------------------------------------
@@ -546,8 +541,7 @@ void product(const ProductCall& call) {
     }
     return;
   }
-  const bool few_rows = call.m <= kFewRows && !has_rows_of_zeros(call.left, call.m) &&
-                        !has_rows_of_zeros(call.right, call.n);
+  const bool few_rows = call.m <= kFewRows;
   with_type(call.left.numbers.type, [&]<typename L>(const L*) {
     with_type(call.right.numbers.type, [&]<typename R>(const R*) {
       switch (call.form) {

@@ -54,7 +54,8 @@ struct ProductCall {
   float* scratch;  // Simd::product_scratch numbers, aligned to 64 bytes
 };
 
-/// A block of the pre-activation's product becomes the pre-activation and the activation.
+/// A block of the pre-activation's product becomes the pre-activation and the activation. The biases
+/// and the pre-activation are of one type, pre_gate's, whether that is wanted or not.
 struct ActivateCall {
   Activation nonlinearity;
   int64_t rows;

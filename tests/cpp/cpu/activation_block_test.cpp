@@ -5,11 +5,7 @@
 // what it makes of the errors in its operands. exp is off by 2 units in the last place, 4 u, and
 // gives 0 where its result is below the least normal number.
 
-// Unoptimised, the compiler does not see that c10's check ends choose(), which these tests never call.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wreturn-type"
 #include "cpu/activation_block.h"
-#pragma GCC diagnostic pop
 
 #include <cmath>
 #include <limits>

@@ -373,7 +373,7 @@ TEST_CASE("product: what the scratch holds does not matter", "[cpu][product]") {
 
 // Products of up to this many rows may add in another order: see product.cpp.
 TEST_CASE("product: a number of the result does not depend on the others", "[cpu][product]") {
-  constexpr int64_t kFewRows = 8, kM = 40, kN = 113, kK = 190;
+  constexpr int64_t kFewRows = 8, kM = 40, kN = 113, kK = 213;
   for (const auto& types : pairs_of_types()) {
     for (const auto& [form, form_name] : kForms) {
       const Operands operands(form, types, kM, kN, kK);
