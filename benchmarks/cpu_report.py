@@ -42,6 +42,8 @@ def sections() -> dict[str, Callable[[Settings], Section]]:
     from benchmarks.cpu.threads import section_threads
 
     return {
+        # First, while the process has freed no memory that a pass could use again.
+        "memory": section_memory,
         "layers": section_layers,
         "products": section_products,
         "stages": section_stages,
@@ -50,7 +52,6 @@ def sections() -> dict[str, Callable[[Settings], Section]]:
         "dtypes": section_dtypes,
         "odd_sizes": section_odd_sizes,
         "growth": section_growth,
-        "memory": section_memory,
     }
 
 
