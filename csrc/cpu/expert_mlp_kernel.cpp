@@ -19,6 +19,7 @@
 #include "common/tensors.h"
 #include "cpu/activation_block.h"
 #include "cpu/empty_pages.h"
+#include "cpu/expert_matrices.h"
 #include "cpu/gemm/grouped_product.h"
 #include "cpu/parallel.h"
 #include "cpu/plan_reader.h"
@@ -29,11 +30,9 @@ namespace torchmoe {
 
 namespace {
 
-struct Shape {
-  int64_t hidden;
-  int64_t intermediate;
-  int64_t pre_width;
-};
+using cpu::advance;
+using cpu::ExpertMatrices;
+using Shape = cpu::ExpertShape;
 
 Shape shape_of(const at::Tensor& w_in, const at::Tensor& w_out) {
   return {w_out.size(1), w_out.size(2), w_in.size(1)};
@@ -56,29 +55,6 @@ struct RoutedRows {
   std::vector<int64_t> tokens;
   std::vector<Acc> weights;
 };
-
-template <typename T>
-struct ExpertMatrices {
-  T* w_in;
-  T* b_in;  // null: none
-  T* w_out;
-  T* b_out;
-};
-
-/// `offset` numbers further on, null where there is nothing.
-template <typename T>
-T* advance(T* data, int64_t offset) {
-  return data == nullptr ? nullptr : data + offset;
-}
-
-/// Expert e's matrices.
-template <typename T>
-ExpertMatrices<T> of_expert(const ExpertMatrices<T>& all, int64_t e, const Shape& shape) {
-  return {advance(all.w_in, e * shape.pre_width * shape.hidden),
-          advance(all.b_in, e * shape.pre_width),
-          advance(all.w_out, e * shape.hidden * shape.intermediate),
-          advance(all.b_out, e * shape.hidden)};
-}
 
 /// The experts in the order in which threads should open them, and how many have rows.
 struct ExpertOrder {

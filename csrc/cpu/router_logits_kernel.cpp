@@ -61,12 +61,11 @@ template <typename T, typename Acc>
 void grad_x_kernel_impl(const Acc* grad, const T* weight, T* grad_x, const Sizes& sizes) {
   for_blocks(
       sizes.tokens, kBlockTokens, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-        const T* no_bias = nullptr;
         cpu::product_plus_bias(Form::nn,
                                Rows<Acc>{grad, sizes.experts}.from(begin, 0),
                                Rows<T>{weight, sizes.hidden},
                                {count, sizes.hidden, sizes.experts},
-                               no_bias,
+                               /*bias=*/nullptr,
                                grad_x + begin * sizes.hidden,
                                sizes.hidden,
                                workspace);
@@ -78,12 +77,11 @@ template <typename T, typename Acc>
 void grad_weight_kernel_impl(const Acc* grad, const T* x, T* grad_weight, const Sizes& sizes) {
   for_blocks(
       sizes.hidden, kBlockFeatures, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-        const T* no_bias = nullptr;
         cpu::product_plus_bias(Form::tn,
                                Rows<Acc>{grad, sizes.experts},
                                Rows<T>{x, sizes.hidden}.from(0, begin),
                                {sizes.experts, count, sizes.tokens},
-                               no_bias,
+                               /*bias=*/nullptr,
                                grad_weight + begin,
                                sizes.hidden,
                                workspace);

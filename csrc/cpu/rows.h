@@ -14,17 +14,16 @@
 namespace torchmoe::cpu {
 
 /// rows[r] = x[token of row r], 0 for unrouted rows: x [T, width] -> rows [N, width].
-template <typename In, typename Out>
-void gather_rows(const PlanView& plan, const In* x, Out* rows, int64_t width) {
+template <typename T>
+void gather_rows(const PlanView& plan, const T* x, T* rows, int64_t width) {
   parallel_items(plan.num_rows(), width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t slot = plan.slot_of(r);
-      Out* out = rows + r * width;
+      T* out = rows + r * width;
       if (slot < 0) {
-        std::fill(out, out + width, Out(0));
+        std::fill(out, out + width, T(0));
       } else {
-        const In* in = x + slot / plan.top_k * width;
-        std::transform(in, in + width, out, [](In value) { return static_cast<Out>(value); });
+        std::copy_n(x + slot / plan.top_k * width, width, out);
       }
     }
   });

@@ -1,7 +1,8 @@
 // Products of rows sorted by expert with each expert's own matrix, as tasks.
 //
 // weight is [E, out, in], bias [E, out] or null. Rows past offsets.back() are neither read nor
-// written. `beside` is as in blocks.h. Out the type of the result; sums are formed in at::opmath_type<T>.
+// written. `beside` is as in blocks.h. Out is the type of the result; sums are formed in float32, or
+// float64 for float64.
 #pragma once
 
 #include <cstdint>
@@ -53,12 +54,11 @@ void grouped_linear_grad_rows(Phase& tasks,
     const ProductSizes sizes{block.rows.size(), block.columns.size(), out_features};
     tasks.push_back([=](Workspace& workspace) {
       const W* matrix = weight + block.expert * out_features * in_features;
-      const W* no_bias = nullptr;
       product_plus_bias(Form::nn,
                         grad.from(block.rows.begin, 0),
                         Rows<W>{matrix + block.columns.begin, in_features},
                         sizes,
-                        no_bias,
+                        /*bias=*/nullptr,
                         grad_rows + block.rows.begin * in_features + block.columns.begin,
                         in_features,
                         workspace);
@@ -84,12 +84,11 @@ void grouped_linear_grad_weight(Phase& tasks,
         block.rows.size(), block.columns.size(), offsets[block.expert + 1] - first};
     tasks.push_back([=](Workspace& workspace) {
       const int64_t row = block.expert * out_features + block.rows.begin;
-      const A* no_bias = nullptr;
       product_plus_bias(Form::tn,
                         grad.from(first, block.rows.begin),
                         rows.from(first, block.columns.begin),
                         sizes,
-                        no_bias,
+                        /*bias=*/nullptr,
                         grad_weight + row * in_features + block.columns.begin,
                         in_features,
                         workspace);

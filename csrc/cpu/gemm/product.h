@@ -141,7 +141,7 @@ void product_plus_bias(Form form,
                        const Rows<L>& left,
                        const Rows<R>& right,
                        const ProductSizes& sizes,
-                       const R* bias,
+                       const std::type_identity_t<R>* bias,
                        Out* out,
                        int64_t out_stride,
                        Workspace& workspace) {

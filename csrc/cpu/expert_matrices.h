@@ -1,0 +1,39 @@
+// The experts' matrices as kernels reach them.
+#pragma once
+
+#include <cstdint>
+
+namespace torchmoe::cpu {
+
+/// The sizes of one expert: w_in [P, H], b_in [P], w_out [H, I], b_out [H].
+struct ExpertShape {
+  int64_t hidden;
+  int64_t intermediate;
+  int64_t pre_width;
+};
+
+/// Those of all experts, one after the other, or of one of them.
+template <typename T>
+struct ExpertMatrices {
+  T* w_in;
+  T* b_in;  // null: none
+  T* w_out;
+  T* b_out;
+};
+
+/// `offset` numbers further on, null where there is nothing.
+template <typename T>
+T* advance(T* data, int64_t offset) {
+  return data == nullptr ? nullptr : data + offset;
+}
+
+/// Expert e's matrices.
+template <typename T>
+ExpertMatrices<T> of_expert(const ExpertMatrices<T>& all, int64_t e, const ExpertShape& shape) {
+  return {advance(all.w_in, e * shape.pre_width * shape.hidden),
+          advance(all.b_in, e * shape.pre_width),
+          advance(all.w_out, e * shape.hidden * shape.intermediate),
+          advance(all.b_out, e * shape.hidden)};
+}
+
+}  // namespace torchmoe::cpu
