@@ -77,7 +77,7 @@ balance: develop  ## Let a collapsed router recover under each way of balancing,
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
 
-report-cpu: develop  ## Measure the CPU kernels and write docs/cpu.md, ten minutes (ARGS="--help")
+report-cpu: develop  ## Measure the CPU kernels and write docs/cpu.md, minutes (ARGS="--help")
 	$(BIN)/python -m benchmarks.cpu_report $(ARGS)
 
 # ---- Check -----------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Everything that can be said of the CPU backend's speed on this machine, in one markdown file.
 
-Run it as `python -m benchmarks.cpu_report`, ten minutes or so on two cores. One section answers one
-question, with as many threads as torch has by itself unless it is about threads, and measures as
-`benchmarks.clock` says. `--section NAME` prints one section and leaves the report as it is.
+Run it as `python -m benchmarks.cpu_report`, four minutes or so on two quiet cores. One section
+answers one question, with as many threads as torch has by itself unless it is about threads, and
+measures as `benchmarks.clock` says. `--section NAME` prints one section and leaves the report as it
+is.
 """
 
 from __future__ import annotations

@@ -27,8 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -42,7 +40,6 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import torchmoe
 import train_lm
 from benchmarks import markdown
 from benchmarks.clock import Times
@@ -57,7 +54,7 @@ from benchmarks.contenders import (
     positive,
     transformers_version,
 )
-from benchmarks.moe_layer import processor
+from benchmarks.machine import machine
 from benchmarks.step_profile import PartTime, profile_steps
 from lm.checkpoint import Progress
 from lm.corpus import Text
@@ -367,17 +364,10 @@ def profile_table(parts: list[PartTime]) -> Table:
     return Table(title, ("", "forward ms", "backward ms", "ms", "share"), rows)
 
 
-def environment(settings: Settings, version: str | None) -> dict[str, str | int]:
+def environment(settings: Settings) -> dict[str, str | int]:
     """What a reader needs to judge the numbers."""
     return {
-        "torchmoe": torchmoe.__version__,
-        "torch": torch.__version__,
-        "transformers": version or "not installed",
-        "python": platform.python_version(),
-        "processor": processor(),
-        "cores": os.cpu_count() or 1,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
+        **machine(),
         "layers": settings.layers,
         "hidden": settings.hidden_size,
         "intermediate": settings.intermediate_size,
@@ -423,7 +413,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     version = transformers_version()
     settings = Settings(seed=args.seed)
-    described = environment(settings, version)
+    described = environment(settings)
     print("  ".join(f"{name} {value}" for name, value in described.items()))
     text = Text.load([])
     report: dict[str, object] = {"environment": described}

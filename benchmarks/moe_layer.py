@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +28,6 @@ from typing import Any
 
 import torch
 
-import torchmoe
 from benchmarks.clock import Block, Clock, Run, Times
 from benchmarks.contenders import (
     OURS,
@@ -47,6 +44,7 @@ from benchmarks.contenders import (
     positive,
     transformers_version,
 )
+from benchmarks.machine import machine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -208,28 +206,7 @@ def print_result(result: Result) -> None:
 
 def environment(clock: Clock, dtype: str) -> dict[str, str | int]:
     """What a reader needs to judge the numbers."""
-    return {
-        "torchmoe": torchmoe.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers_version() or "not installed",
-        "python": platform.python_version(),
-        "processor": processor(),
-        "cores": os.cpu_count() or 1,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "rounds": clock.rounds,
-        "dtype": dtype,
-    }
-
-
-def processor() -> str:
-    """The model's name, as the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    return {**machine(), "rounds": clock.rounds, "dtype": dtype}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

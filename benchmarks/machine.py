@@ -1,0 +1,36 @@
+"""On what the numbers were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import torchmoe
+from benchmarks.contenders import transformers_version
+
+
+def machine() -> dict[str, str | int]:
+    """The processor, the threads, and the versions of what runs on it."""
+    return {
+        "torchmoe": torchmoe.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers_version() or "not installed",
+        "python": platform.python_version(),
+        "processor": processor(),
+        "cores": os.cpu_count() or 1,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """The model's name, as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
