@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmoe.nn import Capacity, Estimator, ExpertList, Gate, MoE, Router, known_estimators
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.testing import EstimatorComparison, EstimatorResult, compare_estimators
-from torchmoe.testing._compare_estimators import _peak_bytes
+from torchmoe.testing._compare_estimators import peak_bytes
 
 H, INNER, E, T = 4, 3, 4, 6
 
@@ -319,7 +319,7 @@ def test_peak_memory_of_a_known_case() -> None:
         del second
         kept.append(torch.zeros(100, dtype=torch.float64) + 1)
 
-    assert _peak_bytes(run, torch.device("cpu")) == 8 * 3000
+    assert peak_bytes(run, torch.device("cpu")) == 8 * 3000
 
 
 def test_peak_memory_of_an_estimator() -> None:

@@ -40,6 +40,7 @@ class Intake:
             weights=routing.weights.detach(),
             losses={},
             statistics=None,
+            details={},
         )
         self._routings[history] = forward, detached
         self._num_logits += routing.logits.numel()

@@ -11,27 +11,41 @@ from torchmoe.nn.estimators.registry import known_estimators, register_estimator
 from torchmoe.nn.estimators.sparsemixer import SparseMixer
 from torchmoe.nn.estimators.straight_through import StraightThrough
 from torchmoe.nn.estimators.straight_through_dense import StraightThroughDense
+from torchmoe.nn.expert_communication import ExpertCommunication
 from torchmoe.nn.expert_list import ExpertList
 from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
-from torchmoe.nn.router import Router
-from torchmoe.nn.routing import MoEOutput, Routing
+from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput
+from torchmoe.nn.routers.cosine_router import CosineRouter
+from torchmoe.nn.routers.expert_choice_router import ExpertChoiceRouter
+from torchmoe.nn.routers.hash_router import HashRouter
+from torchmoe.nn.routers.router import Router
+from torchmoe.nn.routers.sequence_router import SequenceRouter
+from torchmoe.nn.routing import Decision, MoEOutput, Routing
 
 __all__ = [
     "Assistance",
     "Capacity",
+    "ContextRouter",
+    "CosineRouter",
+    "Decision",
     "DefaultVector",
     "Estimator",
     "Exact",
+    "ExpertChoiceRouter",
+    "ExpertCommunication",
     "ExpertList",
     "Experts",
     "Gate",
     "GumbelStraightThrough",
+    "HashRouter",
     "MoE",
     "MoEOutput",
     "Router",
+    "RouterOutput",
     "Routing",
+    "SequenceRouter",
     "SparseMixer",
     "StraightThrough",
     "StraightThroughDense",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn.moe import MoE
-from torchmoe.nn.routing import MoEOutput
+from torchmoe.nn.routing import Decision, MoEOutput
 
 
 class WithAttachedLoss(nn.Module):
@@ -38,8 +38,16 @@ class WithAttachedLoss(nn.Module):
         *,
         token_mask: Tensor | None = None,
         earlier_counts: Tensor | None = None,
+        router_input: Tensor | None = None,
+        decision: Decision | None = None,
     ) -> Tensor:
         """The layer's hidden states; arguments as for MoE."""
-        output: MoEOutput = self.moe(x, token_mask=token_mask, earlier_counts=earlier_counts)
+        output: MoEOutput = self.moe(
+            x,
+            token_mask=token_mask,
+            earlier_counts=earlier_counts,
+            router_input=router_input,
+            decision=decision,
+        )
         # As a factor of the loss, not as the op's argument: a changed scale then compiles nothing.
         return ops.attach_loss(output.hidden_states, self.scale * output.aux_loss)

@@ -33,14 +33,22 @@ from torchmoe.nn._checks import (
     check_integer,
     check_not_negative,
 )
+from torchmoe.nn._compatibility import (
+    check_choice_of_experts,
+    check_experts,
+    check_groups,
+    check_part,
+    check_usage,
+)
 from torchmoe.nn.assistance import Assistance
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.estimators.estimator import ExpertFunction
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
-from torchmoe.nn.router import Router
-from torchmoe.nn.routing import MoEOutput, Routing, before_drop
+from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, route
+from torchmoe.nn.routers.router import Router
+from torchmoe.nn.routing import Decision, MoEOutput, Routing, before_drop
 from torchmoe.selection_bias import update_selection_bias
 
 if TYPE_CHECKING:
@@ -94,7 +102,9 @@ class MoE(nn.Module):
         selection_bias_centred: keeps the mean of the selection bias where it is.
         shared_experts: a module [T, H] -> [T, H] whose output is added for every token.
         routed_scaling_factor: multiplies the routed experts' output, not the shared ones'.
-        router: replaces the router: a module from x [T, H] to logits [T, E].
+        router: replaces the router: a module from gate inputs [T, G] to logits [T, E], such as
+            `CosineRouter` and `HashRouter`, or a `ContextRouter`, such as `SequenceRouter` and
+            `ExpertChoiceRouter`.
         experts: replaces the experts: anything called as experts(x, indices, weights) -> y [T, H].
         device: where the parameters are made.
         dtype: their dtype.
@@ -160,7 +170,7 @@ class MoE(nn.Module):
         check_not_negative("MoE", "balance_weight", balance_weight)
         if not isinstance(gate, Gate):
             raise TypeError(f"MoE: gate must be a Gate, got {gate!r}")
-        _check_groups(gate, num_experts, top_k)
+        check_groups(gate, num_experts, top_k)
         if capacity is not None and not isinstance(capacity, Capacity):
             raise TypeError(f"MoE: capacity must be a Capacity or None, got {capacity!r}")
         backup = None if capacity is None else capacity.backup
@@ -181,9 +191,9 @@ class MoE(nn.Module):
                 f'got "{fraction_choices}"'
             )
         check_not_negative("MoE", "selection_bias_rate", selection_bias_rate)
-        _check_part("router", router, num_experts=num_experts, hidden_size=hidden_size)
-        _check_part("experts", experts, num_experts=num_experts, hidden_size=hidden_size)
-        _check_part("assistance", assistance, num_experts=num_experts)
+        check_part("router", router, num_experts=num_experts, top_k=top_k)
+        check_part("experts", experts, num_experts=num_experts, hidden_size=hidden_size)
+        check_part("assistance", assistance, num_experts=num_experts)
 
         self.hidden_size = hidden_size
         self.num_experts = num_experts
@@ -213,11 +223,7 @@ class MoE(nn.Module):
                 device=device,
                 dtype=dtype,
             )
-        elif reader is not None and getattr(router, "usage", None) is None:
-            raise ValueError(
-                f"MoE: router must keep usage for {reader}, as Router(track_usage=True) does, "
-                "got one without"
-            )
+        check_usage(router, reader)
         if experts is None:
             if intermediate_size is None:
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
@@ -231,18 +237,23 @@ class MoE(nn.Module):
                 dtype=dtype,
             )
         self.router = router
+        normalize = gate.normalize
+        if normalize is None and isinstance(router, ContextRouter):
+            normalize = router.default_normalize
         self.estimator = build_estimator(gate.estimator)
         self.estimator.bind(
             top_k=top_k,
             num_experts=num_experts,
             hidden_size=hidden_size,
             score_function=gate.score_function,
-            normalize=gate.normalize,
+            normalize=normalize,
             num_groups=gate.num_groups,
             top_groups=gate.top_groups,
             device=device,
             dtype=dtype,
         )
+        check_choice_of_experts(router, gate, self.estimator, selection_bias_rate)
+        check_experts(experts, self.estimator)
         is_constant = top_k == 1 and self.estimator.normalize == "topk"
         if assistance is not None and is_constant and self.estimator.gate_estimator == "exact":
             raise ValueError(
@@ -286,6 +297,8 @@ class MoE(nn.Module):
         *,
         token_mask: Tensor | None = None,
         earlier_counts: Tensor | None = None,
+        router_input: Tensor | None = None,
+        decision: Decision | None = None,
     ) -> MoEOutput:
         """Decide, weigh, dispatch and compute, account.
 
@@ -299,6 +312,13 @@ class MoE(nn.Module):
                 fraction_choices "first", of their first choices). They are added to this call's
                 before the fractions of load_balancing_loss are formed. With fraction_from "batch"
                 and "global_batch" only.
+            router_input: x's leading dimensions and any others: what a router that looks at each
+                token alone reads instead of x, such as token ids for `HashRouter` or other vectors
+                [..., G]; a `ContextRouter` says what it takes. Floating-point entries of masked
+                tokens do not matter.
+            decision: the ids of another forward pass, its `routing.decision`, which take the place
+                of selection, assistance and capacity here. Weights, losses and gradients are formed
+                from this call's logits. With assistance the last column counts as its slots.
 
         Returns:
             hidden_states in x's shape: routed_scaling_factor times the routed experts' output plus
@@ -307,6 +327,7 @@ class MoE(nn.Module):
 
         Raises:
             RuntimeError: a shape or dtype does not fit.
+            TypeError: decision is no Decision.
             ValueError: the gate's exact gradient is zero everywhere (top_k = 1 with normalize
                 "topk", or normalize "uniform"), or earlier_counts have no meaning here.
         """
@@ -314,20 +335,30 @@ class MoE(nn.Module):
         num_tokens = tokens.shape[0] if mask is None else mask.sum()
 
         # 1. Logits: one per token and expert.
-        logits = self._logits(tokens)  # [T, E]
+        given = route(
+            self.router,
+            tokens.view(x.shape),
+            self.num_experts,
+            router_input=router_input,
+            token_mask=token_mask,
+        )
+        logits = given.logits  # [T, E]
 
         # 2. Decide which experts, who assists them, and what becomes of the slots that find them
         # full: integers only.
-        chosen = self.estimator.select(
-            logits, selection_bias=self.selection_bias, token_mask=mask
-        )  # [T, K]
-        selected = chosen if self.assistance is None else self.assistance(chosen)  # [T, K']
-        asking = self._asking_weights(logits, selected)  # [T, K'] or None
-        indices = self._limit(logits, selected, asking, num_tokens)  # [T, K']
+        asking = None
+        if decision is None:
+            chosen = self._choose(given, mask)  # [T, K]
+            selected = chosen if self.assistance is None else self.assistance(chosen)  # [T, K']
+            asking = self._asking_weights(logits, selected)  # [T, K'] or None
+            indices = self._limit(logits, selected, asking, num_tokens)  # [T, K']
+        else:
+            selected, indices = self._checked(decision, tokens.shape[0], mask)
+            chosen = selected if self.assistance is None else selected[:, :-1]
 
         # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise,
         # which concerns the normalisation alone.
-        weighed = self._weighed(selected, indices)  # [T, K']
+        weighed = self._weighed(selected, indices, decision is not None)  # [T, K']
         weights = asking
         if weights is None or weighed is not selected:
             weights = self.estimator.weigh(logits, weighed)  # [T, K']
@@ -354,7 +385,7 @@ class MoE(nn.Module):
             )
         }
         aux_loss = self.balance_weight * losses["load_balancing_loss"]
-        given = LossInputs(
+        loss_inputs = LossInputs(
             logits=logits,
             weights=weights,
             indices=weighed,
@@ -364,7 +395,7 @@ class MoE(nn.Module):
             top_k=self.top_k,
         )
         for name, term, weight in self._weighted_losses():
-            losses[name] = term(given)
+            losses[name] = term(loss_inputs)
             aux_loss = aux_loss + weight * losses[name]
 
         routing = Routing(
@@ -377,6 +408,7 @@ class MoE(nn.Module):
             kept_per_expert=kept_per_expert,
             losses=losses,
             statistics=statistics,
+            details={} if given.details is None else dict(given.details),
         )
         return MoEOutput(y.reshape(x.shape), aux_loss, routing)
 
@@ -475,15 +507,35 @@ class MoE(nn.Module):
         # router's gradient.
         return tokens.masked_fill(~mask.unsqueeze(-1), 0), mask
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        logits = cast(Tensor, self.router(tokens))
-        if logits.shape != (tokens.shape[0], self.num_experts):
-            raise RuntimeError(
-                "MoE: router must return [num_tokens, num_experts] = "
-                f"[{tokens.shape[0]}, {self.num_experts}], got shape {list(logits.shape)}"
+    def _choose(self, given: RouterOutput, mask: Tensor | None) -> Tensor:
+        """The choice of the router where it makes one, else the estimator's."""
+        if given.indices is None:
+            return self.estimator.select(
+                given.logits, selection_bias=self.selection_bias, token_mask=mask
             )
-        # A router of the user's own may return a 16-bit type, under autocast at the latest.
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return given.indices if mask is None else given.indices.masked_fill(~mask[:, None], -1)
+
+    def _checked(
+        self, decision: Decision, num_tokens: int, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The ids of another pass, none of a masked token."""
+        if len(decision) != 2:
+            raise TypeError(
+                "MoE: decision must be a Decision, such as moe(x).routing.decision, "
+                f"got {type(decision).__name__}"
+            )
+        selected, indices = decision
+        columns = selected.shape[1] if selected.dim() == 2 else self.top_k
+        for name, ids in (("selected", selected), ("indices", indices)):
+            if ids.dtype != torch.int64 or ids.shape != (num_tokens, columns):
+                raise RuntimeError(
+                    f"MoE: decision.{name} must be int64 of shape [num_tokens, top_k] = "
+                    f"[{num_tokens}, {columns}], got {ids.dtype} of shape {list(ids.shape)}"
+                )
+        if mask is None:
+            return selected, indices
+        unmasked = mask.unsqueeze(1)
+        return selected.where(unmasked, -1), indices.where(unmasked, -1)
 
     def _asking_weights(self, logits: Tensor, selected: Tensor) -> Tensor | None:
         """The weights with which slots ask for room, where those decide who gets it.
@@ -525,14 +577,15 @@ class MoE(nn.Module):
             num_experts=self.num_experts,
         )
 
-    def _weighed(self, selected: Tensor, indices: Tensor) -> Tensor:
+    def _weighed(self, selected: Tensor, indices: Tensor, replayed: bool) -> Tensor:
         """The ids that weights are formed for."""
         capacity = self.capacity
-        if capacity is None:
-            return selected
-        if capacity.normalize == "after_drop" and self.estimator.normalize != "none":
-            return indices
-        return selected if capacity.overflow == "drop" else before_drop(selected, indices)
+        if capacity is not None:
+            if capacity.normalize == "after_drop" and self.estimator.normalize != "none":
+                return indices
+            replayed = replayed or capacity.overflow != "drop"
+        # A replayed decision may be that of a layer which reroutes.
+        return before_drop(selected, indices) if replayed else selected
 
     def _add_shared(self, y: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if self._routed_scaling_factor is not None:
@@ -599,25 +652,3 @@ class MoE(nn.Module):
                 f"MoE: earlier_counts must be integers [num_experts] = [{self.num_experts}], "
                 f"got {earlier_counts.dtype} of shape {list(earlier_counts.shape)}"
             )
-
-
-def _check_groups(gate: Gate, num_experts: int, top_k: int) -> None:
-    """Raises ValueError where the groups do not fit the layer's sizes."""
-    if num_experts % gate.num_groups:
-        raise ValueError(
-            f"MoE: gate.num_groups must divide num_experts {num_experts}, got {gate.num_groups}"
-        )
-    offered = gate.top_groups * num_experts // gate.num_groups
-    if top_k > offered:
-        raise ValueError(
-            f"MoE: top_k must be in [1, {offered}], the experts of gate.top_groups "
-            f"{gate.top_groups}, got {top_k}"
-        )
-
-
-def _check_part(argument: str, part: object, **sizes: int) -> None:
-    """Raises ValueError if a replaced part says that it was made for other sizes."""
-    for name, expected in sizes.items():
-        actual = getattr(part, name, expected)
-        if actual != expected:
-            raise ValueError(f"MoE: {argument} must have {name} {expected}, got {actual}")

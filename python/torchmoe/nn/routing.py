@@ -7,6 +7,15 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class Decision(NamedTuple):
+    """The ids of a forward pass, which another one can be made to take."""
+
+    selected: Tensor
+    """[T, K] int64: ids before capacity."""
+    indices: Tensor
+    """[T, K] int64: ids as routed."""
+
+
 class Routing(NamedTuple):
     """What the layer decided and how it accounts for it; T counts the flattened tokens.
 
@@ -37,6 +46,13 @@ class Routing(NamedTuple):
     """
     statistics: Any
     """What the estimator's combine returned next to the output, or None."""
+    details: dict[str, Tensor]
+    """What the router returned next to the logits, such as pooling weights; the graph's own."""
+
+    @property
+    def decision(self) -> Decision:
+        """What `MoE.forward` takes as decision to route another pass in the same way."""
+        return Decision(self.selected, self.indices)
 
 
 class MoEOutput(NamedTuple):

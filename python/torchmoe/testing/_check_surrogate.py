@@ -14,6 +14,7 @@ from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
+from torchmoe.nn.routers.context_router import route
 from torchmoe.nn.routing import MoEOutput, before_drop
 from torchmoe.testing._gradcheck import (
     Observation,
@@ -206,7 +207,8 @@ class _Surrogate(nn.Module):
         """The y of the formula: [T, H]."""
         tokens = _counted(x, token_mask)
         y = self.moe.experts(tokens, self.routing.indices, self.routing.weights)
-        weights = self._weights(self.moe.router(tokens))
+        logits = route(self.moe.router, tokens, self.moe.num_experts, token_mask=token_mask).logits
+        weights = self._weights(logits)
         assert weights is not None
         assert self.weights is not None
         moved = _counted(weights - self.weights, token_mask)

@@ -15,6 +15,7 @@ from torchmoe.nn import MoE
 from torchmoe.nn._checks import check_at_least
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators
+from torchmoe.nn.routers.context_router import route
 from torchmoe.testing._gradcheck import same_draws
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ class _Bench:
 
     def peak_bytes(self, estimator: Estimator) -> int:
         """The memory of the estimator's step."""
-        return _peak_bytes(lambda: self._step(estimator), self._device)
+        return peak_bytes(lambda: self._step(estimator), self._device)
 
     def _train(self, estimator: Estimator) -> MoE:
         self._layer.estimator = estimator
@@ -267,7 +268,7 @@ class _Bench:
     def _dense_output(self, x: Tensor) -> Tensor:
         layer = self._layer.eval()
         tokens = x.reshape(-1, layer.hidden_size)
-        logits = layer.router(tokens)  # [T, E]
+        logits = route(layer.router, x, layer.num_experts).logits  # [T, E]
         everyone = torch.arange(layer.num_experts, device=x.device).expand(logits.shape)
         probs = self._own_estimator.probs(logits)
         return layer.experts(tokens, everyone, probs).reshape(x.shape)
@@ -358,7 +359,7 @@ def _errors(drawn: Tensor, dense: Tensor) -> Tensor:
     ).cpu()
 
 
-def _peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
     """The most memory that torch's allocator holds for run() at one time.
 
     On the CPU what a kernel allocates on another thread than its caller's is not seen.

@@ -42,6 +42,7 @@ def make_routing(
         kept_per_expert=count(indices, experts),
         losses={},
         statistics=None,
+        details={},
     )
 
 

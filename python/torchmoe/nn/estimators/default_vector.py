@@ -45,6 +45,7 @@ class DefaultVector(Estimator):
     normalizes = ("none",)
     refusal = "whose coefficients w and p would no longer add up to 1"
     settings = ("decay",)
+    takes_experts_alone = True
     default_vectors: Tensor
 
     def __init__(self, decay: float = 0.99) -> None:

@@ -56,6 +56,8 @@ class Estimator(nn.Module):
         score_functions: the score functions that the estimator is defined for.
         normalizes: the normalisations that it is defined for.
         takes_groups: whether its selection heeds the gate's groups.
+        draws: whether its selection is a draw for each token.
+        takes_experts_alone: whether `combine` asks for the output of each expert by itself.
         refusal: why it is not defined for the others: the end of that error's requirement.
         settings: the names of its own attributes that repr shows.
     """
@@ -71,6 +73,8 @@ class Estimator(nn.Module):
     score_functions: tuple[str, ...] = SCORE_FUNCTIONS
     normalizes: tuple[str, ...] = NORMALIZES
     takes_groups: bool = True
+    draws: bool = False
+    takes_experts_alone: bool = False
     refusal: str = ""
     settings: tuple[str, ...] = ()
     _layer: dict[str, Any] | None = None  # what bind was told

@@ -30,6 +30,7 @@ class GumbelStraightThrough(StraightThrough):
     """
 
     settings = ("temperature",)
+    draws = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()

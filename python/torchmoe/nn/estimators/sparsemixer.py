@@ -50,6 +50,7 @@ class SparseMixer(Estimator):
     takes_groups = False
     refusal = "whose gradient is that of a draw from the softmax"
     settings = ("jitter",)
+    draws = True
 
     def __init__(self, jitter: float = 0.01) -> None:
         super().__init__()

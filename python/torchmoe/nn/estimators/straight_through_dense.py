@@ -27,6 +27,7 @@ class StraightThroughDense(Estimator):
 
     # The weights' own gradient is not used; this one is defined for every normalisation.
     gate_estimator = "straight_through"
+    takes_experts_alone = True
 
     def combine(
         self,

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.nn._buffers import keep_wide
 from torchmoe.nn._checks import Level, check_at_least
-
-# Weight of the past in the running average of usage: a memory of about a hundred steps.
-_USAGE_DECAY = 0.99
+from torchmoe.nn.routers._usage import UsageTracking
 
 
-class Router(nn.Module):
+class Router(UsageTracking):
     """A linear map to one logit per expert, with noise for exploration if wanted.
 
     The noise is drawn in training mode only, from torch's default generator, so that activation
@@ -51,7 +47,6 @@ class Router(nn.Module):
 
     input_jitter = Level()
     logit_noise = Level()
-    usage: Tensor | None
     _input_jitter: float | None
     _logit_noise: float | None
 
@@ -75,8 +70,6 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.input_jitter = input_jitter
         self.logit_noise = logit_noise
-        self.usage_scaling = usage_scaling
-        self.usage_decay = _USAGE_DECAY
 
         self.weight = nn.Parameter(
             torch.empty(num_experts, hidden_size, device=device, dtype=dtype)
@@ -85,11 +78,9 @@ class Router(nn.Module):
             self.bias = nn.Parameter(torch.empty(num_experts, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
-        usage = None
-        if usage_scaling or track_usage:
-            usage_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            usage = torch.empty(num_experts, device=device, dtype=usage_dtype)
-        self.register_buffer("usage", usage)
+        self.register_usage(
+            usage_scaling=usage_scaling, track_usage=track_usage, device=device, dtype=dtype
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -98,8 +89,7 @@ class Router(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
-        if self.usage is not None:
-            nn.init.constant_(self.usage, 1.0 / self.num_experts)
+        self.reset_usage()
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits of each token.
@@ -110,10 +100,8 @@ class Router(nn.Module):
         Returns:
             logits [T, E], float32 (float64 for float64), also under autocast.
         """
-        weight: Tensor = self.weight
+        weight = self.scale_by_usage(self.weight)
         bias: Tensor | None = self.bias
-        if self.usage_scaling and self.usage is not None:
-            weight = ops.scale_gradient(weight, (1 - self.usage).unsqueeze(-1))
         if self.training and (eps := self._input_jitter) is not None:
             # In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside
             # anyway.
@@ -126,23 +114,6 @@ class Router(nn.Module):
             logits = logits + deviation * torch.randn_like(logits)
         return logits
 
-    @torch.no_grad()
-    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
-        """Moves usage towards the shares of one step.
-
-        Changes nothing where no usage is kept, or when no token was counted.
-
-        Args:
-            tokens_per_expert: [E] integers: slots per expert, summed over micro-batches and
-                processes.
-            num_slots: integer scalar: their sum.
-        """
-        if self.usage is None:
-            return
-        share = tokens_per_expert.to(self.usage.dtype) / num_slots.clamp(min=1)
-        moved = self.usage_decay * self.usage + (1 - self.usage_decay) * share
-        self.usage.copy_(torch.where(num_slots > 0, moved, self.usage))
-
     def extra_repr(self) -> str:
         """The sizes and whatever differs from the defaults."""
         parts = [f"hidden_size={self.hidden_size}", f"num_experts={self.num_experts}"]
@@ -152,13 +123,4 @@ class Router(nn.Module):
             parts.append(f"input_jitter={self.input_jitter}")
         if self.logit_noise:
             parts.append(f"logit_noise={self.logit_noise}")
-        if self.usage_scaling:
-            parts.append("usage_scaling=True")
-        elif self.usage is not None:
-            parts.append("track_usage=True")
-        return ", ".join(parts)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        with keep_wide(self, "usage"):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        return ", ".join([*parts, *self.usage_repr()])

@@ -1,0 +1,173 @@
+"""Experts that talk: a token's experts see each other's outputs before those are added up."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._checks import check_at_least
+from torchmoe.nn.estimators.estimator import ExpertFunction
+
+
+class ExpertCommunication(nn.Module):
+    """Experts of any kind whose outputs exchange information between the slots of a token.
+
+        o_j = E_{i_j}(x), the output of slot j
+        c_j = attention of slot j over the token's routed slots: queries, keys and values are linear
+              in o / rms(o)
+        y   = sum over j of w_j (o_j + W_out c_j)
+
+    W_out starts at 0, so that the layer starts as one without. Slots that are not routed take no
+    part. A token with fewer than two routed slots has nobody to talk to and gets sum w_j o_j, so
+    that with top_k = 1 the layer is the one without. The two projections take 6 T K H S and 2 T H S
+    FLOPs forward, S = size. The inputs and outputs of all slots are kept for the backward pass,
+    [T K, H] each.
+
+    It takes the place of the experts it holds: MoE(..., experts=ExpertCommunication(Experts(...))).
+    An estimator that asks for each expert's output alone cannot go with it.
+
+    Args:
+        experts: anything called as experts(x, indices, weights) -> y [T, H].
+        hidden_size: H.
+        num_experts: E.
+        size: width of queries, keys and values together over the heads.
+        num_heads: attention heads, a divisor of size.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Attributes:
+        experts: see above.
+        qkv_proj: [3 * size, H] parameter.
+        out_proj: [H, size] parameter.
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is below 1, num_heads does not divide size, or the experts say that they
+            were made for other sizes.
+    """
+
+    mixes_slots = True
+
+    def __init__(
+        self,
+        experts: ExpertFunction,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        size: int = 32,
+        num_heads: int = 2,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_experts", num_experts),
+            ("size", size),
+            ("num_heads", num_heads),
+        ):
+            check_at_least("ExpertCommunication", name, value, 1)
+        if size % num_heads:
+            raise ValueError(
+                f"ExpertCommunication: num_heads must divide size {size}, got {num_heads}"
+            )
+        for name, expected in (("hidden_size", hidden_size), ("num_experts", num_experts)):
+            if (actual := getattr(experts, name, expected)) != expected:
+                raise ValueError(
+                    f"ExpertCommunication: experts must have {name} {expected}, got {actual}"
+                )
+        self.experts = experts
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.size = size
+        self.num_heads = num_heads
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.qkv_proj = parameter(3 * size, hidden_size)
+        self.out_proj = parameter(hidden_size, size)
+        self._reset_own()
+
+    def reset_parameters(self) -> None:
+        """Draws the projections as nn.Linear does, but for W_out, 0; and the experts' anew."""
+        self._reset_own()
+        if callable(reset := getattr(self.experts, "reset_parameters", None)):
+            reset()
+
+    def _reset_own(self) -> None:
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        nn.init.uniform_(self.qkv_proj, -bound, bound)
+        nn.init.zeros_(self.out_proj)
+
+    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of each token's experts, after they have talked.
+
+        Args:
+            x: [T, H] in the dtype of the parameters.
+            indices: [T, K] int64; an id outside [0, E) is not routed.
+            weights: [T, K].
+
+        Returns:
+            y [T, H] in the dtype that the experts return.
+        """
+        routed = (indices >= 0) & (indices < self.num_experts)  # [T, K]
+        plan = _in_slot_order(indices)
+        # 1. Each slot's output: the experts see it as a token of its own with weight 1.
+        alone = indices.reshape(-1, 1)  # [N, 1]
+        outputs = self.experts(ops.permute(x, plan), alone, weights.new_ones(alone.shape))  # [N, H]
+        # 2. What the slots of a token say to each other.
+        said = self._exchange(outputs, routed)  # [N, S]
+        # 3. Add up. The last projection is the same for all slots, so that it comes after the sum.
+        weights = weights.masked_fill(~routed, 0)
+        y = ops.unpermute(outputs, weights, plan)
+        heard = ops.unpermute(said, weights.to(said.dtype), plan)  # [T, S]
+        return y + _linear(heard.to(self.out_proj.dtype), self.out_proj).to(y.dtype)
+
+    def _exchange(self, outputs: Tensor, routed: Tensor) -> Tensor:
+        """What each slot hears: [N, S], float32 or wider, 0 where there is nobody to talk to."""
+        qkv = _linear(outputs, self.qkv_proj)  # [N, 3 * S]
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        # A row's length only scales its product, so that no normed copy [N, H] is kept.
+        length = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=wide)
+        rms = (length.square() / self.hidden_size + torch.finfo(wide).eps).sqrt()  # [N, 1]
+        slots = (qkv.to(wide) / rms).view(
+            *routed.shape, 3, self.num_heads, self.size // self.num_heads
+        )
+        q, k, v = slots.permute(2, 0, 3, 1, 4)  # [T, heads, K, D] each
+        talks = (routed.sum(dim=1, keepdim=True) > 1) & routed  # [T, K]
+        # Sums and quotients, since torch.matmul and the gradient of torch's softmax have other bits
+        # for other numbers of threads.
+        scores = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) / math.sqrt(q.shape[-1])
+        lowest = torch.finfo(wide).min  # -inf would leave NaN where nobody talks
+        scores = scores.masked_fill(~talks[:, None, None, :], lowest)
+        powers = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
+        attention = powers / powers.sum(dim=-1, keepdim=True)
+        said = (attention.unsqueeze(-1) * v.unsqueeze(2)).sum(3)  # [T, heads, K, D]
+        heard: Tensor = said.transpose(1, 2).masked_fill(~talks[:, :, None, None], 0)
+        return heard.reshape(-1, self.size)
+
+    def extra_repr(self) -> str:
+        """The sizes, and experts that are no module."""
+        text = (
+            f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, size={self.size}, "
+            f"num_heads={self.num_heads}"
+        )
+        is_module = isinstance(self.experts, nn.Module)
+        return text if is_module else text + f", experts={self.experts!r}"
+
+
+def _in_slot_order(indices: Tensor) -> ops.DispatchPlan:
+    """A plan whose rows are the slots in their own order."""
+    slots = torch.arange(indices.numel(), device=indices.device)
+    offsets = torch.arange(2, device=indices.device) * indices.numel()
+    return ops.DispatchPlan(offsets, slots, slots.view(indices.shape))
+
+
+def _linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """The rows [N, H] times weight [O, H] transposed, with the same bits for any thread count."""
+    offsets = torch.arange(2, device=rows.device) * rows.shape[0]
+    return ops.grouped_linear(rows, weight.unsqueeze(0), None, offsets)

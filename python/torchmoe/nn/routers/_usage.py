@@ -1,0 +1,96 @@
+"""What routers with a parameter for each expert have in common: the experts' usage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._buffers import keep_wide
+
+# Weight of the past in the running average: a memory of about a hundred steps.
+_USAGE_DECAY = 0.99
+
+Self = TypeVar("Self", bound="UsageTracking")
+
+
+class UsageTracking(nn.Module):
+    """Keeps the running share of the slots of each expert where that is wanted.
+
+    Attributes:
+        num_experts: E.
+        usage: [E] buffer, float32 or wider, or None.
+        usage_decay: weight of the past in that average, 0.99.
+        usage_scaling: whether `scale_by_usage` does anything.
+    """
+
+    num_experts: int
+    usage: Tensor | None
+    usage_decay: float
+    usage_scaling: bool
+
+    def register_usage(
+        self,
+        *,
+        usage_scaling: bool,
+        track_usage: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Makes the buffer, empty, if one of the two is true.
+
+        Args:
+            usage_scaling: see `scale_by_usage`.
+            track_usage: keeps usage for other readers.
+            device: where the parameters are.
+            dtype: their dtype.
+        """
+        self.usage_scaling = usage_scaling
+        self.usage_decay = _USAGE_DECAY
+        usage = None
+        if usage_scaling or track_usage:
+            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            usage = torch.empty(self.num_experts, device=device, dtype=wide)
+        self.register_buffer("usage", usage)
+
+    def reset_usage(self) -> None:
+        """Sets usage to 1 / E."""
+        if self.usage is not None:
+            nn.init.constant_(self.usage, 1.0 / self.num_experts)
+
+    def scale_by_usage(self, weight: Tensor) -> Tensor:
+        """The weight [E, ...], its gradient in row i times 1 - usage_i where that is wanted."""
+        if not self.usage_scaling or self.usage is None:
+            return weight
+        return ops.scale_gradient(weight, (1 - self.usage).unsqueeze(-1))
+
+    @torch.no_grad()
+    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
+        """Moves usage towards the shares of one step.
+
+        Changes nothing where no usage is kept, or when no token was counted.
+
+        Args:
+            tokens_per_expert: [E] integers: slots per expert, summed over micro-batches and
+                processes.
+            num_slots: integer scalar: their sum.
+        """
+        if self.usage is None:
+            return
+        share = tokens_per_expert.to(self.usage.dtype) / num_slots.clamp(min=1)
+        moved = self.usage_decay * self.usage + (1 - self.usage_decay) * share
+        self.usage.copy_(torch.where(num_slots > 0, moved, self.usage))
+
+    def usage_repr(self) -> list[str]:
+        """What extra_repr says of it."""
+        if self.usage_scaling:
+            return ["usage_scaling=True"]
+        return [] if self.usage is None else ["track_usage=True"]
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with keep_wide(self, "usage"):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self

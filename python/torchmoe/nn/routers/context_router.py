@@ -1,0 +1,177 @@
+"""Routers that read more than one token at a time, or choose the experts themselves.
+
+A router that looks at each token alone is any module from the gate inputs [T, G] to logits [T, E].
+One that looks at a whole sequence or batch, or gives a choice instead of logits, is a
+`ContextRouter`. `route` calls either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class RouterOutput(NamedTuple):
+    """What a `ContextRouter` returns."""
+
+    logits: Tensor
+    """[..., E]: x's leading dimensions, one row for each token."""
+    indices: Tensor | None = None
+    """[..., K'] int64, best first, where the router chooses itself; -1 = not routed."""
+    details: Mapping[str, Tensor] | None = None
+    """What there is to look at, by name; `Routing.details` passes it on."""
+
+
+class ContextRouter(nn.Module):
+    """Base class of routers that see x as the layer got it, with its sequences.
+
+    One of your own overrides `forward`:
+
+        class Neighbour(ContextRouter):
+            def __init__(self, hidden_size, num_experts):
+                super().__init__()
+                self.num_experts = num_experts
+                self.linear = torch.nn.Linear(2 * hidden_size, num_experts)
+
+            def forward(self, x, router_input=None, token_mask=None):
+                before = torch.nn.functional.pad(x, (0, 0, 1, -1))  # each token's predecessor
+                return RouterOutput(self.linear(torch.cat([x, before], dim=-1)))
+
+    Attributes:
+        num_experts: E.
+        looks_ahead: why a token's decision may depend on later tokens of its sequence, as the end
+            of a sentence that begins with the router's name; None if it never does. A causal
+            language model must not use a router that looks ahead: what its held-out loss says would
+            not be true of text that is yet to be written.
+        decides_for: "token", or "sequence" where all tokens of a sequence get one decision, which
+            an estimator that draws the experts of each token would break.
+        chooses: whether it returns indices; the estimator's `select` is then not called.
+        default_normalize: the normalisation of the weights where the gate leaves the choice; None
+            leaves it to the estimator.
+    """
+
+    num_experts: int
+    looks_ahead: str | None = None
+    decides_for: str = "token"
+    chooses: bool = False
+    default_normalize: str | None = None
+
+    def forward(
+        self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> RouterOutput:
+        """Scores the experts, or chooses them, for every token.
+
+        Args:
+            x: [..., H], the layer's input, 0 where token_mask is False.
+            router_input: what `MoE.forward` was given, 0 where token_mask is False; or None.
+            token_mask: x's leading dimensions, bool, True = the token counts.
+
+        Returns:
+            Logits, and whatever else there is.
+        """
+        raise NotImplementedError
+
+
+def route(
+    router: nn.Module,
+    x: Tensor,
+    num_experts: int,
+    *,
+    router_input: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> RouterOutput:
+    """Calls a router of either kind.
+
+    Args:
+        router: a `ContextRouter`, or any module from gate inputs [T, G] to logits [T, E], which
+            reads router_input instead of x where that is given.
+        x: [..., H], 0 where token_mask is False.
+        num_experts: E.
+        router_input: see `MoE.forward`.
+        token_mask: x's leading dimensions, bool.
+
+    Returns:
+        logits [T, E], float32 or wider, indices [T, K'] or None, and details as they are.
+
+    Raises:
+        RuntimeError: router_input or what the router returns has another shape or dtype.
+        TypeError: a ContextRouter returns something else than a RouterOutput, another router
+            something else than a tensor, or a router indices although it does not choose.
+    """
+    leading = x.shape[:-1]
+    num_tokens = math.prod(leading)
+    if router_input is not None:
+        router_input = _checked(router_input, leading, token_mask)
+    if isinstance(router, ContextRouter):
+        given: Any = router(x, router_input, token_mask)
+        if not isinstance(given, RouterOutput):
+            raise TypeError(f"MoE: router must return a RouterOutput, got {type(given).__name__}")
+        if given.indices is not None and not router.chooses:
+            raise TypeError(
+                "MoE: router must have chooses = True to return indices, "
+                f"got {type(router).__name__} without"
+            )
+        logits, expected = given.logits, [*leading, num_experts]
+        name = "[..., num_experts]"
+    else:
+        read = x if router_input is None else router_input
+        tokens = read.reshape(num_tokens, *read.shape[len(leading) :])
+        given = RouterOutput(cast(Tensor, router(tokens)))
+        logits, expected = given.logits, [num_tokens, num_experts]
+        name = "[num_tokens, num_experts]"
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"MoE: router must return logits, a tensor, got {type(logits).__name__}")
+    if list(logits.shape) != expected:
+        raise RuntimeError(
+            f"MoE: router must return {name} = {expected}, got shape {list(logits.shape)}"
+        )
+    # A router of the user's own may return a 16-bit type, under autocast at the latest.
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.reshape(num_tokens, num_experts).to(wide)
+    return RouterOutput(logits, _flat_indices(given.indices, leading, num_tokens), given.details)
+
+
+def _checked(router_input: Tensor, leading: torch.Size, token_mask: Tensor | None) -> Tensor:
+    """The gate's own input, with nothing in it where no token counts."""
+    if router_input.shape[: len(leading)] != leading:
+        raise RuntimeError(
+            f"MoE: router_input must have x's leading dimensions {list(leading)}, "
+            f"got shape {list(router_input.shape)}"
+        )
+    if token_mask is None:
+        return router_input
+    added = router_input.dim() - len(leading)
+    return router_input.masked_fill(~token_mask.reshape(*leading, *(1,) * added), 0)
+
+
+def _flat_indices(indices: Tensor | None, leading: torch.Size, num_tokens: int) -> Tensor | None:
+    if indices is None:
+        return None
+    if indices.dtype != torch.int64 or indices.shape[:-1] != leading:
+        raise RuntimeError(
+            f"MoE: router must return indices of int64 with leading dimensions {list(leading)}, "
+            f"got {indices.dtype} of shape {list(indices.shape)}"
+        )
+    return indices.reshape(num_tokens, indices.shape[-1])
+
+
+def scoring_part(owner: str, router: nn.Module) -> nn.Module:
+    """A router for use inside another; raises TypeError unless it scores each token alone."""
+    if not isinstance(router, nn.Module) or isinstance(router, ContextRouter):
+        raise TypeError(
+            f"{owner}: router must be a module that scores each token alone, "
+            f"such as Router or CosineRouter, got {type(router).__name__}"
+        )
+    return router
+
+
+def size_of(owner: str, router: nn.Module, *names: str) -> int:
+    """The size that a router tells under one of these names; raises TypeError if under none."""
+    for name in names:
+        if isinstance(size := getattr(router, name, None), int):
+            return size
+    raise TypeError(f"{owner}: router must have {names[0]}, got {type(router).__name__}")

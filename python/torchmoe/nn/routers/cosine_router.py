@@ -1,0 +1,162 @@
+"""Experts as directions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._checks import check_at_least
+from torchmoe.nn.routers._unit import percent, unit
+from torchmoe.nn.routers._usage import UsageTracking
+
+
+class CosineRouter(UsageTracking):
+    """Logits by direction alone: the cosine of a token and an expert in a space of few dimensions.
+
+        logit_i = cos(P x, e_i) / tau,   tau = max(exp(log_temperature), min_temperature)
+
+    P projects, e_i is the expert's embedding. The length of neither matters, so that tokens have no
+    reason to gather around the experts' embeddings (X-MoE, Chi et al., arXiv 2204.09179). Where tau
+    is at its least, log_temperature gets no gradient.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        projection_size: P's rows, the dimensions of the space; None is half the number of experts,
+            at least 2.
+        temperature: tau at first. Logits are within 1 / tau of 0.
+        min_temperature: the least tau may become.
+        usage_scaling: multiplies the gradient of expert i's row of `embeddings` by 1 - usage_i, see
+            `Router`.
+        track_usage: keeps `usage`, see `Router`.
+        device: where the parameters are made.
+        dtype: their dtype.
+
+    Attributes:
+        projection: [G, H] parameter, G = projection_size.
+        embeddings: [E, G] parameter.
+        log_temperature: scalar parameter.
+        usage: [E] buffer or None, see `Router`.
+        usage_decay: weight of the past in it, 0.99.
+
+    Raises:
+        ValueError: a size is below 1, or not 0 < min_temperature <= temperature.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        *,
+        projection_size: int | None = None,
+        temperature: float = 0.3,
+        min_temperature: float = 0.01,
+        usage_scaling: bool = False,
+        track_usage: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_at_least("CosineRouter", "hidden_size", hidden_size, 1)
+        check_at_least("CosineRouter", "num_experts", num_experts, 1)
+        if projection_size is None:
+            projection_size = max(2, num_experts // 2)
+        check_at_least("CosineRouter", "projection_size", projection_size, 1)
+        if not 0 < min_temperature <= temperature < math.inf:
+            raise ValueError(
+                "CosineRouter: temperature must be finite and at least min_temperature > 0, "
+                f"got {temperature} and min_temperature {min_temperature}"
+            )
+        self.hidden_size = hidden_size
+        self.num_experts = num_experts
+        self.projection_size = projection_size
+        self.min_temperature = min_temperature
+        self._first_temperature = temperature
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.projection = parameter(projection_size, hidden_size)
+        self.embeddings = parameter(num_experts, projection_size)
+        self.log_temperature = parameter()
+        self.register_usage(
+            usage_scaling=usage_scaling, track_usage=track_usage, device=device, dtype=dtype
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws P as nn.Linear does and the embeddings in any direction; sets tau and usage."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        nn.init.uniform_(self.projection, -bound, bound)
+        nn.init.normal_(self.embeddings)
+        nn.init.constant_(self.log_temperature, math.log(self._first_temperature))
+        self.reset_usage()
+
+    @property
+    def temperature(self) -> Tensor:
+        """Tau, a scalar, float32 or wider."""
+        return _wide(self.log_temperature).exp().clamp(min=self.min_temperature)
+
+    def gate_input(self, x: Tensor) -> Tensor:
+        """The tokens' directions.
+
+        Args:
+            x: [T, H] in the dtype of the parameters.
+
+        Returns:
+            [T, G], float32 or wider, each of length 1 (0 for a token that projects to 0).
+        """
+        return unit(ops.router_logits(x, self.projection))
+
+    @property
+    def directions(self) -> Tensor:
+        """The experts' embeddings at length 1: [E, G], float32 or wider."""
+        return unit(_wide(self.scale_by_usage(self.embeddings)))
+
+    @property
+    def rows(self) -> Tensor:
+        """What `gate_input` is multiplied with, directions / tau: [E, G]."""
+        # One factor for each expert: the sum over all numbers at once, which the gradient of a
+        # single factor is, depends on the number of threads.
+        factor = self.temperature.reciprocal().expand(self.num_experts)
+        return factor.unsqueeze(1) * self.directions
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits of each token.
+
+        Args:
+            x: [T, H] in the dtype of the parameters.
+
+        Returns:
+            logits [T, E], float32 (float64 for float64), also under autocast.
+        """
+        return ops.router_logits(self.gate_input(x), self.rows)
+
+    @torch.no_grad()
+    def match_percentages(self, x: Tensor) -> Tensor:
+        """How well each expert's direction matches each token's, as people read it.
+
+        Args:
+            x: [T, H] in the dtype of the parameters.
+
+        Returns:
+            [T, E], 50 (1 + cosine): 100 % the same direction, 50 % unrelated, 0 % the opposite one.
+        """
+        return percent(ops.router_logits(self.gate_input(x), self.directions))
+
+    def extra_repr(self) -> str:
+        """The sizes and whatever differs from the defaults."""
+        parts = [
+            f"hidden_size={self.hidden_size}",
+            f"num_experts={self.num_experts}",
+            f"projection_size={self.projection_size}",
+            f"min_temperature={self.min_temperature}",
+        ]
+        return ", ".join([*parts, *self.usage_repr()])
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,156 @@
+"""Experts that pick their tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.capacity import expert_capacity
+from torchmoe.nn._checks import check_at_least, check_choice
+from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, scoring_part, size_of
+
+AMONG = ("batch", "sequence")
+
+
+class ExpertChoiceRouter(ContextRouter):
+    """Every expert picks the tokens that it scores highest, as many as any other expert.
+
+    An expert picks ceil(top_k T / E) tokens by softmax(logits), ties to the earlier token, so that
+    the load is even by construction and a token gets top_k experts on average: none, some, or all
+    (Zhou et al., arXiv 2202.09368). The weights are the scores themselves where the gate leaves the
+    normalisation open.
+
+    Whether an expert picks a token depends on all other tokens that it could pick, so that a causal
+    language model cannot use it; with `among` "batch" also on the other sequences.
+
+    Args:
+        router: scores the tokens: Router, CosineRouter, or any module [T, H] -> [T, E].
+        top_k: K, that of the layer: experts per token on average.
+        among: whose tokens an expert picks from: those of the "batch", or of each "sequence" on its
+            own (the last leading dimension of x), ceil(top_k S / E) of each.
+        most_per_token: columns of the result, K': a token keeps the best of the experts that picked
+            it, at most so many, and is lost to the others. None is E, so that none is lost.
+
+    Attributes:
+        router: see above.
+
+    Raises:
+        TypeError: a size is not an int, or router no module that scores each token alone.
+        ValueError: a value is out of range.
+    """
+
+    chooses = True
+    default_normalize = "none"
+
+    def __init__(
+        self,
+        router: nn.Module,
+        top_k: int,
+        *,
+        among: str = "batch",
+        most_per_token: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.router = scoring_part("ExpertChoiceRouter", router)
+        self.num_experts = size_of("ExpertChoiceRouter", router, "num_experts", "out_features")
+        check_choice("ExpertChoiceRouter", "among", among, AMONG)
+        most = self.num_experts if most_per_token is None else most_per_token
+        for name, value in (("top_k", top_k), ("most_per_token", most)):
+            check_at_least("ExpertChoiceRouter", name, value, 1)
+            if value > self.num_experts:
+                raise ValueError(
+                    f"ExpertChoiceRouter: {name} must be in [1, {self.num_experts}], got {value}"
+                )
+        self.top_k = top_k
+        self.among = among
+        self.most_per_token = most
+        self.looks_ahead = (
+            f"lets experts pick from all tokens of a {among}, and whether an early one is picked "
+            "depends on later ones"
+        )
+
+    @property
+    def usage(self) -> Tensor | None:
+        """That of the router inside."""
+        return getattr(self.router, "usage", None)
+
+    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
+        """Moves the usage of the router inside, see `Router.update`."""
+        cast(Any, self.router).update(tokens_per_expert, num_slots)
+
+    def reset_parameters(self) -> None:
+        """Gives the router inside its first values again."""
+        if callable(reset := getattr(self.router, "reset_parameters", None)):
+            reset()
+
+    def forward(
+        self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> RouterOutput:
+        """The experts that picked each token.
+
+        Args:
+            x: [..., H] in the dtype of the router's parameters; [..., S, H] with among "sequence".
+            router_input: [..., G], scored instead of x where given.
+            token_mask: x's leading dimensions, bool; no expert picks a token where it is False.
+
+        Returns:
+            logits [..., E], and indices [..., K'] int64, best first.
+        """
+        scored = x if router_input is None else router_input
+        leading = scored.shape[:-1]
+        length = math.prod(leading)
+        if self.among == "sequence":
+            if not leading:
+                raise RuntimeError(
+                    'ExpertChoiceRouter: x must be [..., length, hidden_size] with among "sequence"'
+                    f", got shape {list(scored.shape)}"
+                )
+            length = leading[-1]
+        logits = self.router(scored.reshape(math.prod(leading), scored.shape[-1]))  # [T, E]
+        mask = None if token_mask is None else token_mask.reshape(-1)
+        indices = self._picked(logits.detach(), mask, length)
+        return RouterOutput(
+            logits.reshape(*leading, self.num_experts),
+            indices.reshape(*leading, self.most_per_token),
+        )
+
+    def _picked(self, logits: Tensor, mask: Tensor | None, length: int) -> Tensor:
+        """Who picked each token of groups of `length` tokens: [T, K'] int64."""
+        num_tokens = logits.shape[0]
+        groups = num_tokens // length if length else 0
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+        # Every token asks every expert, which serves the best first and only so many: those are its
+        # picks. Each group has experts of its own.
+        asked = torch.arange(self.num_experts, device=logits.device).expand(logits.shape)
+        if mask is not None:
+            asked = asked.masked_fill(~mask.unsqueeze(1), -1)
+        of_group = torch.arange(groups, device=logits.device).view(groups, 1, 1)
+        grouped = asked.reshape(groups, length, self.num_experts)
+        own = (grouped + of_group * self.num_experts).where(grouped >= 0, -1)
+        capacity = self._capacity(mask, groups, length, logits.device)
+        kept = ops.limit_capacity(
+            own.reshape(num_tokens, self.num_experts),
+            capacity.repeat_interleave(self.num_experts, output_size=groups * self.num_experts),
+            priority=scores,
+        )
+        picked = kept >= 0  # [T, E]
+        best = ops.select_experts(scores.masked_fill(~picked, -torch.inf), self.most_per_token)
+        return best.where(picked.gather(1, best), -1)
+
+    def _capacity(
+        self, mask: Tensor | None, groups: int, length: int, device: torch.device
+    ) -> Tensor:
+        """How many tokens an expert picks from each group: [groups] int64."""
+        if mask is None:
+            picks = expert_capacity(length, self.num_experts, self.top_k, 1)
+            return torch.full((groups,), picks, dtype=torch.int64, device=device)
+        counted = mask.view(groups, length).sum(dim=1)
+        return expert_capacity(counted, self.num_experts, self.top_k, 1)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"top_k={self.top_k}, among={self.among!r}, most_per_token={self.most_per_token}"

@@ -1,0 +1,101 @@
+"""Nothing learned: a token's id says which experts serve it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._checks import check_at_least, check_integer
+
+# Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
+# -inf into NaN. An int, since torch.compile takes a float from outside for a variable at first and
+# then compiles once more.
+_NOT_CHOSEN = -10_000
+# Two odd constants that change about half of the bits: those of the 64-bit mixer splitmix64
+# (Steele et al., OOPSLA 2014), as int64.
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+_STEP = 0x9E3779B97F4A7C15 - 2**64
+
+
+class HashRouter(nn.Module):
+    """The experts are a fixed hash of the token's id (Roller et al., arXiv 2106.04426).
+
+    Each pair of an id and an expert has a random number that never changes, and an id goes to the
+    top_k experts with the largest. They get logit 0 and the others one so low that its score is 0:
+    with score_function "softmax" every weight is 1 / top_k, whatever the normalisation. There is
+    nothing to learn, and the loads are as even as the ids' frequencies: one frequent id loads its
+    experts.
+
+    Args:
+        num_experts: E.
+        top_k: K, that of the layer.
+        seed: another one is another hash; layers with different seeds mix the ids differently.
+
+    Raises:
+        TypeError: a size or seed is not an int.
+        ValueError: a size is out of range.
+    """
+
+    # A selection bias or groups of experts would lead a token to experts whose score is 0.
+    chooses = True
+
+    def __init__(self, num_experts: int, top_k: int = 1, *, seed: int = 0) -> None:
+        super().__init__()
+        check_at_least("HashRouter", "num_experts", num_experts, 1)
+        check_integer("HashRouter", "top_k", top_k)
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"HashRouter: top_k must be in [1, {num_experts}], got {top_k}")
+        check_integer("HashRouter", "seed", seed)
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.seed = seed
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """The logits of each token.
+
+        Args:
+            token_ids: [T] integers, any value: the layer's router_input.
+
+        Returns:
+            logits [T, E] float32, without a gradient.
+
+        Raises:
+            RuntimeError: token_ids are no integers [T], as where the layer got no router_input.
+        """
+        if token_ids.dim() != 1 or token_ids.is_floating_point() or token_ids.is_complex():
+            raise RuntimeError(
+                "HashRouter: router_input must be token ids, integers with x's leading dimensions, "
+                f"got {token_ids.dtype} of shape {list(token_ids.shape)}"
+            )
+        experts = torch.arange(self.num_experts, device=token_ids.device)
+        # Arithmetic modulo 2^64, as that of int64 is; the product may be larger.
+        salt = _mix(_wrapped(self.seed * self.num_experts * _STEP) + experts * _STEP)  # [E]
+        numbers = _mix(token_ids.to(torch.int64).unsqueeze(1) * _STEP ^ salt)  # [T, E]
+        # 53 bits, which float64 holds exactly.
+        chosen = ops.select_experts((numbers >> 11).to(torch.float64), self.top_k)
+        logits = torch.full(
+            numbers.shape, _NOT_CHOSEN, dtype=torch.float32, device=token_ids.device
+        )
+        return logits.scatter(1, chosen, 0.0)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, seed={self.seed}"
+
+
+def _wrapped(number: int) -> int:
+    """The int64 that is equal to it modulo 2^64."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _mix(numbers: Tensor) -> Tensor:
+    """A bijection of int64 in which every bit of the result depends on every bit of the number."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        numbers = (numbers ^ _shifted(numbers, shift)) * factor
+    return numbers ^ _shifted(numbers, 31)
+
+
+def _shifted(numbers: Tensor, bits: int) -> Tensor:
+    """Shifted right with zeros from the left, as unsigned numbers are."""
+    return torch.bitwise_and(numbers >> bits, 2 ** (64 - bits) - 1)

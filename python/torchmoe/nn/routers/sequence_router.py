@@ -1,0 +1,176 @@
+"""One decision for a whole sequence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe import ops
+from torchmoe.nn._checks import check_choice
+from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, scoring_part, size_of
+
+POOLINGS = ("attention", "given", "mean", "first")
+
+
+class SequenceRouter(ContextRouter):
+    """Pools the tokens of a sequence to one gate input, whose experts serve all of its tokens.
+
+        a = pooling weights of the counted tokens, which add up to 1
+        g = sum over s of a_s x_s,   logits of every token of the sequence = router(g)
+
+    | pooling | a_s |
+    |---|---|
+    | "attention" | softmax over s of <query, x_s> / sqrt(H); the query is learned, 0 at first |
+    | "given" | router_input, the model's own attention, divided by its sum |
+    | "mean" | the same for all |
+    | "first" | 1 for the first counted token, such as CLS, 0 for the others |
+
+    Every decision but that of "first" depends on all tokens, so that a causal language model cannot
+    use it. Task-level routing: Kudugunta et al., arXiv 2110.03742.
+
+    Args:
+        router: scores the gate input: Router, CosineRouter, or any module [T, H] -> [T, E].
+        pooling: see above.
+
+    Attributes:
+        router: see above.
+        pooling: see above.
+        query: [H] parameter with pooling "attention", else None.
+
+    Raises:
+        ValueError: pooling is unknown.
+        TypeError: router is no module that scores each token alone, or does not tell its sizes.
+    """
+
+    decides_for = "sequence"
+    query: nn.Parameter | None
+
+    def __init__(self, router: nn.Module, *, pooling: str = "attention") -> None:
+        super().__init__()
+        check_choice("SequenceRouter", "pooling", pooling, POOLINGS)
+        self.router = scoring_part("SequenceRouter", router)
+        self.num_experts = size_of("SequenceRouter", router, "num_experts", "out_features")
+        self.pooling = pooling
+        query = None
+        if pooling == "attention":
+            hidden_size = size_of("SequenceRouter", router, "hidden_size", "in_features")
+            like = next(router.parameters(), torch.zeros(()))
+            query = nn.Parameter(torch.zeros(hidden_size, device=like.device, dtype=like.dtype))
+        self.register_parameter("query", query)
+        if pooling != "first":
+            self.looks_ahead = (
+                f'with pooling "{pooling}" decides by all tokens of a sequence, later ones included'
+            )
+
+    @property
+    def usage(self) -> Tensor | None:
+        """That of the router inside."""
+        return getattr(self.router, "usage", None)
+
+    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
+        """Moves the usage of the router inside, see `Router.update`."""
+        cast(Any, self.router).update(tokens_per_expert, num_slots)
+
+    def reset_parameters(self) -> None:
+        """Sets the query to 0, and gives the router inside its first values again."""
+        if self.query is not None:
+            nn.init.zeros_(self.query)
+        if callable(reset := getattr(self.router, "reset_parameters", None)):
+            reset()
+
+    def forward(
+        self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
+    ) -> RouterOutput:
+        """The logits of each sequence, for every one of its tokens.
+
+        Args:
+            x: [..., S, H] in the dtype of the router's parameters.
+            router_input: with pooling "given" the weights [..., S], >= 0; else None, or [..., S, H]
+                to be pooled instead of x.
+            token_mask: [..., S] bool, True = the token counts.
+
+        Returns:
+            logits [..., S, E], and in details "pooling_weights" [..., S], float32 or wider, and
+            "gate_input" [..., H]. Of a sequence in which no token counts both are 0.
+
+        Raises:
+            RuntimeError: a shape does not fit, or router_input is missing with pooling "given".
+        """
+        pooled = x
+        if self.pooling == "given":
+            if router_input is None or router_input.shape != x.shape[:-1]:
+                got = "None" if router_input is None else f"shape {list(router_input.shape)}"
+                raise RuntimeError(
+                    "SequenceRouter: router_input must be the tokens' weights of shape "
+                    f'{list(x.shape[:-1])} with pooling "given", got {got}'
+                )
+        elif router_input is not None:
+            pooled = router_input
+        if pooled.dim() < 2:
+            raise RuntimeError(
+                "SequenceRouter: x must be [..., length, hidden_size], "
+                f"got shape {list(pooled.shape)}"
+            )
+        leading, length = pooled.shape[:-2], pooled.shape[-2]
+        sequences = math.prod(leading)
+        mask = None if token_mask is None else token_mask.reshape(sequences, length)
+        rows = pooled.reshape(sequences * length, pooled.shape[-1])
+        # The tokens of a sequence are the slots of one choice among them, in the order they are in.
+        plan = ops.DispatchPlan(
+            torch.arange(2, device=x.device) * rows.shape[0],
+            torch.arange(rows.shape[0], device=x.device),
+            torch.arange(rows.shape[0], device=x.device).view(sequences, length),
+        )
+        if router_input is not None and self.pooling == "given":
+            values = _wide(router_input.reshape(sequences, length))
+        else:
+            values = self._values(rows, sequences, length, mask)
+        # What is returned lies on the way to the logits, so that its gradient can be asked for.
+        weights = _shares(values, mask, plan).view(*leading, length)
+        gate_input = ops.unpermute(rows, weights.view(sequences, length), plan)  # [B, H]
+        gate_input = gate_input.view(*leading, gate_input.shape[-1])
+        scored = self.router(gate_input.view(sequences, gate_input.shape[-1]))  # [B, E]
+        logits = ops.permute(scored, plan).view(*leading, length, self.num_experts)
+        return RouterOutput(logits, details={"pooling_weights": weights, "gate_input": gate_input})
+
+    def _values(self, rows: Tensor, sequences: int, length: int, mask: Tensor | None) -> Tensor:
+        """What the pooling weights [B, S] of the tokens [B * S, H] are proportional to."""
+        if self.query is not None:
+            query = (self.query / math.sqrt(rows.shape[-1])).unsqueeze(0)
+            return _exponentials(ops.router_logits(rows, query).view(sequences, length), mask)
+        ones = torch.ones((sequences, length), device=rows.device, dtype=_wide(rows[:0]).dtype)
+        if self.pooling == "mean":
+            return ones
+        counted = ones if mask is None else mask.to(ones.dtype)
+        return ((counted.cumsum(dim=-1) == 1) & (counted > 0)).to(ones.dtype)
+
+    def extra_repr(self) -> str:
+        """The pooling."""
+        return f"pooling={self.pooling!r}"
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _exponentials(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The scores [B, S] as exponentials, over that of the largest counted one in each row."""
+    if scores.shape[-1] == 0:
+        return scores
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
+
+
+def _shares(values: Tensor, mask: Tensor | None, plan: ops.DispatchPlan) -> Tensor:
+    """The counted values [B, S] over their sum in each row; 0 where that is 0."""
+    if mask is not None:
+        values = values.masked_fill(~mask, 0)
+    # Both directions of torch's own sum over a long row, and the gradient of its softmax, depend on
+    # the number of threads.
+    rows = values.reshape(-1, 1)
+    total = ops.unpermute(rows, torch.ones_like(values), plan)  # [B, 1]
+    return (rows / ops.permute(total.where(total != 0, 1), plan)).view(values.shape)
