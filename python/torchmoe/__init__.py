@@ -2,8 +2,10 @@
 
 `torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions they compose,
 `torchmoe.losses` further balancing terms, `torchmoe.presets` the conventions of other libraries,
-`watch` and `routing_statistics` show what the routing does, and `torchmoe.testing` has the gradient
-check for routers and estimators of your own. `python -m torchmoe` prints what a bug report needs.
+`watch` and `routing_statistics` show what the routing does, `geometry` how a router divides the
+space, `RoutingReplay` takes a pass's choices again in another, and `torchmoe.testing` has the
+gradient check for routers and estimators of your own. `python -m torchmoe` prints what a bug report
+needs.
 """
 
 from torchmoe import _library
@@ -13,7 +15,15 @@ _BUILD_INFO = _library.load()
 # The ops must be registered before any module that names them is imported.
 from torchmoe import losses, nn, ops, presets, testing  # noqa: E402
 from torchmoe.capacity import dynamic_capacity, expert_capacity  # noqa: E402
-from torchmoe.monitor import RoutingStatistics, Watcher, routing_statistics, watch  # noqa: E402
+from torchmoe.monitor import (  # noqa: E402
+    RouterGeometry,
+    RoutingStatistics,
+    Watcher,
+    geometry,
+    routing_statistics,
+    watch,
+)
+from torchmoe.replay import RoutingReplay  # noqa: E402
 from torchmoe.selection_bias import update_selection_bias  # noqa: E402
 
 __version__ = _BUILD_INFO["torchmoe"]
@@ -34,6 +44,8 @@ def build_info() -> dict[str, str]:
 
 
 __all__ = [
+    "RouterGeometry",
+    "RoutingReplay",
     "RoutingStatistics",
     "Watcher",
     "__version__",
@@ -41,6 +53,7 @@ __all__ = [
     "cmake_prefix_path",
     "dynamic_capacity",
     "expert_capacity",
+    "geometry",
     "losses",
     "nn",
     "ops",

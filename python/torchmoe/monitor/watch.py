@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from torchmoe.monitor._extras import missing
 from torchmoe.monitor._history import History, Record
 from torchmoe.monitor._intake import Intake
 from torchmoe.monitor.statistics import SCALARS, RoutingStatistics
 from torchmoe.nn._checks import check_at_least
+from torchmoe.nn._layers import moe_layers
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routing import MoEOutput, Routing
 
@@ -69,11 +71,7 @@ def watch(
     """
     check_at_least("watch", "every", every, 1)
     check_at_least("watch", "max_records", max_records, 2)
-    layers = {
-        _layer_name(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, MoE)
-    }
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(f"watch: model must contain a torchmoe.nn.MoE, got {type(model).__name__}")
     intake = Intake(len(layers))
@@ -85,12 +83,6 @@ def watch(
         intake,
         evaluation,
     )
-
-
-def _layer_name(path: str) -> str:
-    # What torch.compile puts into a path is not the model's: with and without it a layer has one
-    # name.
-    return ".".join(part for part in path.split(".") if part != "_orig_mod") or "moe"
 
 
 class Writer(Protocol):
@@ -160,7 +152,7 @@ class Watcher:
         try:
             from torchmoe.monitor._table import print_table
         except ImportError as error:
-            raise _needs("summary", "rich") from error
+            raise missing("watch", "summary", "rich") from error
         layers = {name: history.total() for name, history in self._histories().items()}
         if any(layers.values()):
             print_table(layers)
@@ -197,7 +189,7 @@ class Watcher:
         try:
             from torchmoe.monitor._figure import draw_load
         except ImportError as error:
-            raise _needs("plot", "matplotlib") from error
+            raise missing("watch", "plot", "matplotlib") from error
         layers = {
             name: (history.records, self._layers[name].seen)
             for name, history in self._histories().items()
@@ -294,7 +286,3 @@ class _Hook:
 class _Inert:
     def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
         """Does nothing."""
-
-
-def _needs(method: str, package: str) -> ImportError:
-    return ImportError(f"watch: {method} needs {package}: pip install 'torchmoe[watch]'")

@@ -1,0 +1,627 @@
+"""Routing replay: the recorded ids, and all that follows from them, bit for bit."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import torchmoe
+from plain_moe import gradients, tensors_of
+from torchmoe import RoutingReplay
+from torchmoe.nn import (
+    Assistance,
+    Capacity,
+    Decision,
+    ExpertChoiceRouter,
+    Gate,
+    MoE,
+    MoEOutput,
+    Router,
+    Routing,
+    SparseMixer,
+    WithAttachedLoss,
+    known_estimators,
+)
+
+H, INNER, E, K, T = 6, 7, 5, 2, 23
+LAYERS = ("blocks.0.moe", "blocks.1.moe")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_same_start: None) -> None:
+    """What is small waits for a second thread longer than it works."""
+    torch.set_num_threads(1)
+
+
+def random_layer(*, logit_noise: float = 0.0, **options: object) -> MoE:
+    """Whatever can draw or depend on the other tokens on the way to the ids does."""
+    options = {
+        "gate": Gate(estimator="gumbel_straight_through"),
+        "capacity": Capacity(0.9, priority="random", overflow="next_best"),
+    } | options
+    moe = MoE(
+        H,
+        INNER,
+        E,
+        K,
+        assistance=Assistance((1, 2, 3, 4, 0)),
+        router=Router(H, E, logit_noise=logit_noise, track_usage=True),
+        z_loss_weight=0.01,
+        **options,
+    )
+    moe.assistance.assisted.fill_(True)
+    return moe
+
+
+class Block(nn.Module):
+    """A residual layer after something that draws, recomputed where it is checkpointed."""
+
+    def __init__(self, moe: MoE, use_reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.moe = moe
+        self.use_reentrant = use_reentrant
+        self.noise = 0.0
+        self.seen: list[Routing] = []
+
+    def run(self, x: Tensor) -> Tensor:
+        output: MoEOutput = self.moe(x + self.noise * torch.randn_like(x))
+        self.seen.append(output.routing)
+        # What tanh saves is recomputed last, so that recomputation runs through the whole layer.
+        return x + torch.tanh(output.hidden_states) + 0 * output.aux_loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_reentrant is None:
+            return self.run(x)
+        # With the generator as it is now: the recomputation draws other numbers.
+        return checkpoint(self.run, x, use_reentrant=self.use_reentrant, preserve_rng_state=False)
+
+
+class Model(nn.Module):
+    def __init__(
+        self,
+        build: Callable[[], MoE] = random_layer,
+        *,
+        calls: int = 1,
+        use_reentrant: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(build(), use_reentrant) for _ in LAYERS)
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self.calls):
+            for block in self.blocks:
+                x = block(x)
+        return x
+
+    def pop_seen(self) -> dict[str, list[Routing]]:
+        """The routings of every call since the last time, recomputations among them."""
+        found = {}
+        for name, block in zip(LAYERS, self.blocks, strict=True):
+            found[name], block.seen = block.seen, []
+        return found
+
+
+def ids(routings: list[Routing]) -> list[Decision]:
+    return [routing.decision for routing in routings]
+
+
+def same(one: Decision, other: Decision) -> bool:
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def check_forced(recorded: dict[str, list[Routing]], forced: dict[str, list[Routing]]) -> None:
+    for name in LAYERS:
+        assert len(recorded[name]) == len(forced[name]) > 0
+        for one, other in zip(recorded[name], forced[name], strict=True):
+            assert same(one.decision, other.decision), name
+
+
+# ---- the same ids
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("logit_noise", [0.0, 1.0])
+def test_a_forced_pass_has_the_recorded_ids(logit_noise: float, training: bool) -> None:
+    model = Model(lambda: random_layer(logit_noise=logit_noise)).train(training)
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H)
+    with replay.record():
+        model(x)
+    recorded = model.pop_seen()
+    assert all((routing.selected != routing.indices).any() for [routing] in recorded.values())
+    model(x)
+    plain = model.pop_seen()
+    assert same(*ids(recorded[LAYERS[0]] + plain[LAYERS[0]])) is not training
+    for _ in range(2):
+        with replay.force():
+            model(x)
+        check_forced(recorded, model.pop_seen())
+    model(x)
+    assert same(*ids(recorded[LAYERS[0]] + model.pop_seen()[LAYERS[0]])) is not training
+
+
+CAPACITIES = {
+    "none": None,
+    "drop": Capacity(0.9, priority="random"),
+    "after drop": Capacity(0.9, priority="random", normalize="after_drop"),
+    "by weight": Capacity(0.9, priority="weight", overflow="next_best"),
+    "backup": Capacity(0.9, priority="random", overflow="backup", backup=(1, 2, 3, 4, 0)),
+}
+
+
+@pytest.mark.parametrize("estimator", sorted({*known_estimators()} - {"sparsemixer"}))
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_hidden_states_losses_and_gradients_have_the_same_bits(
+    capacity: str, estimator: str
+) -> None:
+    model = Model(
+        lambda: random_layer(gate=Gate(estimator=estimator), capacity=CAPACITIES[capacity])
+    )
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H)
+    seen = []
+    for context in (replay.record, replay.force):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with context():
+            y = model(leaf)
+            (
+                y.square().sum() + sum(of[-1].losses["router_z_loss"] for of in moe_seen(model))
+            ).backward()
+        routings = [tensors_of(routing) for [routing] in model.pop_seen().values()]
+        seen.append([y, leaf.grad, *gradients(model).values()])
+        seen[-1] += [tensor for tensors in routings for tensor in tensors.values()]
+        torch.randn(5)  # The generator is elsewhere than it was.
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+
+
+def moe_seen(model: Model) -> list[list[Routing]]:
+    return [block.seen for block in model.blocks]
+
+
+def test_the_auxiliary_loss_is_that_of_the_forced_choice() -> None:
+    moe = random_layer()
+    x = torch.randn(T, H)
+    first = moe(x)
+    again = moe(x, decision=first.routing.decision)
+    assert torch.equal(first.aux_loss, again.aux_loss)
+    other = moe(x)
+    assert not torch.equal(first.routing.tokens_per_expert, other.routing.tokens_per_expert)
+    assert not torch.equal(first.aux_loss, other.aux_loss)
+
+
+def test_sparsemixers_factor_is_drawn_anew() -> None:
+    moe = MoE(H, INNER, E, K, gate=Gate(estimator=SparseMixer(jitter=1.0)))
+    x = torch.randn(T, H)
+    first = moe(x).routing
+    forced = moe(x, decision=first.decision).routing
+    assert same(first.decision, forced.decision)
+    assert not torch.equal(first.weights, forced.weights)
+    moe.eval()
+    assert torch.equal(*(moe(x, decision=first.decision).routing.weights for _ in range(2)))
+
+
+# ---- ids from elsewhere
+
+
+def test_ids_of_one_checkpoint_and_weights_of_another() -> None:
+    one, other = (Model(lambda: MoE(H, INNER, E, K)) for _ in range(2))
+    x = torch.randn(T, H)
+    replay = RoutingReplay(one)
+    with replay.record():
+        one(x)
+    with RoutingReplay(other, replay.decisions).force():
+        other(x)
+    recorded, forced = one.pop_seen(), other.pop_seen()
+    check_forced(recorded, forced)
+    [routing] = forced[LAYERS[0]]
+    logits = other.blocks[0].moe.router(x)
+    assert torch.equal(routing.logits, logits)
+    assert torch.equal(
+        routing.weights, other.blocks[0].moe.estimator.weigh(logits, routing.selected)
+    )
+    chosen = logits.gather(1, routing.indices).softmax(dim=1)
+    assert_close(routing.weights, chosen)
+    other(x)
+    assert not same(*ids(recorded[LAYERS[0]] + other.pop_seen()[LAYERS[0]]))
+
+
+@pytest.mark.parametrize("normalize", ["none", "topk"])
+def test_the_choice_of_experts_is_forced_where_tokens_choose(normalize: str) -> None:
+    experts_choose = MoE(H, INNER, E, K, router=ExpertChoiceRouter(Router(H, E), K))
+    tokens_choose = MoE(H, INNER, E, K, gate=Gate(normalize=normalize), capacity=Capacity(0.5))
+    x = torch.randn(T, H)
+    decision = experts_choose(x).routing.decision
+    assert decision.selected.shape == (T, E)
+    output = tokens_choose(x, decision=decision)
+    assert same(output.routing.decision, decision)
+    routed = decision.indices >= 0
+    probs = output.routing.logits.softmax(dim=1).gather(1, decision.indices.clamp(min=0)) * routed
+    if normalize == "topk":
+        total = probs.sum(dim=1, keepdim=True)
+        probs = probs / total.where(total > 0, 1)
+    assert_close(output.routing.weights * routed, probs)
+    counts = torch.stack([(decision.indices == expert).sum() for expert in range(E)])
+    assert torch.equal(output.routing.tokens_per_expert, counts)
+    output.hidden_states.sum().backward()
+    gradients(tokens_choose)
+
+
+def test_a_layer_without_rerouting_weighs_rerouted_slots_by_their_experts() -> None:
+    one = MoE(H, INNER, E, K, capacity=Capacity(0.8, overflow="next_best"))
+    other = MoE(H, INNER, E, K)
+    x = torch.randn(T, H)
+    decision = one(x).routing.decision
+    assert ((decision.selected != decision.indices) & (decision.indices >= 0)).any()
+    routing = other(x, decision=decision).routing
+    rows = (decision.indices >= 0).all(dim=1)
+    chosen = routing.logits.gather(1, decision.indices.clamp(min=0)).softmax(dim=1)
+    assert_close(routing.weights[rows], chosen[rows])
+
+
+def test_assistance_counts_nothing_of_its_own_in_a_forced_pass_either() -> None:
+    moe = random_layer()
+    x = torch.randn(T, H)
+    decision = moe(x).routing.decision
+    assert decision.selected.shape == (T, K + 1)
+    routing = moe(x, decision=decision).routing
+    assert routing.tokens_per_expert.sum() == T * K
+    assert torch.equal(routing.kept_per_expert.sum(), (decision.indices >= 0).sum())
+
+
+def test_a_masked_token_stays_unrouted() -> None:
+    moe = random_layer()
+    x = torch.randn(2, T, H)
+    mask = torch.rand(2, T) < 0.6
+    decision = moe(x).routing.decision
+    output = moe(x.masked_fill(~mask[..., None], torch.nan), token_mask=mask, decision=decision)
+    assert (output.hidden_states[~mask] == 0).all()
+    flat = mask.flatten()
+    for forced, given in zip(output.routing.decision, decision, strict=True):
+        assert (forced[~flat] == -1).all()
+        assert torch.equal(forced[flat], given[flat])
+    assert output.routing.tokens_per_expert.sum() == K * flat.sum()
+    # And a decision that was taken under a mask has nothing for masked tokens.
+    again = moe(x, decision=output.routing.decision)
+    assert (again.hidden_states[~mask] == 0).all()
+    assert again.hidden_states.isfinite().all()
+
+
+def test_no_tokens() -> None:
+    moe = random_layer()
+    decision = moe(torch.randn(0, H)).routing.decision
+    assert moe(torch.randn(0, H), decision=decision).hidden_states.shape == (0, H)
+
+
+# ---- recomputation
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("forward_too", [False, True])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_routes_as_recorded(
+    use_reentrant: bool, forward_too: bool, calls: int
+) -> None:
+    model = Model(calls=calls, use_reentrant=use_reentrant)
+    for block in model.blocks:
+        block.noise = 1.0
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H, requires_grad=True)
+    with replay.record():
+        y = model(x)
+    recorded = model.pop_seen()
+    if forward_too:
+        with replay.force():
+            model(x).square().sum().backward()
+        expected = {name: of + of[::-1] for name, of in recorded.items()}
+    else:
+        with replay.force():
+            y.square().sum().backward()
+        expected = {name: of[::-1] for name, of in recorded.items()}
+    forced = model.pop_seen()
+    check_forced(expected, forced)
+    # What was to be overruled did happen.
+    first, last = (of[LAYERS[0]] for of in (recorded, forced))
+    assert not torch.equal(first[0].logits, last[-1].logits)
+    # The first call's, recomputed, and not the last one's.
+    assert calls == 1 or not same(first[0].decision, first[1].decision)
+    model(x).square().sum().backward()
+    plain = model.pop_seen()[LAYERS[0]]
+    assert not same(plain[0].decision, plain[-1].decision)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_forced_recomputation_of_several_micro_batches(use_reentrant: bool) -> None:
+    model = Model(use_reentrant=use_reentrant)
+    replay = RoutingReplay(model)
+    batches = [torch.randn(tokens, H, requires_grad=True) for tokens in (T, 11)]
+    with replay.record():
+        for x in batches:
+            model(x)
+    recorded = model.pop_seen()
+    with replay.force():
+        for x in batches:
+            model(x).square().sum().backward()
+    expected = {name: [of[0], of[0], of[1], of[1]] for name, of in recorded.items()}
+    check_forced(expected, model.pop_seen())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_is_not_recorded(use_reentrant: bool) -> None:
+    model = Model(calls=2, use_reentrant=use_reentrant)
+    replay = RoutingReplay(model)
+    with replay.record():
+        model(torch.randn(T, H, requires_grad=True)).square().sum().backward()
+    seen = model.pop_seen()
+    for name in LAYERS:
+        assert len(seen[name]) == 4
+        assert len(replay.decisions[name]) == 2
+        for decision, routing in zip(replay.decisions[name], seen[name][:2], strict=True):
+            assert same(Decision(*decision), routing.decision)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_calls_in_one_checkpoint_are_refused(use_reentrant: bool) -> None:
+    model = Model(calls=2)
+    replay = RoutingReplay(model)
+    with replay.record():
+        y = checkpoint(model, torch.randn(T, H, requires_grad=True), use_reentrant=use_reentrant)
+    message = r"RoutingReplay: blocks\.0\.moe must be called once in a checkpoint, got a second"
+    with replay.force(), pytest.raises(RuntimeError, match=message):
+        y.square().sum().backward()
+    assert hooks_of(model) == 0
+
+
+# ---- to and from files
+
+
+def test_decisions_go_through_a_file() -> None:
+    model = Model(calls=2)
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H)
+    with replay.record():
+        model(x)
+    recorded = model.pop_seen()
+    file = io.BytesIO()
+    torch.save(replay.decisions, file)
+    file.seek(0)
+    loaded = RoutingReplay(model, torch.load(file, weights_only=True))
+    with loaded.force():
+        model(x)
+    check_forced(recorded, model.pop_seen())
+
+
+def test_what_is_recorded_holds_no_graph() -> None:
+    model = Model()
+    replay = RoutingReplay(model)
+    with replay.record():
+        model(torch.randn(T, H))
+    kept = [tensor for [decision] in replay.decisions.values() for tensor in decision]
+    assert len(kept) == 4
+    assert all(tensor.dtype == torch.int64 and tensor.grad_fn is None for tensor in kept)
+
+
+# ---- hooks
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+
+
+@pytest.mark.parametrize("context", ["record", "force"])
+def test_no_hook_is_left(context: str) -> None:
+    model = Model()
+    replay = RoutingReplay(model)
+    with replay.record():
+        model(torch.randn(T, H))
+    with getattr(replay, context)():
+        assert hooks_of(model) == len(LAYERS)
+    assert hooks_of(model) == 0
+    with pytest.raises(RuntimeError, match="hidden_size"), getattr(replay, context)():
+        model(torch.randn(T, H + 1))
+    assert hooks_of(model) == 0
+
+
+def test_record_forgets_what_was_before() -> None:
+    model = Model()
+    replay = RoutingReplay(model)
+    with replay.record():
+        model(torch.randn(T, H))
+        model(torch.randn(11, H))
+    first = replay.decisions
+    with replay.record():
+        model(torch.randn(3, H))
+    assert [len(of) for of in first.values()] == [2, 2]
+    assert [len(of) for of in replay.decisions.values()] == [1, 1]
+    model(torch.randn(4, H))
+    assert [len(of) for of in replay.decisions.values()] == [1, 1]
+
+
+def test_one_records_what_another_forces() -> None:
+    model = Model()
+    x = torch.randn(T, H)
+    source, copied = RoutingReplay(model), RoutingReplay(model)
+    with source.record():
+        model(x)
+    with copied.record(), source.force():
+        model(x)
+    for name in LAYERS:
+        [one], [other] = source.decisions[name], copied.decisions[name]
+        assert same(Decision(*one), Decision(*other))
+
+
+def test_a_hook_that_replaces_the_output_does_not_hide_it() -> None:
+    model = nn.Sequential(random_layer())
+    model[0].register_forward_hook(lambda module, args, output: output.hidden_states)
+    replay = RoutingReplay(model)
+    with replay.record():
+        model(torch.randn(T, H))
+    assert len(replay.decisions["0"]) == 1
+
+
+def test_an_attached_loss_and_the_layer_itself() -> None:
+    layer = WithAttachedLoss(random_layer())
+    x = torch.randn(T, H)
+    replay = RoutingReplay(layer)
+    with replay.record():
+        y = layer(x)
+    assert list(replay.decisions) == ["moe"]
+    with RoutingReplay(layer.moe, replay.decisions).force():
+        assert torch.equal(layer(x), y)
+    assert torch.equal(layer(x, decision=Decision(*replay.decisions["moe"][0])), y)
+    assert not torch.equal(layer(x), y)
+
+
+def test_watch_counts_a_forced_pass_as_the_recorded_one() -> None:
+    model = Model()
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H)
+    read = []
+    with torchmoe.watch(model) as watcher:
+        for context in (replay.record, replay.force):
+            with context():
+                model(x)
+            read.append(watcher.collect())
+    for name in LAYERS:
+        for one, other in zip(*(collected[name] for collected in read), strict=True):
+            assert torch.equal(one, other)
+
+
+# ---- torch.compile
+
+
+def test_compile_once_with_a_decision() -> None:
+    moe = random_layer()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
+    for num_tokens in (11, 17, 40):
+        x = torch.randn(num_tokens, H)
+        decision = moe(x).routing.decision
+        seen = []
+        for layer in (moe, compiled):
+            moe.zero_grad()
+            output = layer(x, decision=decision)
+            (output.hidden_states.square().sum() + output.aux_loss).backward()
+            assert same(output.routing.decision, decision)
+            seen.append({"y": output.hidden_states} | tensors_of(output.routing) | gradients(moe))
+        assert_close(seen[0], seen[1])
+    assert counter.frame_count == 1
+
+
+# Where a graph is broken, torch's own tracing looks at .grad of what the first half computed.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+@pytest.mark.parametrize("entered", ["before the first run", "after reset"])
+def test_a_compiled_model_is_recorded_and_forced(entered: str) -> None:
+    model = Model(calls=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    replay = RoutingReplay(compiled)
+    if entered == "after reset":
+        compiled(torch.randn(T, H))
+        torch.compiler.reset()
+        model.pop_seen()
+    frames = []
+    for _ in range(3):
+        x = torch.randn(T, H)
+        with replay.record():
+            compiled(x).square().sum().backward()
+        recorded = model.pop_seen()
+        for name in LAYERS:
+            for decision, routing in zip(replay.decisions[name], recorded[name], strict=True):
+                assert same(Decision(*decision), routing.decision)
+        with replay.force():
+            compiled(x).square().sum().backward()
+        check_forced(recorded, model.pop_seen())
+        frames.append(counter.frame_count)
+    assert frames == 3 * frames[:1]
+
+
+# ---- bad input
+
+
+def test_errors() -> None:
+    with pytest.raises(
+        ValueError, match=r"^RoutingReplay: model must contain a torchmoe\.nn\.MoE, got Linear$"
+    ):
+        RoutingReplay(nn.Linear(H, H))
+    moe = MoE(H, INNER, E, K)
+    decision = moe(torch.randn(T, H)).routing.decision
+    with pytest.raises(
+        ValueError,
+        match=r"^RoutingReplay: decisions must be of the layers blocks\.0\.moe, blocks\.1\.moe, "
+        "got moe$",
+    ):
+        RoutingReplay(Model(), {"moe": [decision]})
+
+
+def test_more_calls_than_recorded() -> None:
+    model = Model()
+    replay = RoutingReplay(model)
+    message = (
+        r"^RoutingReplay: blocks\.0\.moe must be called as often as it was recorded, {} times, "
+        "got one call more$"
+    )
+    with replay.force(), pytest.raises(RuntimeError, match=message.format(0)):
+        model(torch.randn(T, H))
+    x = torch.randn(T, H, requires_grad=True)
+    with replay.record():
+        model(x)
+        model(x)
+    with replay.force():
+        model(x)
+        model(x)
+        with pytest.raises(RuntimeError, match=message.format(2)):
+            model(x)
+    for block in model.blocks:
+        block.use_reentrant = False
+    y = [model(x) for _ in range(3)]
+    with replay.force(), pytest.raises(RuntimeError, match=message.format(2).replace("0", "1", 1)):
+        sum(y).sum().backward()
+
+
+def test_another_number_of_tokens() -> None:
+    model = Model()
+    replay = RoutingReplay(model)
+    with replay.record():
+        model(torch.randn(T, H))
+    message = (
+        rf"MoE: decision.selected must be int64 of shape \[num_tokens, top_k\] = \[{T + 1}, 3\], "
+        rf"got torch.int64 of shape \[{T}, 3\]"
+    )
+    with replay.force(), pytest.raises(RuntimeError, match=message):
+        model(torch.randn(T + 1, H))
+
+
+def test_a_bad_decision() -> None:
+    moe = MoE(H, INNER, E, K)
+    x = torch.randn(T, H)
+    good = moe(x).routing.decision
+    for decision, message in (
+        (good._replace(selected=good.selected.int()), "selected must be int64 .* got torch.int32"),
+        (good._replace(indices=good.indices.float()), "indices must be int64 .* got torch.float32"),
+        (
+            good._replace(indices=good.indices[:, :1]),
+            rf"indices must be .* = \[{T}, {K}\], got torch.int64 of shape \[{T}, 1\]",
+        ),
+        (Decision(*(one[0] for one in good)), rf"selected must be .* of shape \[{K}\]"),
+        (Decision(*(one.sum() for one in good)), r"selected must be .* of shape \[\]"),
+    ):
+        with pytest.raises(RuntimeError, match=f"MoE: decision.{message}"):
+            moe(x, decision=decision)
+    with pytest.raises(
+        TypeError,
+        match=r"^MoE: decision must be a Decision, such as moe\(x\)\.routing\.decision, "
+        "got Routing$",
+    ):
+        moe(x, decision=moe(x).routing)
