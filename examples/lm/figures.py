@@ -171,13 +171,13 @@ class Comparison(NamedTuple):
     difference: dict[str, Curve]
 
 
-def estimators(by_steps: Comparison, by_seconds: Comparison, yardstick: str, about: str) -> Figure:
-    """Validation loss by steps and by time, above what each estimator differs from the yardstick.
+def study(by_steps: Comparison, by_seconds: Comparison, yardstick: str, about: str) -> Figure:
+    """Validation loss by steps and by time, above what each kind differs from the yardstick.
 
     Args:
         by_steps: x in optimizer steps.
         by_seconds: x in seconds.
-        yardstick: name of the estimator that the differences are to.
+        yardstick: name of the kind that the differences are to.
         about: what lines and bands are, to stand in the legend.
     """
     figure = new_figure(WIDTH, 7.2)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from torchmoe.nn import Capacity, Gate, MoE, MoEOutput, Routing
+from lm.routers import READS_TOKEN_IDS, ROUTERS
+from torchmoe.nn import Capacity, ExpertCommunication, Experts, Gate, MoE, MoEOutput, Routing
 
 VOCABULARY = 256  # a token is a byte
 HEAD_SIZE = 32
@@ -38,6 +39,8 @@ class ModelConfig:
     order: str
     overflow: str
     balance: str
+    router: str
+    communication: bool
     estimator: str
     normalize: str | None
     context: int
@@ -52,30 +55,37 @@ class LMOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Self-attention with rotary positions."""
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, hidden_size: int, context: int) -> None:
         """Makes the two projections and the table of rotations."""
         super().__init__()
-        self.heads = config.hidden_size // HEAD_SIZE
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.heads = hidden_size // HEAD_SIZE
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         frequency = 10_000 ** (-torch.arange(0, HEAD_SIZE, 2) / HEAD_SIZE)  # [D/2]
-        angle = torch.arange(config.context)[:, None] * frequency  # [context, D/2]
+        angle = torch.arange(context)[:, None] * frequency  # [context, D/2]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         nn.init.zeros_(self.out.weight)  # starts by adding nothing to the residual stream
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Lets each byte look at itself and those before it, [B, S, H] to the same."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Lets bytes look at each other, [B, S, H] to the same.
+
+        Each looks at itself and those before it; with token_mask [B, S], bool, at all bytes where
+        that is True.
+        """
         batch, length, hidden_size = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, HEAD_SIZE)  # [B, S, 3, N, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, N, S, D] each
         q, k = self.rotate(q), self.rotate(k)
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, N, S, D]
+        seen = None if token_mask is None else token_mask[:, None, None, :]  # [B, 1, 1, S]
+        y = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None
+        )  # [B, N, S, D]
         y = y.transpose(1, 2).reshape(batch, length, hidden_size)  # [B, S, H]
         return cast(Tensor, self.out(y))
 
@@ -102,8 +112,8 @@ class DenseFeedForward(nn.Module):
         return cast(Tensor, self.down_proj(functional.silu(gate) * up))
 
 
-def make_moe(config: ModelConfig) -> MoE:
-    """The experts' layer."""
+def make_moe(config: ModelConfig, layer: int) -> MoE:
+    """The experts' layer of the block with this number."""
     capacity = None
     if config.capacity_factor is not None:
         # In evaluation an expert takes all that it is asked for. Which bytes it drops in training
@@ -114,6 +124,14 @@ def make_moe(config: ModelConfig) -> MoE:
             order=config.order,
             overflow=config.overflow,
         )
+    experts = None
+    if config.communication:
+        experts = ExpertCommunication(
+            Experts(config.hidden_size, config.intermediate_size, config.experts),
+            config.hidden_size,
+            config.experts,
+        )
+    make_router = ROUTERS[config.router]
     return MoE(
         config.hidden_size,
         config.intermediate_size,
@@ -124,25 +142,29 @@ def make_moe(config: ModelConfig) -> MoE:
         balance_weight=BALANCE_WEIGHT if config.balance == "loss" else 0.0,
         selection_bias_rate=BIAS_RATE if config.balance == "bias" else 0.0,
         fraction_from="global_batch",  # of all processes
+        router=make_router(config.hidden_size, config.experts, config.top_k, layer),
+        experts=experts,
     )
 
 
 class Block(nn.Module):
     """Attention, then the feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         """Makes the two halves and their norms."""
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size)
-        self.attention = Attention(config)
+        self.attention = Attention(config.hidden_size, config.context)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size)
         is_dense = config.feed_forward == "dense"
-        self.feed_forward = DenseFeedForward(config) if is_dense else make_moe(config)
+        self.feed_forward = DenseFeedForward(config) if is_dense else make_moe(config, layer)
+        self.routes_by_id = not is_dense and config.router in READS_TOKEN_IDS
 
-    def forward(self, x: Tensor) -> tuple[Tensor, MoEOutput | None]:
+    def forward(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, MoEOutput | None]:
         """Gives the new residual stream [B, S, H] and what an experts' layer reports."""
         x = x + self.attention(self.attention_norm(x))
-        output = self.feed_forward(self.feed_forward_norm(x))
+        inputs = {"router_input": tokens} if self.routes_by_id else {}
+        output = self.feed_forward(self.feed_forward_norm(x), **inputs)
         if isinstance(output, Tensor):
             return x + output, None
         return x + output.hidden_states, output
@@ -156,7 +178,7 @@ class ByteLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(VOCABULARY, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, VOCABULARY, bias=False)
         nn.init.zeros_(self.head.weight)  # starts with even odds, 8 bits per byte
@@ -171,7 +193,7 @@ class ByteLM(nn.Module):
         x = self.embedding(tokens)  # [B, S, H]
         outputs = []
         for block in self.blocks:
-            x, output = block(x)
+            x, output = block(x, tokens)
             if output is not None:
                 outputs.append(output)
         logits = self.head(self.norm(x))  # [B, S, VOCABULARY]
@@ -187,7 +209,7 @@ class ByteLM(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that work on one byte."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        parts = [moe.get_submodule("experts") for moe in self.moes]
+        parts = [module for module in self.modules() if isinstance(module, Experts)]
         experts = sum(parameter.numel() for part in parts for parameter in part.parameters())
         return total, total - experts + experts * self.config.top_k // self.config.experts
 

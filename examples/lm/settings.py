@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 
 from lm.model import BALANCES, FEED_FORWARDS, HEAD_SIZE, OVERFLOWS, ModelConfig
+from lm.routers import ROUTERS, chooses, decides_for, looks_ahead
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
 from torchmoe.nn.estimators.estimator import NORMALIZES
@@ -111,6 +112,20 @@ class Settings:
         "against the load after each step (DeepSeek-V3); or nothing",
         choices=BALANCES,
     )
+    router: str = option(
+        "model",
+        "linear",
+        "how bytes are scored: by a linear map; by direction, learned (X-MoE); by a fixed hash of "
+        "the byte; or one decision for the sequence by its first byte. The others look ahead, "
+        "which a language model must not: examples/classify.py has them",
+        choices=tuple(ROUTERS),
+    )
+    communication: bool = option(
+        "model",
+        False,
+        "lets the experts of a byte exchange information before their outputs are added up",
+        action=argparse.BooleanOptionalAction,
+    )
     estimator: str = option("model", "exact", "the router's gradient", choices=known_estimators())
     normalize: str | None = option(
         "model",
@@ -180,7 +195,22 @@ class Settings:
             raise SettingsError(
                 f"--top-k must be at most --experts ({self.experts}), got {self.top_k}"
             )
+        if (reason := looks_ahead(self.router)) is not None:
+            raise SettingsError(
+                f"--router must not look ahead in a causal language model, but {self.router} "
+                f"{reason}; examples/classify.py has it"
+            )
         estimator = build_estimator(self.estimator)
+        if self.communication and estimator.takes_experts_alone:
+            raise SettingsError(
+                f"--no-communication must be with --estimator {self.estimator}, which needs the "
+                "output of each expert alone"
+            )
+        if decides_for(self.router) != "token" and estimator.draws:
+            raise SettingsError(
+                f"--router must decide for each byte with --estimator {self.estimator}, which "
+                f"draws each byte's experts, got {self.router}"
+            )
         if self.normalize is not None and self.normalize not in estimator.normalizes:
             allowed = " or ".join(estimator.normalizes)
             raise SettingsError(
@@ -201,6 +231,11 @@ class Settings:
             raise SettingsError(
                 f"--balance must be loss or none with --estimator {self.estimator}, which draws "
                 f"its experts, got {self.balance}"
+            )
+        if self.balance == "bias" and chooses(self.router):
+            raise SettingsError(
+                f"--balance must be loss or none with --router {self.router}, which leaves no "
+                "choice to a bias, got bias"
             )
         if self.steps is None and self.minutes is None:
             raise SettingsError("--steps or --minutes must say when training ends, got neither")

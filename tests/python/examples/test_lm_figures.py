@@ -81,7 +81,7 @@ def make_comparison(step: float, seeds: int = 3, names: tuple[str, ...] = ESTIMA
 
 def estimators_figure(seeds: int = 3, names: tuple[str, ...] = ESTIMATORS) -> Figure:
     by_steps, by_seconds = (make_comparison(step, seeds, names) for step in (100, 5.0))
-    return figures.estimators(by_steps, by_seconds, names[0], f"{seeds} seeds")
+    return figures.study(by_steps, by_seconds, names[0], f"{seeds} seeds")
 
 
 def texts(figure: Figure) -> list[str]:

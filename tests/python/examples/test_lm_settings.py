@@ -30,11 +30,12 @@ from lm.settings import (
     run_from,
 )
 from torchmoe.nn import known_estimators
+from torchmoe.nn.estimators.registry import build_estimator
 
 OPTION_NAMES = [
     *("--data", "--layers", "--hidden-size", "--feed-forward", "--intermediate-size", "--experts"),
-    *("--top-k", "--capacity-factor", "--order", "--overflow", "--balance", "--estimator"),
-    *("--normalize", "--context"),
+    *("--top-k", "--capacity-factor", "--order", "--overflow", "--balance", "--router"),
+    *("--communication", "--estimator", "--normalize", "--context"),
     *("--steps", "--minutes", "--batch-tokens", "--lr", "--seed"),
     *("--dtype", "--compile", "--threads", "--device"),
     *("--out", "--checkpoint-every", "--load", "--config", "--resume"),
@@ -52,6 +53,8 @@ OTHERS: dict[str, Any] = {
     "order": "token",
     "overflow": "next_best",
     "balance": "bias",
+    "router": "cosine",
+    "communication": True,
     "estimator": "straight_through",
     "normalize": "none",
     "context": 64,
@@ -98,14 +101,16 @@ def config(tmp_path: Path, content: str | bytes) -> Path:
 def settings() -> st.SearchStrategy[Settings]:
     """Settings with all values drawn, and none that do not go together."""
     return st.builds(
-        lambda top_k, more, context, windows, hidden, full, bias, **rest: Settings(
+        lambda top_k, more, context, windows, hidden, full, bias, router, talks, **rest: Settings(
             experts=top_k + more,
             top_k=top_k,
             context=context,
             batch_tokens=context * windows,
             hidden_size=32 * hidden,
             overflow="drop" if rest["capacity_factor"] is None else full,
-            balance="none" if rest["estimator"] == "sparsemixer" else bias,
+            balance="none" if rest["estimator"] == "sparsemixer" or router == "hash" else bias,
+            router="cosine" if build_estimator(rest["estimator"]).draws else router,
+            communication=talks and not build_estimator(rest["estimator"]).takes_experts_alone,
             **rest,
         ),
         top_k=st.integers(1, 100),
@@ -121,6 +126,8 @@ def settings() -> st.SearchStrategy[Settings]:
         order=st.sampled_from(("choice", "token")),
         full=st.sampled_from(("drop", "next_best")),
         bias=st.sampled_from(("loss", "bias", "none")),
+        router=st.sampled_from(("linear", "cosine", "hash", "sequence_first")),
+        talks=st.booleans(),
         estimator=st.sampled_from(known_estimators()),
         normalize=st.sampled_from((None, "none")),
         steps=st.integers(0, 99_999_999),
@@ -143,7 +150,7 @@ def settings() -> st.SearchStrategy[Settings]:
 def test_has_every_option() -> None:
     parser = make_parser("train_lm.py", "", "", Settings())
     flags = {name for action in parser._actions for name in action.option_strings}
-    assert flags == {"-h", "--help", "--no-compile", *OPTION_NAMES}
+    assert flags == {"-h", "--help", "--no-compile", "--no-communication", *OPTION_NAMES}
     assert {flag(item.name) for item in fields(Settings)} == {*OPTION_NAMES} - {
         "--config",
         "--resume",
@@ -227,6 +234,25 @@ def test_each_option_sets_its_value() -> None:
         (
             "--balance bias --estimator sparsemixer",
             "--balance must be loss or none with --estimator sparsemixer, .* got bias",
+        ),
+        *(
+            (
+                f"--router {name}",
+                f"--router must not look ahead in a causal .* but {name} .*; examples/classify.py",
+            )
+            for name in ("sequence_mean", "sequence_attention", "expert_choice")
+        ),
+        (
+            "--router sequence_first --estimator gumbel_straight_through",
+            "--router must decide for each byte with --estimator gumbel.*, got sequence_first",
+        ),
+        (
+            "--communication --estimator default_vector",
+            "--no-communication must be with --estimator default_vector, which needs the output",
+        ),
+        (
+            "--router hash --balance bias",
+            "--balance must be loss or none with --router hash, which leaves no .* got bias",
         ),
         ("--balance both", "argument --balance: .*'both'.*loss.*bias.*none"),
         ("--batch-tokens 64", r"--batch-tokens must be at least --context \(128\), got 64"),

@@ -1,0 +1,57 @@
+"""The routers that the example models can choose from, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from torchmoe.nn import (
+    ContextRouter,
+    CosineRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    Router,
+    SequenceRouter,
+)
+
+#: From hidden size, number of experts, experts per token and the layer's number to a router.
+Make = Callable[[int, int, int, int], nn.Module]
+
+
+def pooled(pooling: str) -> Make:
+    """One decision for each sequence."""
+    return lambda size, experts, _top_k, _layer: SequenceRouter(
+        Router(size, experts), pooling=pooling
+    )
+
+
+ROUTERS: Mapping[str, Make] = {
+    "linear": lambda size, experts, _top_k, _layer: Router(size, experts),
+    "cosine": lambda size, experts, _top_k, _layer: CosineRouter(size, experts),
+    "hash": lambda _size, experts, top_k, layer: HashRouter(experts, top_k, seed=layer),
+    "sequence_first": pooled("first"),
+    "sequence_mean": pooled("mean"),
+    "sequence_attention": pooled("attention"),
+    "expert_choice": lambda size, experts, top_k, _layer: ExpertChoiceRouter(
+        Router(size, experts), top_k, among="sequence"
+    ),
+}
+READS_TOKEN_IDS = ("hash",)  # as router_input, the others none
+
+
+def looks_ahead(name: str) -> str | None:
+    """Why a router of this name may decide by later tokens; None if it never does."""
+    router = ROUTERS[name](1, 1, 1, 0)
+    return router.looks_ahead if isinstance(router, ContextRouter) else None
+
+
+def chooses(name: str) -> bool:
+    """Whether a router of this name leaves no choice of experts to anything else."""
+    return bool(getattr(ROUTERS[name](1, 1, 1, 0), "chooses", False))
+
+
+def decides_for(name: str) -> str:
+    """What a router of this name decides for at once: a token, or a sequence."""
+    router = ROUTERS[name](1, 1, 1, 0)
+    return router.decides_for if isinstance(router, ContextRouter) else "token"
