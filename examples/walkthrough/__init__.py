@@ -1,0 +1,1 @@
+"""What gating_walkthrough.py computes, draws and reads."""
