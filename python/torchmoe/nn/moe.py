@@ -48,7 +48,7 @@ from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, route
 from torchmoe.nn.routers.router import Router
-from torchmoe.nn.routing import Decision, MoEOutput, Routing, before_drop
+from torchmoe.nn.routing import Decision, MoEOutput, Routing, before_drop, ids_of
 from torchmoe.selection_bias import update_selection_bias
 
 if TYPE_CHECKING:
@@ -353,7 +353,7 @@ class MoE(nn.Module):
             asking = self._asking_weights(logits, selected)  # [T, K'] or None
             indices = self._limit(logits, selected, asking, num_tokens)  # [T, K']
         else:
-            selected, indices = self._checked(decision, tokens.shape[0], mask)
+            selected, indices = ids_of(decision, tokens.shape[0], mask)
             chosen = selected if self.assistance is None else selected[:, :-1]
 
         # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise,
@@ -514,28 +514,6 @@ class MoE(nn.Module):
                 given.logits, selection_bias=self.selection_bias, token_mask=mask
             )
         return given.indices if mask is None else given.indices.masked_fill(~mask[:, None], -1)
-
-    def _checked(
-        self, decision: Decision, num_tokens: int, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The ids of another pass, none of a masked token."""
-        if len(decision) != 2:
-            raise TypeError(
-                "MoE: decision must be a Decision, such as moe(x).routing.decision, "
-                f"got {type(decision).__name__}"
-            )
-        selected, indices = decision
-        columns = selected.shape[1] if selected.dim() == 2 else self.top_k
-        for name, ids in (("selected", selected), ("indices", indices)):
-            if ids.dtype != torch.int64 or ids.shape != (num_tokens, columns):
-                raise RuntimeError(
-                    f"MoE: decision.{name} must be int64 of shape [num_tokens, top_k] = "
-                    f"[{num_tokens}, {columns}], got {ids.dtype} of shape {list(ids.shape)}"
-                )
-        if mask is None:
-            return selected, indices
-        unmasked = mask.unsqueeze(1)
-        return selected.where(unmasked, -1), indices.where(unmasked, -1)
 
     def _asking_weights(self, logits: Tensor, selected: Tensor) -> Tensor | None:
         """The weights with which slots ask for room, where those decide who gets it.

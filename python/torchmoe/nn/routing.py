@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -69,3 +70,24 @@ class MoEOutput(NamedTuple):
 def before_drop(selected: Tensor, indices: Tensor) -> Tensor:
     """The ids that weights are formed for: rerouted ones replaced, dropped ones not yet removed."""
     return indices.where(indices >= 0, selected)
+
+
+def ids_of(decision: Decision, num_tokens: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The ids of another pass, none of a masked token."""
+    if len(decision) != 2:
+        raise TypeError(
+            "MoE: decision must be a Decision, such as moe(x).routing.decision, "
+            f"got {type(decision).__name__}"
+        )
+    selected, indices = decision
+    columns = selected.shape[1] if selected.dim() == 2 else "top_k"
+    for name, ids in (("selected", selected), ("indices", indices)):
+        if ids.dtype != torch.int64 or ids.shape != (num_tokens, columns):
+            raise RuntimeError(
+                f"MoE: decision.{name} must be int64 of shape [num_tokens, top_k] = "
+                f"[{num_tokens}, {columns}], got {ids.dtype} of shape {list(ids.shape)}"
+            )
+    if token_mask is None:
+        return selected, indices
+    counted = token_mask.unsqueeze(1)
+    return selected.where(counted, -1), indices.where(counted, -1)

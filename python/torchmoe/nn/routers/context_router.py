@@ -49,7 +49,8 @@ class ContextRouter(nn.Module):
             not be true of text that is yet to be written.
         decides_for: "token", or "sequence" where all tokens of a sequence get one decision, which
             an estimator that draws the experts of each token would break.
-        chooses: whether it returns indices; the estimator's `select` is then not called.
+        chooses: whether it leaves no choice to anything else. It may then return indices, and the
+            estimator's `select` is not called.
         default_normalize: the normalisation of the weights where the gate leaves the choice; None
             leaves it to the estimator.
     """
@@ -157,21 +158,3 @@ def _flat_indices(indices: Tensor | None, leading: torch.Size, num_tokens: int) 
             f"got {indices.dtype} of shape {list(indices.shape)}"
         )
     return indices.reshape(num_tokens, indices.shape[-1])
-
-
-def scoring_part(owner: str, router: nn.Module) -> nn.Module:
-    """A router for use inside another; raises TypeError unless it scores each token alone."""
-    if not isinstance(router, nn.Module) or isinstance(router, ContextRouter):
-        raise TypeError(
-            f"{owner}: router must be a module that scores each token alone, "
-            f"such as Router or CosineRouter, got {type(router).__name__}"
-        )
-    return router
-
-
-def size_of(owner: str, router: nn.Module, *names: str) -> int:
-    """The size that a router tells under one of these names; raises TypeError if under none."""
-    for name in names:
-        if isinstance(size := getattr(router, name, None), int):
-            return size
-    raise TypeError(f"{owner}: router must have {names[0]}, got {type(router).__name__}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +10,13 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe.capacity import expert_capacity
 from torchmoe.nn._checks import check_at_least, check_choice
-from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, scoring_part, size_of
+from torchmoe.nn.routers._wrapping import WrappingRouter
+from torchmoe.nn.routers.context_router import RouterOutput
 
 AMONG = ("batch", "sequence")
 
 
-class ExpertChoiceRouter(ContextRouter):
+class ExpertChoiceRouter(WrappingRouter):
     """Every expert picks the tokens that it scores highest, as many as any other expert.
 
     An expert picks ceil(top_k T / E) tokens by softmax(logits), ties to the earlier token, so that
@@ -54,9 +54,7 @@ class ExpertChoiceRouter(ContextRouter):
         among: str = "batch",
         most_per_token: int | None = None,
     ) -> None:
-        super().__init__()
-        self.router = scoring_part("ExpertChoiceRouter", router)
-        self.num_experts = size_of("ExpertChoiceRouter", router, "num_experts", "out_features")
+        super().__init__(router)
         check_choice("ExpertChoiceRouter", "among", among, AMONG)
         most = self.num_experts if most_per_token is None else most_per_token
         for name, value in (("top_k", top_k), ("most_per_token", most)):
@@ -72,20 +70,6 @@ class ExpertChoiceRouter(ContextRouter):
             f"lets experts pick from all tokens of a {among}, and whether an early one is picked "
             "depends on later ones"
         )
-
-    @property
-    def usage(self) -> Tensor | None:
-        """That of the router inside."""
-        return getattr(self.router, "usage", None)
-
-    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
-        """Moves the usage of the router inside, see `Router.update`."""
-        cast(Any, self.router).update(tokens_per_expert, num_slots)
-
-    def reset_parameters(self) -> None:
-        """Gives the router inside its first values again."""
-        if callable(reset := getattr(self.router, "reset_parameters", None)):
-            reset()
 
     def forward(
         self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None

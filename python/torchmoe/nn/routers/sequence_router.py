@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn._checks import check_choice
-from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, scoring_part, size_of
+from torchmoe.nn.routers._wrapping import WrappingRouter
+from torchmoe.nn.routers.context_router import RouterOutput
 
 POOLINGS = ("attention", "given", "mean", "first")
 
 
-class SequenceRouter(ContextRouter):
+class SequenceRouter(WrappingRouter):
     """Pools the tokens of a sequence to one gate input, whose experts serve all of its tokens.
 
         a = pooling weights of the counted tokens, which add up to 1
@@ -49,14 +49,12 @@ class SequenceRouter(ContextRouter):
     query: nn.Parameter | None
 
     def __init__(self, router: nn.Module, *, pooling: str = "attention") -> None:
-        super().__init__()
+        super().__init__(router)
         check_choice("SequenceRouter", "pooling", pooling, POOLINGS)
-        self.router = scoring_part("SequenceRouter", router)
-        self.num_experts = size_of("SequenceRouter", router, "num_experts", "out_features")
         self.pooling = pooling
         query = None
         if pooling == "attention":
-            hidden_size = size_of("SequenceRouter", router, "hidden_size", "in_features")
+            hidden_size = self.size("hidden_size", "in_features")
             like = next(router.parameters(), torch.zeros(()))
             query = nn.Parameter(torch.zeros(hidden_size, device=like.device, dtype=like.dtype))
         self.register_parameter("query", query)
@@ -65,21 +63,11 @@ class SequenceRouter(ContextRouter):
                 f'with pooling "{pooling}" decides by all tokens of a sequence, later ones included'
             )
 
-    @property
-    def usage(self) -> Tensor | None:
-        """That of the router inside."""
-        return getattr(self.router, "usage", None)
-
-    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
-        """Moves the usage of the router inside, see `Router.update`."""
-        cast(Any, self.router).update(tokens_per_expert, num_slots)
-
     def reset_parameters(self) -> None:
         """Sets the query to 0, and gives the router inside its first values again."""
         if self.query is not None:
             nn.init.zeros_(self.query)
-        if callable(reset := getattr(self.router, "reset_parameters", None)):
-            reset()
+        super().reset_parameters()
 
     def forward(
         self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
@@ -108,6 +96,11 @@ class SequenceRouter(ContextRouter):
                     f'{list(x.shape[:-1])} with pooling "given", got {got}'
                 )
         elif router_input is not None:
+            if router_input.dim() != x.dim():
+                raise RuntimeError(
+                    f"SequenceRouter: router_input must be vectors {[*x.shape[:-1], 'hidden_size']}"
+                    f", to be pooled instead of x, got shape {list(router_input.shape)}"
+                )
             pooled = router_input
         if pooled.dim() < 2:
             raise RuntimeError(

@@ -417,14 +417,21 @@ def test_errors() -> None:
     for router, name in (
         (SequenceRouter(Router(H, E)), "SequenceRouter"),
         (ExpertChoiceRouter(Router(H, E), K), "ExpertChoiceRouter"),
+        (HashRouter(E), "HashRouter"),  # it reads ids, which cannot be pooled
         (torch.sin, "builtin_function_or_method"),
     ):
         with pytest.raises(TypeError, match=part + name):
             SequenceRouter(router)
     with pytest.raises(TypeError, match=r"SequenceRouter: router must have num_experts, got Tanh"):
         SequenceRouter(nn.Tanh())
-    with pytest.raises(TypeError, match=r"router must have hidden_size, got HashRouter"):
-        SequenceRouter(HashRouter(E))
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "first"])
+def test_what_is_pooled_instead_of_x_must_be_vectors(pooling: str) -> None:
+    router = SequenceRouter(Router(H, E), pooling=pooling)
+    message = r"router_input must be vectors \[2, 3, 'hidden_size'\], .* got shape \[2, 3\]"
+    with pytest.raises(RuntimeError, match=message):
+        router(torch.randn(2, 3, H), torch.rand(2, 3))
 
 
 def test_a_router_without_parameters() -> None:

@@ -1,0 +1,54 @@
+"""Context routers around a router that scores tokens one by one."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from torchmoe.nn.routers.context_router import ContextRouter
+
+
+class WrappingRouter(ContextRouter):
+    """Holds the router that scores, and is asked for its usage in its place.
+
+    Args:
+        router: a module from gate inputs [T, H] to logits [T, E] with num_experts or out_features.
+
+    Raises:
+        TypeError: router is something else.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        chooses = isinstance(router, ContextRouter) or getattr(router, "chooses", False)
+        if not isinstance(router, nn.Module) or chooses:
+            raise TypeError(
+                f"{type(self).__name__}: router must be a module that scores each token alone, "
+                f"such as Router or CosineRouter, got {type(router).__name__}"
+            )
+        self.router = router
+        self.num_experts = self.size("num_experts", "out_features")
+
+    def size(self, *names: str) -> int:
+        """The size that the router inside tells under one of these names."""
+        for name in names:
+            if isinstance(size := getattr(self.router, name, None), int):
+                return size
+        raise TypeError(
+            f"{type(self).__name__}: router must have {names[0]}, got {type(self.router).__name__}"
+        )
+
+    @property
+    def usage(self) -> Tensor | None:
+        """That of the router inside."""
+        return getattr(self.router, "usage", None)
+
+    def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
+        """Moves the usage of the router inside, see `Router.update`."""
+        cast(Any, self.router).update(tokens_per_expert, num_slots)
+
+    def reset_parameters(self) -> None:
+        """Gives the router inside its first values again."""
+        if callable(reset := getattr(self.router, "reset_parameters", None)):
+            reset()
