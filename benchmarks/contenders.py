@@ -73,6 +73,18 @@ class Shape:
         return 18 * self.rows * self.hidden * self.intermediate
 
 
+def add_shape_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --shape; `default` says what is timed without it."""
+    parser.add_argument(
+        "--shape",
+        type=Shape.parse,
+        action="append",
+        metavar="T,H,I,E,K",
+        help="tokens, hidden size, intermediate size, experts, top-k; may be repeated "
+        f"(default: {default})",
+    )
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, from the command line."""
     if not text.isdecimal() or int(text) < 1:

@@ -34,7 +34,14 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 import torchmoe
-from benchmarks.contenders import Shape, mixtral_block, our_layer, positive, transformers_version
+from benchmarks.contenders import (
+    Shape,
+    add_shape_option,
+    mixtral_block,
+    our_layer,
+    positive,
+    transformers_version,
+)
 from torchmoe import ops
 
 DEVICE = "cuda"
@@ -455,13 +462,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.cuda_layer",
         description="Times the MoE layer and its routing ops on a GPU, in bfloat16.",
     )
-    parser.add_argument(
-        "--shape",
-        type=Shape.parse,
-        action="append",
-        metavar="T,H,I,E,K",
-        help="tokens, hidden, intermediate, experts, top-k; may be repeated (default: five)",
-    )
+    add_shape_option(parser, "five")
     parser.add_argument(
         "--rounds", type=positive, default=20, help="timed runs of each (default: 20)"
     )

@@ -35,6 +35,7 @@ from benchmarks.contenders import (
     Contender,
     DenseBound,
     Shape,
+    add_shape_option,
     check_agreement,
     in_float32,
     inputs,
@@ -215,14 +216,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m benchmarks.moe_layer",
         description="Times one MoE layer beside Transformers, a plain loop and torch.mm.",
     )
-    parser.add_argument(
-        "--shape",
-        type=Shape.parse,
-        action="append",
-        metavar="T,H,I,E,K",
-        help="tokens, hidden size, intermediate size, experts, top-k; may be repeated "
-        "(default: four shapes, and two of few tokens forward only)",
-    )
+    add_shape_option(parser, "four shapes, and two of few tokens forward only")
     parser.add_argument("--forward-only", action="store_true", help="inference only")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
