@@ -51,7 +51,7 @@ def chooses(name: str) -> bool:
     return bool(getattr(ROUTERS[name](1, 1, 1, 0), "chooses", False))
 
 
-def decides_for(name: str) -> str:
-    """What a router of this name decides for at once: a token, or a sequence."""
+def decides_for_tokens(name: str) -> bool:
+    """Whether a router of this name leaves each token a decision of its own."""
     router = ROUTERS[name](1, 1, 1, 0)
-    return router.decides_for if isinstance(router, ContextRouter) else "token"
+    return not isinstance(router, ContextRouter) or router.decides_for == "token"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 
 from lm.model import BALANCES, FEED_FORWARDS, HEAD_SIZE, OVERFLOWS, ModelConfig
-from lm.routers import ROUTERS, chooses, decides_for, looks_ahead
+from lm.routers import ROUTERS, chooses, decides_for_tokens, looks_ahead
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
 from torchmoe.nn.estimators.estimator import NORMALIZES
@@ -197,19 +197,23 @@ class Settings:
             )
         if (reason := looks_ahead(self.router)) is not None:
             raise SettingsError(
-                f"--router must not look ahead in a causal language model, but {self.router} "
-                f"{reason}; examples/classify.py has it"
+                "--router must not look ahead in a causal language model (examples/classify.py has "
+                f"those that do), got {self.router}, which {reason}"
             )
         estimator = build_estimator(self.estimator)
         if self.communication and estimator.takes_experts_alone:
             raise SettingsError(
-                f"--no-communication must be with --estimator {self.estimator}, which needs the "
-                "output of each expert alone"
+                "--estimator must not need the output of each expert alone with --communication, "
+                f"got {self.estimator}"
             )
-        if decides_for(self.router) != "token" and estimator.draws:
+        if self.communication and self.top_k == 1:
             raise SettingsError(
-                f"--router must decide for each byte with --estimator {self.estimator}, which "
-                f"draws each byte's experts, got {self.router}"
+                "--top-k must be at least 2 with --communication, got 1: nobody to talk to"
+            )
+        if estimator.draws and (chooses(self.router) or not decides_for_tokens(self.router)):
+            raise SettingsError(
+                f"--estimator must not draw each byte's experts with --router {self.router}, "
+                f"got {self.estimator}"
             )
         if self.normalize is not None and self.normalize not in estimator.normalizes:
             allowed = " or ".join(estimator.normalizes)
@@ -232,10 +236,15 @@ class Settings:
                 f"--balance must be loss or none with --estimator {self.estimator}, which draws "
                 f"its experts, got {self.balance}"
             )
-        if self.balance == "bias" and chooses(self.router):
+        if chooses(self.router) and self.balance == "bias":
             raise SettingsError(
                 f"--balance must be loss or none with --router {self.router}, which leaves no "
                 "choice to a bias, got bias"
+            )
+        if chooses(self.router) and self.overflow != "drop":
+            raise SettingsError(
+                f"--overflow must be drop with --router {self.router}, which scores no expert "
+                f"beside its choice, got {self.overflow}"
             )
         if self.steps is None and self.minutes is None:
             raise SettingsError("--steps or --minutes must say when training ends, got neither")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchmoe.nn._layers import moe_layers
+from torchmoe.nn._layers import Hook, moe_layers
 from torchmoe.nn.routing import Decision, MoEOutput
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -27,20 +27,23 @@ class RoutingReplay:
 
     What is recorded are the layers' decisions: the ids as selected and as routed, after capacity
     and assistance, bit for bit. While they are forced, no layer selects, reroutes or drops;
-    weights, losses and gradients follow from the layer's own logits at those ids. What else is
-    random goes on as ever: the router's noise in the logits, and the factor of SparseMixer's
-    weights. So
+    weights, losses and gradients follow from the layer's own logits at those ids. Random numbers
+    are drawn as ever, used or not: the router's noise in the logits, the factor of SparseMixer's
+    weights and, after the layer, dropout are those of a pass that decides (not under torch.compile,
+    which removes draws that nobody reads). So
 
     - activation recomputation cannot route otherwise than the forward pass did, whatever the rest
       of the model does: record the forward pass, and force while backward runs, or force both;
     - a checkpoint can be evaluated under the routing of another: record one model, and force the
       other by `RoutingReplay(other, replay.decisions)`.
 
-    The layers are followed by hooks and go by their path in the model. A layer that is called
-    several times has several decisions; they are forced in the order they were recorded in. What
-    backward recomputes takes the decision of the last call that it has not recomputed yet. So where
-    a layer is called several times before backward runs, all of its calls must be recomputed, each
-    in a `torch.utils.checkpoint` of its own, and the last one first, as one backward pass does.
+    The layers are followed by hooks, which copies of the model do not inherit, and go by their path
+    in the model, without what torch.compile and DistributedDataParallel put into it. A layer that
+    is called several times has several decisions; they are forced in the order they were recorded
+    in. What backward recomputes takes the decision of the last call that it has not recomputed yet.
+    So where a layer is called several times before backward runs, all of its calls must be
+    recomputed, each in a `torch.utils.checkpoint` of its own, and the last one first, as one
+    backward pass does.
 
     Under torch.compile each layer breaks the graph while it is recorded or forced, so that
     fullgraph=True refuses. Enter `record` or `force` before the compiled model runs for the first
@@ -88,7 +91,7 @@ class RoutingReplay:
         self.decisions = {name: [] for name in self._layers}
         with ExitStack() as stack:
             for name, layer in self._layers.items():
-                hook = _recording(self.decisions[name])
+                hook = _Recording(self.decisions[name])
                 # Before other hooks, which may replace the output by something else.
                 stack.callback(layer.register_forward_hook(hook, prepend=True).remove)
             yield
@@ -103,7 +106,7 @@ class RoutingReplay:
         """
         with ExitStack() as stack:
             for name, layer in self._layers.items():
-                hook = _forcing(_Queue(name, self.decisions.get(name, ())))
+                hook = _Forcing(_Queue(name, self.decisions.get(name, ())))
                 stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
@@ -116,7 +119,11 @@ class _Queue:
         self._waiting = deque(Decision(*decision) for decision in decisions)
         self._number = len(self._waiting)
         self._taken: list[Decision] = []
-        self._node: object = None  # of the graph, whose gradient needs what is recomputed
+        # By the node of the graph whose gradient needs what is recomputed: those of the backward
+        # pass at work, and of the one before, which may go through the same graph once more.
+        self._task = -1
+        self._of_node: dict[object, Decision] = {}
+        self._of_node_before: dict[object, Decision] = {}
 
     def next(self) -> Decision:
         """The decision of the call that is about to begin."""
@@ -128,18 +135,21 @@ class _Queue:
         return self._taken[-1]
 
     def _recomputed(self) -> Decision:
-        node = torch._C._current_autograd_node()
-        if node is self._node:
+        task, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
+        if task != self._task:
+            self._task, self._of_node_before, self._of_node = task, self._of_node, {}
+        if node in self._of_node:
             raise RuntimeError(
                 f"RoutingReplay: {self._name} must be called once in a checkpoint, got a second "
                 "call in its recomputation"
             )
-        self._node = node
-        if self._taken:
-            return self._taken.pop()
-        if not self._waiting:
-            raise self._error()
-        return self._waiting.pop()
+        decision = self._of_node_before.get(node)
+        if decision is None:
+            if not self._taken and not self._waiting:
+                raise self._error()
+            decision = self._taken.pop() if self._taken else self._waiting.pop()
+        self._of_node[node] = decision
+        return decision
 
     def _error(self) -> RuntimeError:
         return RuntimeError(
@@ -148,32 +158,34 @@ class _Queue:
         )
 
 
-def _recording(decisions: list[tuple[Tensor, Tensor]]) -> Any:  # noqa: ANN401 (torch's own)
-    def remember(output: MoEOutput) -> None:
+class _Recording(Hook):
+    """Appends the decision of each call, but of no recomputation."""
+
+    def __init__(self, decisions: list[tuple[Tensor, Tensor]]) -> None:
+        self._decisions = decisions
+        self._outside = _outside(self._remember)
+
+    def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
+        (self._outside if torch.compiler.is_compiling() else self._remember)(output)
+
+    def _remember(self, output: MoEOutput) -> None:
         if not _in_backward():
             selected, indices = output.routing.decision
-            decisions.append((selected, indices))
-
-    outside = _outside(remember)
-
-    def hook(module: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
-        del module, args
-        (outside if torch.compiler.is_compiling() else remember)(output)
-
-    return hook
+            self._decisions.append((selected, indices))
 
 
-def _forcing(queue: _Queue) -> Any:  # noqa: ANN401 (torch's own)
-    outside = _outside(queue.next)
+class _Forcing(Hook):
+    """Hands each call its decision."""
 
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def __init__(self, queue: _Queue) -> None:
+        self._next = queue.next
+        self._next_outside = _outside(queue.next)
+
+    def __call__(
+        self, moe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del module
-        decision = (outside if torch.compiler.is_compiling() else queue.next)()
+        decision = (self._next_outside if torch.compiler.is_compiling() else self._next)()
         return args, {**kwargs, "decision": decision}
-
-    return hook
 
 
 def _outside(call: Call) -> Call:

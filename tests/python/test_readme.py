@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand."""
+"""The Python examples of the README and of docs/ run as they stand."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+EXAMPLES = {
+    f"{path.name}-{number}": code
+    for path in (ROOT / "README.md", ROOT / "docs" / "gating.md")
+    for number, code in enumerate(
+        re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    )
+}
 
 
 def test_there_are_examples_to_run() -> None:
-    assert len(EXAMPLES) == 7
+    assert len(EXAMPLES) == 8 + 9
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_example_runs(example: str) -> None:
-    exec(compile(example, str(README), "exec"), {"__name__": "__main__"})
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # what an example writes is not for the repository
+    exec(compile(EXAMPLES[name], name, "exec"), {"__name__": "__main__"})

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -340,6 +344,86 @@ def test_recomputation_routes_as_recorded(
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gate": Gate(estimator="gumbel_straight_through")},
+        {"gate": Gate(estimator="sparsemixer")},
+        {"gate": Gate(estimator="exact"), "capacity": Capacity(0.5, priority="random")},
+        {
+            "gate": Gate(estimator="sparsemixer"),
+            "capacity": Capacity(0.7, priority="weight", overflow="next_best"),
+        },
+    ],
+)
+def test_forced_recomputation_has_the_gradient_of_a_plain_one(
+    options: dict[str, Any], use_reentrant: bool
+) -> None:
+    # Dropout comes after the layer: it must find the generator as the forward pass left it.
+    layer = WithAttachedLoss(random_layer(logit_noise=0.5, **{"capacity": None} | options))
+    model = nn.Sequential(layer, nn.Dropout(0.5), nn.Tanh())
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H)
+    seen = []
+    for forced in (False, True):
+        leaf = x.clone().requires_grad_()
+        model.zero_grad()
+        torch.manual_seed(4)
+        with replay.record():
+            y = checkpoint(model, leaf, use_reentrant=use_reentrant)
+        with replay.force() if forced else nullcontext():
+            y.square().sum().backward()
+        seen.append([y, leaf.grad, *gradients(model).values()])
+    for plain, again in zip(*seen, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("use_reentrant", [False])
+def test_a_second_backward_pass_recomputes_the_same(use_reentrant: bool) -> None:
+    model = Model(use_reentrant=use_reentrant)
+    replay = RoutingReplay(model)
+    with replay.record():
+        y = model(torch.randn(T, H, requires_grad=True))
+    recorded = model.pop_seen()
+    with replay.force():
+        y.square().sum().backward(retain_graph=True)
+        y.square().sum().backward()
+    check_forced({name: of * 2 for name, of in recorded.items()}, model.pop_seen())
+
+
+@pytest.mark.parametrize("entered", ["record", "force"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_not_followed(entered: str, copied: Any) -> None:
+    model = random_layer()
+    replay = RoutingReplay(model)
+    x = torch.randn(T, H)
+    with replay.record():
+        model(x)
+    with getattr(replay, entered)():
+        model(x)
+        other = copied(model)
+        other(x)
+        assert len(replay.decisions["moe"]) == 1
+    other(x)
+    assert len(replay.decisions["moe"]) == 1
+
+
+def test_a_decision_without_the_column_of_assistance() -> None:
+    plain, assisted = MoE(H, INNER, E, K), random_layer()
+    x = torch.randn(T, H)
+    message = rf"\[num_tokens, top_k \+ 1 with assistance\] = \[{T}, {K + 1}\], .* \[{T}, {K}\]"
+    with pytest.raises(RuntimeError, match=message):
+        assisted(x, decision=plain(x).routing.decision)
+
+
+@pytest.mark.parametrize("decision", [5, ([[0]], [[1]]), "ids"])
+def test_a_decision_must_be_one(decision: Any) -> None:
+    moe = MoE(H, INNER, E, K)
+    with pytest.raises(TypeError, match=r"MoE: decision must be a Decision, .*, got (int|tup|str)"):
+        moe(torch.randn(T, H), decision=decision)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
 def test_forced_recomputation_of_several_micro_batches(use_reentrant: bool) -> None:
     model = Model(use_reentrant=use_reentrant)
     replay = RoutingReplay(model)
@@ -596,8 +680,8 @@ def test_another_number_of_tokens() -> None:
     with replay.record():
         model(torch.randn(T, H))
     message = (
-        rf"MoE: decision.selected must be int64 of shape \[num_tokens, top_k\] = \[{T + 1}, 3\], "
-        rf"got torch.int64 of shape \[{T}, 3\]"
+        r"MoE: decision.selected must be int64 of shape \[num_tokens, top_k \+ 1 with assistance\] "
+        rf"= \[{T + 1}, 3\], got torch.int64 of shape \[{T}, 3\]"
     )
     with replay.force(), pytest.raises(RuntimeError, match=message):
         model(torch.randn(T + 1, H))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._directions import percent, unit
 from torchmoe.monitor._extras import missing
 from torchmoe.nn._checks import check_integer
-from torchmoe.nn.routers._unit import percent, unit
+from torchmoe.nn.routers.context_router import ContextRouter
 
 _BLOCK = 1 << 21  # pairs of experts that are looked at together: 16 MiB in float64
 
@@ -57,10 +58,10 @@ def geometry(router: nn.Module) -> RouterGeometry:
     Args:
         router: a `torchmoe.nn.Router`, torch.nn.Linear or any other module with a floating `weight`
             [E, H] and, if it has one, a `bias` [E]; a `torchmoe.nn.CosineRouter` or any other with
-            `rows` [E, P] and a method `gate_input` from x [T, H] to z [T, P], where the logits are
-            z rows^T; or a module that has such a one as its `router`, as `torchmoe.nn.MoE` has, and
-            routers that choose by another router's logits. What that module does to the tokens
-            before its router sees them is not repeated.
+            `rows` [E, P] and a method `project` from x [T, H] to z [T, P], where the logits are
+            z rows^T; or a module that has such a one as its `router` or `moe`, as `torchmoe.nn.MoE`
+            has, WithAttachedLoss, and routers that choose by another router's logits. What that
+            module does to the tokens before its router sees them is not repeated.
 
     Returns:
         The rows and biases in float64 on the router's device, and what can be read off them.
@@ -70,13 +71,14 @@ def geometry(router: nn.Module) -> RouterGeometry:
     """
     gate: object = router
     while isinstance(gate, nn.Module):
-        if isinstance(getattr(gate, "rows", None), Tensor) and hasattr(gate, "gate_input"):
-            return _projecting(gate)
-        if isinstance(getattr(gate, "weight", None), Tensor):
-            return _linear(gate)
-        gate = getattr(gate, "router", None)
+        if not isinstance(gate, ContextRouter):  # whose own weight may be anything
+            if isinstance(getattr(gate, "rows", None), Tensor) and hasattr(gate, "project"):
+                return _projecting(gate)
+            if isinstance(getattr(gate, "weight", None), Tensor):
+                return _linear(gate)
+        gate = getattr(gate, "router", getattr(gate, "moe", None))
     raise TypeError(
-        "geometry: router must have a weight [num_experts, hidden_size], or rows and gate_input, "
+        "geometry: router must have a weight [num_experts, hidden_size], or rows and project, "
         f"or a router that has, got {type(router).__name__}"
     )
 
@@ -97,7 +99,7 @@ def _projecting(gate: nn.Module) -> RouterGeometry:
     return RouterGeometry(
         rows,
         rows.new_zeros(len(rows)),
-        cast(Callable[[Tensor], Tensor], gate.gate_input),
+        cast(Callable[[Tensor], Tensor], gate.project),
         hidden_size if isinstance(hidden_size, int) else None,
     )
 
@@ -140,7 +142,7 @@ class RouterGeometry:
 
     rows: Tensor
     bias: Tensor
-    _gate_input: Callable[[Tensor], Tensor] | None = field(default=None)
+    _project: Callable[[Tensor], Tensor] | None = field(default=None)
     _hidden_size: int | None = field(default=None)
 
     @cached_property
@@ -327,12 +329,12 @@ class RouterGeometry:
         if size < 2:
             raise ValueError(f"geometry: plot must have rows of two or more numbers, got {size}")
         if not (self.rows.isfinite().all() and self.bias.isfinite().all()):
-            raise ValueError("geometry: plot must have finite rows and biases, got others")
+            raise ValueError("geometry: plot must have finite rows and biases, got inf or NaN")
         tokens = None
         if x is not None:
             tokens = self._points(x)[0]
             if not tokens.isfinite().all():
-                raise ValueError("geometry: plot must have finite x, got others")
+                raise ValueError("geometry: plot must have finite x, got inf or NaN")
         figure = draw_plane(
             self.rows.cpu().numpy(),
             self.bias.cpu().numpy(),
@@ -359,8 +361,8 @@ class RouterGeometry:
             raise RuntimeError(f"geometry: x must be on {self.rows.device}, got {x.device}")
         leading = x.shape[:-1]
         z = x.detach().to(torch.float64).reshape(leading.numel(), x.shape[-1])
-        if self._gate_input is not None:
-            z = self._gate_input(z)
+        if self._project is not None:
+            z = self._project(z)
         return z, leading
 
     def _logits_at(self, z: Tensor) -> Tensor:

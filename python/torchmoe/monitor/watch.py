@@ -17,7 +17,7 @@ from torchmoe.monitor._history import History, Record
 from torchmoe.monitor._intake import Intake
 from torchmoe.monitor.statistics import SCALARS, RoutingStatistics
 from torchmoe.nn._checks import check_at_least
-from torchmoe.nn._layers import moe_layers
+from torchmoe.nn._layers import Hook, moe_layers
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routing import MoEOutput, Routing
 
@@ -257,12 +257,8 @@ class _Layer:
         self.seen += 1
 
 
-class _Hook:
-    """What is registered with a layer.
-
-    A copy of the model, such as one of averaged weights or a file, is not followed: a copied hook
-    is inert.
-    """
+class _Hook(Hook):
+    """What is registered with a layer."""
 
     def __init__(self, take: Callable[[Routing], None], evaluation: bool) -> None:
         self._take = take
@@ -278,11 +274,3 @@ class _Hook:
         # Without a compiler the wrapper would cost half as much as all the rest.
         take = self._take_outside if torch.compiler.is_compiling() else self._take
         take(output.routing)
-
-    def __reduce__(self) -> tuple[type[_Inert], tuple[()]]:
-        return _Inert, ()
-
-
-class _Inert:
-    def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
-        """Does nothing."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.gate import Gate
-from torchmoe.nn.routers.context_router import ContextRouter
 
 
-def check_part(argument: str, part: object, **sizes: int) -> None:
-    """Raises ValueError if a replaced part says that it was made for other sizes."""
-    for name, expected in sizes.items():
+def check_part(argument: str, part: object, **settings: object) -> None:
+    """Raises ValueError if a replaced part says that it was made for other settings."""
+    for name, expected in settings.items():
         actual = getattr(part, name, expected)
         if actual != expected:
             raise ValueError(f"MoE: {argument} must have {name} {expected}, got {actual}")
@@ -32,44 +33,65 @@ def check_groups(gate: Gate, num_experts: int, top_k: int) -> None:
 
 
 def check_usage(router: nn.Module, reader: str | None) -> None:
-    """Raises ValueError unless the router keeps usage for whatever reads it."""
-    if reader is not None and getattr(router, "usage", None) is None:
+    """Raises ValueError unless the router keeps usage for whatever reads it, and can move it."""
+    if getattr(router, "usage", None) is None:
+        if reader is not None:
+            raise ValueError(
+                f"MoE: router must keep usage for {reader}, as Router(track_usage=True) does, "
+                "got one without"
+            )
+    elif not callable(getattr(router, "update", None)):
         raise ValueError(
-            f"MoE: router must keep usage for {reader}, as Router(track_usage=True) does, "
-            "got one without"
+            "MoE: router must have update(tokens_per_expert, num_slots) where it has usage, "
+            f"got {type(router).__name__} without"
         )
 
 
-def check_choice_of_experts(
-    router: nn.Module, gate: Gate, estimator: Estimator, selection_bias_rate: float
+def check_choosing(
+    router: nn.Module, gate: Gate, selection_bias_rate: float, reroutes: Mapping[str, object]
 ) -> None:
-    """Raises ValueError where two parts would choose the experts, each in its own way."""
+    """Raises ValueError where something beside the router would choose experts.
+
+    Args:
+        router: the layer's.
+        gate: the layer's.
+        selection_bias_rate: the layer's.
+        reroutes: what leads tokens to experts that the router did not choose, by argument; None
+            where there is none.
+    """
     name = type(router).__name__
-    chooses = getattr(router, "chooses", False)  # HashRouter, too, in its logits
-    if chooses and selection_bias_rate > 0:
+    if not getattr(router, "chooses", False):
+        return
+    if selection_bias_rate > 0:
         raise ValueError(
             f"MoE: selection_bias_rate must be 0 with {name}, which chooses the experts itself, "
             f"got {selection_bias_rate}"
         )
-    if chooses and gate.num_groups > 1:
+    if gate.num_groups > 1:
         raise ValueError(
             f"MoE: gate.num_groups must be 1 with {name}, which chooses the experts itself, "
             f"got {gate.num_groups}"
         )
-    if not isinstance(router, ContextRouter):
-        return
-    if estimator.draws and (chooses or router.decides_for != "token"):
+    for argument, value in reroutes.items():
+        if value is not None and not getattr(router, "scores_all", True):
+            raise ValueError(
+                f"MoE: {argument} must not lead tokens to experts that {name} gives no score, "
+                f"got {value!r}"
+            )
+
+
+def check_estimator(router: nn.Module, experts: object, estimator: Estimator) -> None:
+    """Raises ValueError where the estimator would draw what is settled, or ask for what is not."""
+    decides_for = getattr(router, "decides_for", "token")
+    chooses = getattr(router, "chooses", False)
+    if estimator.draws and (chooses or decides_for != "token"):
         reason = "which chooses the experts itself"
         if not chooses:
-            reason = f"which decides once for each {router.decides_for}"
+            reason = f"which decides once for each {decides_for}"
         raise ValueError(
-            f"MoE: gate.estimator must not draw each token's experts with {name}, {reason}, "
-            f"got {type(estimator).__name__}"
+            f"MoE: gate.estimator must not draw each token's experts with "
+            f"{type(router).__name__}, {reason}, got {type(estimator).__name__}"
         )
-
-
-def check_experts(experts: object, estimator: Estimator) -> None:
-    """Raises ValueError where an estimator asks for one expert's output, and there is no such."""
     if estimator.takes_experts_alone and getattr(experts, "mixes_slots", False):
         raise ValueError(
             "MoE: gate.estimator must not need the output of each expert alone with "

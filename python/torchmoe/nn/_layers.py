@@ -1,8 +1,9 @@
-"""The layers inside a model, and what they are called."""
+"""The layers inside a model, what they are called, and hooks that follow them."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from torchmoe.nn.moe import MoE
 
@@ -11,11 +12,38 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """Every MoE layer inside a model by its path, "moe" if the model is the layer.
 
     They are found wherever they are, inside WithAttachedLoss, DistributedDataParallel or a compiled
-    model. What torch.compile puts into a path is not the model's: with and without it a layer has
-    one name.
+    model. What those two put into a path is not the model's: with and without them a layer has one
+    name.
     """
-    return {
-        ".".join(part for part in path.split(".") if part != "_orig_mod") or "moe": module
-        for path, module in model.named_modules()
-        if isinstance(module, MoE)
-    }
+    layers = {}
+    wrapped = set()  # paths of what DistributedDataParallel holds
+    for path, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            wrapped.add(f"{path}.module".lstrip("."))
+        if isinstance(module, MoE):
+            layers[_name(path, wrapped)] = module
+    return layers
+
+
+def _name(path: str, wrapped: set[str]) -> str:
+    parts = path.split(".")
+    kept = [
+        part
+        for i, part in enumerate(parts)
+        if part != "_orig_mod" and ".".join(parts[: i + 1]) not in wrapped
+    ]
+    return ".".join(kept) or "moe"
+
+
+class InertHook:
+    """What a hook becomes in a copy of the model, such as one of averaged weights or a file."""
+
+    def __call__(self, *args: object) -> None:
+        """Does nothing."""
+
+
+class Hook:
+    """Base of hooks that follow one model, and not its copies."""
+
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn._checks import check_at_least
+from torchmoe.nn._rows import exponentials, in_slot_order, linear
 from torchmoe.nn.estimators.estimator import ExpertFunction
 
 
@@ -46,9 +47,11 @@ class ExpertCommunication(nn.Module):
     Raises:
         TypeError: a size is not an int.
         ValueError: a size is below 1, num_heads does not divide size, or the experts say that they
-            were made for other sizes.
+            were made for other sizes or mix slots.
     """
 
+    # What an expert gives depends on the token's other experts: estimators that ask for each one's
+    # output by itself look at this.
     mixes_slots = True
 
     def __init__(
@@ -73,6 +76,11 @@ class ExpertCommunication(nn.Module):
         if size % num_heads:
             raise ValueError(
                 f"ExpertCommunication: num_heads must divide size {size}, got {num_heads}"
+            )
+        if getattr(experts, "mixes_slots", False):
+            raise ValueError(
+                "ExpertCommunication: experts must not mix a token's slots themselves, "
+                f"got {type(experts).__name__}"
             )
         for name, expected in (("hidden_size", hidden_size), ("num_experts", num_experts)):
             if (actual := getattr(experts, name, expected)) != expected:
@@ -115,7 +123,7 @@ class ExpertCommunication(nn.Module):
             y [T, H] in the dtype that the experts return.
         """
         routed = (indices >= 0) & (indices < self.num_experts)  # [T, K]
-        plan = _in_slot_order(indices)
+        plan = in_slot_order(indices.shape[0], indices.shape[1], indices.device)
         # 1. Each slot's output: the experts see it as a token of its own with weight 1.
         alone = indices.reshape(-1, 1)  # [N, 1]
         outputs = self.experts(ops.permute(x, plan), alone, weights.new_ones(alone.shape))  # [N, H]
@@ -125,11 +133,11 @@ class ExpertCommunication(nn.Module):
         weights = weights.masked_fill(~routed, 0)
         y = ops.unpermute(outputs, weights, plan)
         heard = ops.unpermute(said, weights.to(said.dtype), plan)  # [T, S]
-        return y + _linear(heard.to(self.out_proj.dtype), self.out_proj).to(y.dtype)
+        return y + linear(heard.to(self.out_proj.dtype), self.out_proj).to(y.dtype)
 
     def _exchange(self, outputs: Tensor, routed: Tensor) -> Tensor:
         """What each slot hears: [N, S], float32 or wider, 0 where there is nobody to talk to."""
-        qkv = _linear(outputs, self.qkv_proj)  # [N, 3 * S]
+        qkv = linear(outputs, self.qkv_proj)  # [N, 3 * S]
         wide = torch.promote_types(qkv.dtype, torch.float32)
         # A row's length only scales its product, so that no normed copy [N, H] is kept.
         length = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=wide)
@@ -139,12 +147,9 @@ class ExpertCommunication(nn.Module):
         )
         q, k, v = slots.permute(2, 0, 3, 1, 4)  # [T, heads, K, D] each
         talks = (routed.sum(dim=1, keepdim=True) > 1) & routed  # [T, K]
-        # Sums and quotients, since torch.matmul and the gradient of torch's softmax have other bits
-        # for other numbers of threads.
+        # Sums of products, since torch.matmul has other bits for other numbers of threads.
         scores = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) / math.sqrt(q.shape[-1])
-        lowest = torch.finfo(wide).min  # -inf would leave NaN where nobody talks
-        scores = scores.masked_fill(~talks[:, None, None, :], lowest)
-        powers = (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
+        powers = exponentials(scores, talks[:, None, None, :])
         attention = powers / powers.sum(dim=-1, keepdim=True)
         said = (attention.unsqueeze(-1) * v.unsqueeze(2)).sum(3)  # [T, heads, K, D]
         heard: Tensor = said.transpose(1, 2).masked_fill(~talks[:, :, None, None], 0)
@@ -158,16 +163,3 @@ class ExpertCommunication(nn.Module):
         )
         is_module = isinstance(self.experts, nn.Module)
         return text if is_module else text + f", experts={self.experts!r}"
-
-
-def _in_slot_order(indices: Tensor) -> ops.DispatchPlan:
-    """A plan whose rows are the slots in their own order."""
-    slots = torch.arange(indices.numel(), device=indices.device)
-    offsets = torch.arange(2, device=indices.device) * indices.numel()
-    return ops.DispatchPlan(offsets, slots, slots.view(indices.shape))
-
-
-def _linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """The rows [N, H] times weight [O, H] transposed, with the same bits for any thread count."""
-    offsets = torch.arange(2, device=rows.device) * rows.shape[0]
-    return ops.grouped_linear(rows, weight.unsqueeze(0), None, offsets)

@@ -34,8 +34,8 @@ from torchmoe.nn._checks import (
     check_not_negative,
 )
 from torchmoe.nn._compatibility import (
-    check_choice_of_experts,
-    check_experts,
+    check_choosing,
+    check_estimator,
     check_groups,
     check_part,
     check_usage,
@@ -191,7 +191,9 @@ class MoE(nn.Module):
                 f'got "{fraction_choices}"'
             )
         check_not_negative("MoE", "selection_bias_rate", selection_bias_rate)
-        check_part("router", router, num_experts=num_experts, top_k=top_k)
+        check_part("router", router, num_experts=num_experts)
+        if getattr(router, "chooses", False):
+            check_part("router", router, top_k=top_k, score_function=gate.score_function)
         check_part("experts", experts, num_experts=num_experts, hidden_size=hidden_size)
         check_part("assistance", assistance, num_experts=num_experts)
 
@@ -252,8 +254,10 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        check_choice_of_experts(router, gate, self.estimator, selection_bias_rate)
-        check_experts(experts, self.estimator)
+        overflow = None if capacity is None or capacity.overflow == "drop" else capacity.overflow
+        reroutes = {"capacity.overflow": overflow, "assistance": assistance}
+        check_choosing(router, gate, selection_bias_rate, reroutes)
+        check_estimator(router, experts, self.estimator)
         is_constant = top_k == 1 and self.estimator.normalize == "topk"
         if assistance is not None and is_constant and self.estimator.gate_estimator == "exact":
             raise ValueError(
@@ -318,7 +322,9 @@ class MoE(nn.Module):
                 tokens do not matter.
             decision: the ids of another forward pass, its `routing.decision`, which take the place
                 of selection, assistance and capacity here. Weights, losses and gradients are formed
-                from this call's logits. With assistance the last column counts as its slots.
+                from this call's logits. Random numbers are drawn as without, so that the generator
+                is left as by a pass that decides, but under torch.compile. With assistance the last
+                column is its slots.
 
         Returns:
             hidden_states in x's shape: routed_scaling_factor times the routed experts' output plus
@@ -353,8 +359,11 @@ class MoE(nn.Module):
             asking = self._asking_weights(logits, selected)  # [T, K'] or None
             indices = self._limit(logits, selected, asking, num_tokens)  # [T, K']
         else:
-            selected, indices = ids_of(decision, tokens.shape[0], mask)
-            chosen = selected if self.assistance is None else selected[:, :-1]
+            assisted = self.assistance is not None
+            columns = self.top_k + 1 if assisted else None
+            selected, indices = ids_of(decision, tokens.shape[0], mask, columns)
+            chosen = selected[:, :-1] if assisted else selected
+            self._draw_as_if_deciding(logits, selected, mask)
 
         # 3. Weigh: from the unbiased logits, and before slots are dropped unless asked otherwise,
         # which concerns the normalisation alone.
@@ -515,6 +524,26 @@ class MoE(nn.Module):
             )
         return given.indices if mask is None else given.indices.masked_fill(~mask[:, None], -1)
 
+    def _draw_as_if_deciding(self, logits: Tensor, selected: Tensor, mask: Tensor | None) -> None:
+        """Draws what a pass that decides draws, and forgets it.
+
+        Else what is random later in a recomputation would be other than in its forward pass. A
+        compiler removes draws that nobody reads.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self.estimator.draws:
+            self.estimator.select(logits, selection_bias=self.selection_bias, token_mask=mask)
+            if self.capacity is not None and self.capacity.overflow != "drop":
+                self._asking_weights(logits, selected)
+        self._random_priority(selected)
+
+    def _random_priority(self, selected: Tensor) -> Tensor | None:
+        """A draw for every slot, in training, where the capacity has such a priority."""
+        if self.capacity is None or self.capacity.priority != "random" or not self.training:
+            return None
+        return torch.rand(selected.shape, device=selected.device)
+
     def _asking_weights(self, logits: Tensor, selected: Tensor) -> Tensor | None:
         """The weights with which slots ask for room, where those decide who gets it.
 
@@ -538,9 +567,7 @@ class MoE(nn.Module):
             training=self.training,
             usage=cast(Tensor, self.router.usage) if capacity.dynamic else None,
         )
-        priority = None if asking is None else asking.detach()
-        if capacity.priority == "random" and self.training:
-            priority = torch.rand(selected.shape, device=selected.device)
+        priority = self._random_priority(selected) if asking is None else asking.detach()
         scores = None
         if capacity.overflow != "drop":
             scores = self.estimator.rank(logits, selection_bias=self.selection_bias)

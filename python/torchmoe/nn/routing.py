@@ -72,20 +72,28 @@ def before_drop(selected: Tensor, indices: Tensor) -> Tensor:
     return indices.where(indices >= 0, selected)
 
 
-def ids_of(decision: Decision, num_tokens: int, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The ids of another pass, none of a masked token."""
-    if len(decision) != 2:
+def ids_of(
+    decision: Decision, num_tokens: int, token_mask: Tensor | None, columns: int | None
+) -> tuple[Tensor, Tensor]:
+    """The ids of another pass, none of a masked token; any number of columns where that is None."""
+    pair = isinstance(decision, tuple) and len(decision) == 2
+    if not pair or not all(isinstance(ids, Tensor) for ids in decision):
         raise TypeError(
             "MoE: decision must be a Decision, such as moe(x).routing.decision, "
             f"got {type(decision).__name__}"
         )
     selected, indices = decision
-    columns = selected.shape[1] if selected.dim() == 2 else "top_k"
+    expected: int | str = "top_k"
+    if columns is not None:
+        expected = columns
+    elif selected.dim() == 2:
+        expected = selected.shape[1]
     for name, ids in (("selected", selected), ("indices", indices)):
-        if ids.dtype != torch.int64 or ids.shape != (num_tokens, columns):
+        if ids.dtype != torch.int64 or ids.shape != (num_tokens, expected):
             raise RuntimeError(
-                f"MoE: decision.{name} must be int64 of shape [num_tokens, top_k] = "
-                f"[{num_tokens}, {columns}], got {ids.dtype} of shape {list(ids.shape)}"
+                f"MoE: decision.{name} must be int64 of shape [num_tokens, "
+                f"{'top_k + 1 with assistance' if columns else 'top_k'}] = "
+                f"[{num_tokens}, {expected}], got {ids.dtype} of shape {list(ids.shape)}"
             )
     if token_mask is None:
         return selected, indices

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from torchmoe.nn import MoE
 from torchmoe.nn._checks import check_at_least
+from torchmoe.nn._compatibility import check_estimator
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators
 from torchmoe.nn.routers.context_router import route
 from torchmoe.testing._gradcheck import same_draws
+from torchmoe.testing._memory import peak_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,11 +146,12 @@ def compare_estimators(
     E; the right gradient for what it computes may be another one.
 
     Args:
-        moe: the layer, trained so far as the comparison is to be about.
+        moe: the layer, trained so far as the comparison is to be about; not one whose router needs
+            router_input, which a batch has none of.
         batches: each is x [..., H], or a tuple or list whose first entry is x.
         loss: called as loss(hidden_states [..., H], batch), returns a scalar.
         estimators: registered names, or instances, which are copied. None is every registered one
-            that is defined for the layer's score function.
+            that is defined for the layer's score function and goes with its router and experts.
         seeds: S, the number of draws for each batch.
         warm_up: updates that an estimator with state gets before it is measured, over the batches
             in turn.
@@ -221,6 +224,7 @@ class _Bench:
         if estimator._layer != layer:
             dtype = self._router_parameters[0].dtype
             estimator.bind(**layer, device=self._device, dtype=dtype)
+        check_estimator(self._layer.router, self._layer.experts, estimator)
         return estimator
 
     def warm_up(self, estimator: Estimator, updates: int, seed: int) -> None:
@@ -330,8 +334,16 @@ def _defined_names(moe: MoE) -> tuple[str, ...]:
     return tuple(
         name
         for name in known_estimators()
-        if score_function in build_estimator(name).score_functions
+        if score_function in build_estimator(name).score_functions and _goes_with(moe, name)
     )
+
+
+def _goes_with(moe: MoE, name: str) -> bool:
+    try:
+        check_estimator(moe.router, moe.experts, build_estimator(name))
+    except ValueError:
+        return False
+    return True
 
 
 def _label(name: str | Estimator) -> str:
@@ -357,28 +369,6 @@ def _errors(drawn: Tensor, dense: Tensor) -> Tensor:
             variance.sqrt() / length,
         ]
     ).cpu()
-
-
-def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """The most memory that torch's allocator holds for run() at one time.
-
-    On the CPU what a kernel allocates on another thread than its caller's is not seen.
-    """
-    if device.type == "cuda":
-        start = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - start
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    # profiler.function_events adds up what an op allocates and frees; these are the single events.
-    recorded = profiler.kineto_results.events()
-    held = peak = 0
-    for event in sorted(recorded, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def _cells(result: EstimatorResult) -> tuple[str, ...]:

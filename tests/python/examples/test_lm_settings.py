@@ -48,7 +48,7 @@ OTHERS: dict[str, Any] = {
     "feed_forward": "dense",
     "intermediate_size": 100,
     "experts": 16,
-    "top_k": 1,
+    "top_k": 3,
     "capacity_factor": 1.25,
     "order": "token",
     "overflow": "next_best",
@@ -107,10 +107,12 @@ def settings() -> st.SearchStrategy[Settings]:
             context=context,
             batch_tokens=context * windows,
             hidden_size=32 * hidden,
-            overflow="drop" if rest["capacity_factor"] is None else full,
+            overflow="drop" if rest["capacity_factor"] is None or router == "hash" else full,
             balance="none" if rest["estimator"] == "sparsemixer" or router == "hash" else bias,
             router="cosine" if build_estimator(rest["estimator"]).draws else router,
-            communication=talks and not build_estimator(rest["estimator"]).takes_experts_alone,
+            communication=talks
+            and top_k > 1
+            and not build_estimator(rest["estimator"]).takes_experts_alone,
             **rest,
         ),
         top_k=st.integers(1, 100),
@@ -238,17 +240,26 @@ def test_each_option_sets_its_value() -> None:
         *(
             (
                 f"--router {name}",
-                f"--router must not look ahead in a causal .* but {name} .*; examples/classify.py",
+                f"--router must not look ahead in a causal .*classify.py .* got {name}, which ",
             )
             for name in ("sequence_mean", "sequence_attention", "expert_choice")
         ),
         (
             "--router sequence_first --estimator gumbel_straight_through",
-            "--router must decide for each byte with --estimator gumbel.*, got sequence_first",
+            "--estimator must not draw each byte's experts with --router sequence_first, got gum",
         ),
         (
             "--communication --estimator default_vector",
-            "--no-communication must be with --estimator default_vector, which needs the output",
+            "--estimator must not need the output of each expert alone .*, got default_vector",
+        ),
+        ("--communication --top-k 1", "--top-k must be at least 2 with --communication, got 1"),
+        (
+            "--router hash --estimator sparsemixer",
+            "--estimator must not draw each byte's experts with --router hash, got sparsemixer",
+        ),
+        (
+            "--router hash --capacity-factor 1 --overflow next_best",
+            "--overflow must be drop with --router hash, .*, got next_best",
         ),
         (
             "--router hash --balance bias",

@@ -382,11 +382,11 @@ class Projecting(nn.Module):
     def rows(self) -> Tensor:
         return 3 * self.embedding
 
-    def gate_input(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         return (x @ self.weight.T).tanh() + (9 if self.training else 0)
 
 
-def test_any_module_with_rows_and_gate_input() -> None:
+def test_any_module_with_rows_and_project() -> None:
     router, x = Projecting(), torch.randn(T, H)
     got = geometry(router)
     assert_close(got.logits(x).float(), ((x @ router.weight.T).tanh() @ router.rows.T).detach())
@@ -610,7 +610,7 @@ class Holding(nn.Module):
 
 
 NEEDED = (
-    "geometry: router must have a weight [num_experts, hidden_size], or rows and gate_input, "
+    "geometry: router must have a weight [num_experts, hidden_size], or rows and project, "
     "or a router that has, got "
 )
 
@@ -641,7 +641,7 @@ NEEDED = (
             "geometry: router.bias must be a floating tensor, got bool",
         ),
         (
-            Holding(rows=torch.ones(2), gate_input=torch.sin),
+            Holding(rows=torch.ones(2), project=torch.sin),
             "geometry: router.rows must be [num_experts, size], got shape [2]",
         ),
     ],

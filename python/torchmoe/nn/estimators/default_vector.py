@@ -12,6 +12,7 @@ from torchmoe import ops
 from torchmoe._slots import named
 from torchmoe.nn._buffers import keep_wide
 from torchmoe.nn._checks import check_share
+from torchmoe.nn._rows import linear
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
 
 
@@ -93,7 +94,7 @@ class DefaultVector(Estimator):
 
         served = named(indices, self.num_experts)  # [T, E]
         others = self.probs(logits, token_mask).masked_fill(served, 0)
-        y = y + _rows_times(others, self.default_vectors.to(others.dtype)).to(y.dtype)
+        y = y + linear(others, self.default_vectors.to(others.dtype).t()).to(y.dtype)
 
         wide = outputs.detach().to(self.default_vectors.dtype)
         sums = _sum_by_expert(wide, plan.expert_offsets, self.num_experts)
@@ -112,12 +113,6 @@ class DefaultVector(Estimator):
         with keep_wide(self, "default_vectors"):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def _rows_times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """The product of [T, E] and [E, H], with the same bits for any number of threads."""
-    offsets = torch.arange(2, device=rows.device) * rows.shape[0]
-    return ops.grouped_linear(rows, matrix.t().unsqueeze(0), None, offsets)
 
 
 def _sum_by_expert(rows: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:

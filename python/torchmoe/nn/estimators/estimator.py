@@ -56,7 +56,7 @@ class Estimator(nn.Module):
         score_functions: the score functions that the estimator is defined for.
         normalizes: the normalisations that it is defined for.
         takes_groups: whether its selection heeds the gate's groups.
-        draws: whether its selection is a draw for each token.
+        draws: whether its selection is a draw for each token, or a draw is made on the way to it.
         takes_experts_alone: whether `combine` asks for the output of each expert by itself.
         refusal: why it is not defined for the others: the end of that error's requirement.
         settings: the names of its own attributes that repr shows.

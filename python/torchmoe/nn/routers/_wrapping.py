@@ -28,9 +28,9 @@ class WrappingRouter(ContextRouter):
                 f"such as Router or CosineRouter, got {type(router).__name__}"
             )
         self.router = router
-        self.num_experts = self.size("num_experts", "out_features")
+        self.num_experts = self._size("num_experts", "out_features")
 
-    def size(self, *names: str) -> int:
+    def _size(self, *names: str) -> int:
         """The size that the router inside tells under one of these names."""
         for name in names:
             if isinstance(size := getattr(self.router, name, None), int):

@@ -100,13 +100,14 @@ def route(
 
     Raises:
         RuntimeError: router_input or what the router returns has another shape or dtype.
-        TypeError: a ContextRouter returns something else than a RouterOutput, another router
-            something else than a tensor, or a router indices although it does not choose.
+        TypeError: router_input is no tensor, a ContextRouter returns something else than a
+            RouterOutput, another router something else than a tensor, or a router indices although
+            it does not choose.
     """
     leading = x.shape[:-1]
     num_tokens = math.prod(leading)
     if router_input is not None:
-        router_input = _checked(router_input, leading, token_mask)
+        router_input = _masked(router_input, leading, token_mask)
     if isinstance(router, ContextRouter):
         given: Any = router(x, router_input, token_mask)
         if not isinstance(given, RouterOutput):
@@ -136,8 +137,12 @@ def route(
     return RouterOutput(logits, _flat_indices(given.indices, leading, num_tokens), given.details)
 
 
-def _checked(router_input: Tensor, leading: torch.Size, token_mask: Tensor | None) -> Tensor:
+def _masked(router_input: Tensor, leading: torch.Size, token_mask: Tensor | None) -> Tensor:
     """The gate's own input, with nothing in it where no token counts."""
+    if not isinstance(router_input, Tensor):
+        raise TypeError(
+            f"MoE: router_input must be a tensor or None, got {type(router_input).__name__}"
+        )
     if router_input.shape[: len(leading)] != leading:
         raise RuntimeError(
             f"MoE: router_input must have x's leading dimensions {list(leading)}, "
@@ -146,12 +151,16 @@ def _checked(router_input: Tensor, leading: torch.Size, token_mask: Tensor | Non
     if token_mask is None:
         return router_input
     added = router_input.dim() - len(leading)
-    return router_input.masked_fill(~token_mask.reshape(*leading, *(1,) * added), 0)
+    return router_input.masked_fill(~token_mask.reshape([*leading, *[1] * added]), 0)
 
 
 def _flat_indices(indices: Tensor | None, leading: torch.Size, num_tokens: int) -> Tensor | None:
     if indices is None:
         return None
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"MoE: router must return indices, a tensor or None, got {type(indices).__name__}"
+        )
     if indices.dtype != torch.int64 or indices.shape[:-1] != leading:
         raise RuntimeError(
             f"MoE: router must return indices of int64 with leading dimensions {list(leading)}, "

@@ -8,24 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._directions import percent, unit
 from torchmoe.nn._checks import check_at_least
-from torchmoe.nn.routers._unit import percent, unit
+from torchmoe.nn._rows import wide
 from torchmoe.nn.routers._usage import UsageTracking
 
 
 class CosineRouter(UsageTracking):
     """Logits by direction alone: the cosine of a token and an expert in a space of few dimensions.
 
-        logit_i = cos(P x, e_i) / tau,   tau = max(exp(log_temperature), min_temperature)
+        logit_i = cos(A x, e_i) / tau,   tau = max(exp(log_temperature), min_temperature)
 
-    P projects, e_i is the expert's embedding. The length of neither matters, so that tokens have no
+    A projects, e_i is the expert's embedding. The length of neither matters, so that tokens have no
     reason to gather around the experts' embeddings (X-MoE, Chi et al., arXiv 2204.09179). Where tau
-    is at its least, log_temperature gets no gradient.
+    is at its least, log_temperature gets no gradient, and tau stays there.
 
     Args:
         hidden_size: H.
         num_experts: E.
-        projection_size: P's rows, the dimensions of the space; None is half the number of experts,
+        projection_size: P, the dimensions of the space; None is half the number of experts,
             at least 2.
         temperature: tau at first. Logits are within 1 / tau of 0.
         min_temperature: the least tau may become.
@@ -36,8 +37,8 @@ class CosineRouter(UsageTracking):
         dtype: their dtype.
 
     Attributes:
-        projection: [G, H] parameter, G = projection_size.
-        embeddings: [E, G] parameter.
+        projection: [P, H] parameter, P = projection_size.
+        embeddings: [E, P] parameter.
         log_temperature: scalar parameter.
         usage: [E] buffer or None, see `Router`.
         usage_decay: weight of the past in it, 0.99.
@@ -88,7 +89,7 @@ class CosineRouter(UsageTracking):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws P as nn.Linear does and the embeddings in any direction; sets tau and usage."""
+        """Draws the projection as nn.Linear does, embeddings in any direction; sets tau, usage."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         nn.init.uniform_(self.projection, -bound, bound)
         nn.init.normal_(self.embeddings)
@@ -98,27 +99,27 @@ class CosineRouter(UsageTracking):
     @property
     def temperature(self) -> Tensor:
         """Tau, a scalar, float32 or wider."""
-        return _wide(self.log_temperature).exp().clamp(min=self.min_temperature)
+        return wide(self.log_temperature).exp().clamp(min=self.min_temperature)
 
-    def gate_input(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """The tokens' directions.
 
         Args:
             x: [T, H] in the dtype of the parameters.
 
         Returns:
-            [T, G], float32 or wider, each of length 1 (0 for a token that projects to 0).
+            [T, P], float32 or wider, each of length 1 (0 for a token that projects to 0).
         """
         return unit(ops.router_logits(x, self.projection))
 
     @property
     def directions(self) -> Tensor:
-        """The experts' embeddings at length 1: [E, G], float32 or wider."""
-        return unit(_wide(self.scale_by_usage(self.embeddings)))
+        """The experts' embeddings at length 1: [E, P], float32 or wider."""
+        return unit(wide(self.scale_by_usage(self.embeddings)))
 
     @property
     def rows(self) -> Tensor:
-        """What `gate_input` is multiplied with, directions / tau: [E, G]."""
+        """What `project` is multiplied with, directions / tau: [E, P]."""
         # One factor for each expert: the sum over all numbers at once, which the gradient of a
         # single factor is, depends on the number of threads.
         factor = self.temperature.reciprocal().expand(self.num_experts)
@@ -133,7 +134,7 @@ class CosineRouter(UsageTracking):
         Returns:
             logits [T, E], float32 (float64 for float64), also under autocast.
         """
-        return ops.router_logits(self.gate_input(x), self.rows)
+        return ops.router_logits(self.project(x), self.rows)
 
     @torch.no_grad()
     def match_percentages(self, x: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class CosineRouter(UsageTracking):
         Returns:
             [T, E], 50 (1 + cosine): 100 % the same direction, 50 % unrelated, 0 % the opposite one.
         """
-        return percent(ops.router_logits(self.gate_input(x), self.directions))
+        return percent(ops.router_logits(self.project(x), self.directions))
 
     def extra_repr(self) -> str:
         """The sizes and whatever differs from the defaults."""
@@ -156,7 +157,3 @@ class CosineRouter(UsageTracking):
             f"min_temperature={self.min_temperature}",
         ]
         return ", ".join([*parts, *self.usage_repr()])
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))

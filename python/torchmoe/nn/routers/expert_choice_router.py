@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe.capacity import expert_capacity
 from torchmoe.nn._checks import check_at_least, check_choice
+from torchmoe.nn._rows import wide
+from torchmoe.nn.estimators.estimator import SCORE_FUNCTIONS
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput
 
@@ -19,10 +21,10 @@ AMONG = ("batch", "sequence")
 class ExpertChoiceRouter(WrappingRouter):
     """Every expert picks the tokens that it scores highest, as many as any other expert.
 
-    An expert picks ceil(top_k T / E) tokens by softmax(logits), ties to the earlier token, so that
-    the load is even by construction and a token gets top_k experts on average: none, some, or all
-    (Zhou et al., arXiv 2202.09368). The weights are the scores themselves where the gate leaves the
-    normalisation open.
+    An expert picks ceil(top_k T / E) tokens by score_function(logits), ties to the earlier token,
+    so that the load is even by construction and a token gets top_k experts on average: none, some,
+    or all (Zhou et al., arXiv 2202.09368). The weights are the scores themselves where the gate
+    leaves the normalisation open.
 
     Whether an expert picks a token depends on all other tokens that it could pick, so that a causal
     language model cannot use it; with `among` "batch" also on the other sequences.
@@ -33,7 +35,9 @@ class ExpertChoiceRouter(WrappingRouter):
         among: whose tokens an expert picks from: those of the "batch", or of each "sequence" on its
             own (the last leading dimension of x), ceil(top_k S / E) of each.
         most_per_token: columns of the result, K': a token keeps the best of the experts that picked
-            it, at most so many, and is lost to the others. None is E, so that none is lost.
+            it, at most so many, and is lost to the others, which then serve fewer. None is E, so
+            that none is lost.
+        score_function: of the logits, "softmax" or "sigmoid": that of the layer's gate.
 
     Attributes:
         router: see above.
@@ -53,9 +57,11 @@ class ExpertChoiceRouter(WrappingRouter):
         *,
         among: str = "batch",
         most_per_token: int | None = None,
+        score_function: str = "softmax",
     ) -> None:
         super().__init__(router)
         check_choice("ExpertChoiceRouter", "among", among, AMONG)
+        check_choice("ExpertChoiceRouter", "score_function", score_function, SCORE_FUNCTIONS)
         most = self.num_experts if most_per_token is None else most_per_token
         for name, value in (("top_k", top_k), ("most_per_token", most)):
             check_at_least("ExpertChoiceRouter", name, value, 1)
@@ -66,6 +72,7 @@ class ExpertChoiceRouter(WrappingRouter):
         self.top_k = top_k
         self.among = among
         self.most_per_token = most
+        self.score_function = score_function
         self.looks_ahead = (
             f"lets experts pick from all tokens of a {among}, and whether an early one is picked "
             "depends on later ones"
@@ -106,7 +113,8 @@ class ExpertChoiceRouter(WrappingRouter):
         """Who picked each token of groups of `length` tokens: [T, K'] int64."""
         num_tokens = logits.shape[0]
         groups = num_tokens // length if length else 0
-        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=-1)
+        scores = wide(logits)
+        scores = scores.sigmoid() if self.score_function == "sigmoid" else scores.softmax(dim=-1)
         # Every token asks every expert, which serves the best first and only so many: those are its
         # picks. Each group has experts of its own.
         asked = torch.arange(self.num_experts, device=logits.device).expand(logits.shape)
@@ -137,4 +145,7 @@ class ExpertChoiceRouter(WrappingRouter):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return f"top_k={self.top_k}, among={self.among!r}, most_per_token={self.most_per_token}"
+        return (
+            f"top_k={self.top_k}, among={self.among!r}, most_per_token={self.most_per_token}, "
+            f"score_function={self.score_function!r}"
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe.nn._buffers import fill_table, register_table
 from torchmoe.nn._checks import check_at_least, check_integer
 
 # Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
@@ -37,8 +38,11 @@ class HashRouter(nn.Module):
         ValueError: a size is out of range.
     """
 
-    # A selection bias or groups of experts would lead a token to experts whose score is 0.
+    # A selection bias or groups of experts, rerouting and assistance would lead a token to experts
+    # whose score is 0.
     chooses = True
+    scores_all = False
+    salt: Tensor
 
     def __init__(self, num_experts: int, top_k: int = 1, *, seed: int = 0) -> None:
         super().__init__()
@@ -50,6 +54,18 @@ class HashRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.seed = seed
+        # A number for each expert, as a buffer: one compiled graph then serves every seed.
+        register_table(self, "salt", self._salt())
+
+    def reset_parameters(self) -> None:
+        """There are none; fills what a module that was made on the meta device is computed with."""
+        fill_table(self, "salt", self._salt())
+
+    def _salt(self) -> list[int]:
+        first = _wrapped(self.seed * self.num_experts * _STEP)
+        experts = torch.arange(self.num_experts, device="cpu")
+        salt: list[int] = _mix(first + experts * _STEP).tolist()
+        return salt
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """The logits of each token.
@@ -68,10 +84,7 @@ class HashRouter(nn.Module):
                 "HashRouter: router_input must be token ids, integers with x's leading dimensions, "
                 f"got {token_ids.dtype} of shape {list(token_ids.shape)}"
             )
-        experts = torch.arange(self.num_experts, device=token_ids.device)
-        # Arithmetic modulo 2^64, as that of int64 is; the product may be larger.
-        salt = _mix(_wrapped(self.seed * self.num_experts * _STEP) + experts * _STEP)  # [E]
-        numbers = _mix(token_ids.to(torch.int64).unsqueeze(1) * _STEP ^ salt)  # [T, E]
+        numbers = _mix(token_ids.to(torch.int64).unsqueeze(1) * _STEP ^ self.salt)  # [T, E]
         # 53 bits, which float64 holds exactly.
         chosen = ops.select_experts((numbers >> 11).to(torch.float64), self.top_k)
         logits = torch.full(

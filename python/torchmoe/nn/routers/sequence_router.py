@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn._checks import check_choice
+from torchmoe.nn._rows import exponentials, in_slot_order, wide
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput
 
@@ -54,7 +55,7 @@ class SequenceRouter(WrappingRouter):
         self.pooling = pooling
         query = None
         if pooling == "attention":
-            hidden_size = self.size("hidden_size", "in_features")
+            hidden_size = self._size("hidden_size", "in_features")
             like = next(router.parameters(), torch.zeros(()))
             query = nn.Parameter(torch.zeros(hidden_size, device=like.device, dtype=like.dtype))
         self.register_parameter("query", query)
@@ -111,14 +112,10 @@ class SequenceRouter(WrappingRouter):
         sequences = math.prod(leading)
         mask = None if token_mask is None else token_mask.reshape(sequences, length)
         rows = pooled.reshape(sequences * length, pooled.shape[-1])
-        # The tokens of a sequence are the slots of one choice among them, in the order they are in.
-        plan = ops.DispatchPlan(
-            torch.arange(2, device=x.device) * rows.shape[0],
-            torch.arange(rows.shape[0], device=x.device),
-            torch.arange(rows.shape[0], device=x.device).view(sequences, length),
-        )
+        # The tokens of a sequence are the slots of one choice among them.
+        plan = in_slot_order(sequences, length, x.device)
         if router_input is not None and self.pooling == "given":
-            values = _wide(router_input.reshape(sequences, length))
+            values = wide(router_input.reshape(sequences, length))
         else:
             values = self._values(rows, sequences, length, mask)
         # What is returned lies on the way to the logits, so that its gradient can be asked for.
@@ -133,8 +130,9 @@ class SequenceRouter(WrappingRouter):
         """What the pooling weights [B, S] of the tokens [B * S, H] are proportional to."""
         if self.query is not None:
             query = (self.query / math.sqrt(rows.shape[-1])).unsqueeze(0)
-            return _exponentials(ops.router_logits(rows, query).view(sequences, length), mask)
-        ones = torch.ones((sequences, length), device=rows.device, dtype=_wide(rows[:0]).dtype)
+            scores = ops.router_logits(rows, query).view(sequences, length)
+            return exponentials(scores, mask) if length else scores
+        ones = torch.ones((sequences, length), device=rows.device, dtype=wide(rows[:0]).dtype)
         if self.pooling == "mean":
             return ones
         counted = ones if mask is None else mask.to(ones.dtype)
@@ -143,19 +141,6 @@ class SequenceRouter(WrappingRouter):
     def extra_repr(self) -> str:
         """The pooling."""
         return f"pooling={self.pooling!r}"
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _exponentials(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """The scores [B, S] as exponentials, over that of the largest counted one in each row."""
-    if scores.shape[-1] == 0:
-        return scores
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return (scores - scores.detach().amax(dim=-1, keepdim=True)).exp()
 
 
 def _shares(values: Tensor, mask: Tensor | None, plan: ops.DispatchPlan) -> Tensor:

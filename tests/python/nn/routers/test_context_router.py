@@ -12,6 +12,8 @@ from torch.testing import assert_close
 
 from plain_moe import gradients
 from torchmoe.nn import (
+    Assistance,
+    Capacity,
     ContextRouter,
     CosineRouter,
     ExpertChoiceRouter,
@@ -351,6 +353,29 @@ def by_sequence() -> SequenceRouter:
             "MoE: gate.estimator must not draw each token's experts with SequenceRouter, "
             "which decides once for each sequence, got SparseMixer",
         ),
+        (
+            HashRouter(E, K),
+            {"gate": Gate(estimator="sparsemixer")},
+            "MoE: gate.estimator must not draw each token's experts with HashRouter, "
+            "which chooses the experts itself, got SparseMixer",
+        ),
+        (
+            HashRouter(E, K),
+            {"capacity": Capacity(1, overflow="next_best")},
+            "MoE: capacity.overflow must not lead tokens to experts that HashRouter gives no "
+            "score, got 'next_best'",
+        ),
+        (
+            HashRouter(E, K),
+            {"assistance": Assistance((1, 2, 3, 4, 0))},
+            "MoE: router must keep usage for assistance, as Router(track_usage=True) does, "
+            "got one without",
+        ),
+        (
+            choosing(),
+            {"gate": Gate("sigmoid")},
+            "MoE: router must have score_function sigmoid, got softmax",
+        ),
         (HashRouter(E, 1), {}, "MoE: router must have top_k 2, got 1"),
         (ExpertChoiceRouter(Router(H, E), 3), {}, "MoE: router must have top_k 2, got 3"),
         (HashRouter(4, K), {}, "MoE: router must have num_experts 5, got 4"),
@@ -370,8 +395,37 @@ def test_parts_that_do_not_go_together(
         make(router, **options)
 
 
+def test_a_router_that_does_not_choose_may_have_a_top_k_of_its_own() -> None:
+    class Mine(nn.Linear):
+        top_k = 1
+
+    make(Mine(H, E))(torch.randn(B, S, H))
+
+
+def test_a_router_with_usage_must_be_able_to_move_it() -> None:
+    router = nn.Linear(H, E)
+    router.register_buffer("usage", torch.full((E,), 1 / E))
+    message = r"MoE: router must have update\(.*\) where it has usage, got Linear without"
+    with pytest.raises(ValueError, match=message):
+        make(router)
+
+
+def test_router_input_of_one_masked_token() -> None:
+    moe = make(HashRouter(E, K))
+    output = moe(torch.randn(H), router_input=torch.tensor(3), token_mask=torch.tensor(False))
+    assert not output.hidden_states.any()
+
+
+@pytest.mark.parametrize("router_input", [[1], "ids"])
+def test_router_input_must_be_a_tensor(router_input: Any) -> None:
+    message = r"MoE: router_input must be a tensor or None, got (list|str)"
+    with pytest.raises(TypeError, match=message):
+        make(Router(H, E))(torch.randn(B, S, H), router_input=router_input)
+
+
 def test_parts_that_do() -> None:
     x = torch.randn(B, S, H)
+    make(choosing(), capacity=Capacity(1, overflow="next_best"))(x)
     make(by_sequence(), selection_bias_rate=0.01)(x)
     make(by_sequence(), gate=Gate(num_groups=5, top_groups=2))(x)
     make(Router(H, E), gate=Gate(estimator="sparsemixer"))(x)

@@ -50,10 +50,10 @@ def test_parts_multiply_to_the_logits() -> None:
     router = make()
     x = torch.randn(T, H, dtype=F64)
     ones = torch.ones(T, dtype=F64)
-    assert_close(router.gate_input(x).norm(dim=1), ones)
+    assert_close(router.project(x).norm(dim=1), ones)
     assert_close(router.directions.norm(dim=1), ones[:E])
     assert_close(router.rows * router.temperature, router.directions)
-    assert_close(router.gate_input(x) @ router.rows.T, router(x))
+    assert_close(router.project(x) @ router.rows.T, router(x))
 
 
 def test_the_length_of_tokens_does_not_matter() -> None:

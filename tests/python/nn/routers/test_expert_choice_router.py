@@ -44,7 +44,10 @@ class Table(nn.Module):
 
 def make(among: str = "batch", top_k: int = K, most: int | None = None, **options: Any) -> MoE:
     inner = options.pop("inner", None) or Router(H, E, dtype=F64)
-    router = ExpertChoiceRouter(inner, top_k, among=among, most_per_token=most)
+    score_function = options.get("gate", Gate()).score_function
+    router = ExpertChoiceRouter(
+        inner, top_k, among=among, most_per_token=most, score_function=score_function
+    )
     return MoE(H, INNER, E, top_k, router=router, dtype=F64, **options)
 
 
@@ -157,6 +160,17 @@ def test_weights_are_the_scores(score_function: str) -> None:
     # Best first, those without an expert last.
     ranked = scores.gather(1, routing.selected.clamp(min=0)).masked_fill(~chosen, -1)
     assert (ranked.diff(dim=1) <= 0).all()
+
+
+def test_experts_pick_by_the_score_function() -> None:
+    # By softmax expert 0 prefers the second token, since the first one prefers expert 1 too.
+    logits = torch.tensor([[5.0, 5.0], [1.0, -3.0]], dtype=F64)
+    for score_function, best in (("softmax", [1, 0]), ("sigmoid", [0, 0])):
+        table = Table(logits)
+        table.num_experts = 2
+        router = ExpertChoiceRouter(table, 1, score_function=score_function)
+        ids = router(torch.zeros(2, H, dtype=F64)).indices
+        assert [int((ids == e).any(dim=1).nonzero()) for e in (0, 1)] == best
 
 
 def test_the_gate_may_ask_for_another_normalisation() -> None:
@@ -334,5 +348,5 @@ def test_errors() -> None:
 
 
 def test_extra_repr() -> None:
-    text = "top_k=2, among='batch', most_per_token=5"
+    text = "top_k=2, among='batch', most_per_token=5, score_function='softmax'"
     assert ExpertChoiceRouter(Router(H, E), K).extra_repr() == text

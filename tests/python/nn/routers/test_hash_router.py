@@ -159,7 +159,7 @@ def test_output_is_the_mean_of_the_experts() -> None:
 def test_there_is_nothing_to_learn() -> None:
     moe = make()
     assert not list(moe.router.parameters())
-    assert not list(moe.router.buffers())
+    assert not moe.router.state_dict()
     output = moe(torch.randn(T, H), router_input=torch.arange(T))
     assert not output.routing.logits.requires_grad
     assert not output.aux_loss.requires_grad

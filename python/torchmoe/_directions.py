@@ -1,4 +1,4 @@
-"""Directions."""
+"""Directions, and how well two of them match."""
 
 from __future__ import annotations
 
