@@ -17,7 +17,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train compare compare-estimators balance report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean
+.PHONY: help develop library system train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,17 @@ compare: develop  ## Train the MoE and a dense model of equal active parameters,
 compare-estimators: develop  ## Train the MoE with each gradient estimator, over an hour (ARGS="--help")
 	$(BIN)/python examples/compare_estimators.py $(ARGS)
 
+compare-routers: develop  ## Train the MoE with each causal router, and with experts that talk (ARGS="--help")
+	$(BIN)/python examples/compare_routers.py $(ARGS)
+
 balance: develop  ## Let a collapsed router recover under each way of balancing, minutes (ARGS="--help")
 	$(BIN)/python examples/balance.py $(ARGS)
+
+classify: develop  ## Classify text with every router, those that look ahead too, minutes (ARGS="--help")
+	$(BIN)/python examples/classify.py $(ARGS)
+
+walkthrough: develop  ## Show one gate decision step by step, with every number (ARGS="--help")
+	$(BIN)/python examples/gating_walkthrough.py $(ARGS)
 
 bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
