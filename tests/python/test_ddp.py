@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from torchmoe import RoutingReplay
 from torchmoe.nn import Estimator, ExpertList, Gate, MoE, MoEOutput, Router
 
 RANKS, H, INNER, E, K, T, STEPS = 2, 7, 8, 6, 2, 10, 3
@@ -88,6 +89,12 @@ def work(rank: int, kind: str, folder: str) -> None:
         moe = make(kind)
         model = DistributedDataParallel(moe)
         outputs = train(moe, model, [tokens(rank, step) for step in range(STEPS)])
+        # A layer has the name that it has without.
+        for wrapped, name in ((model, "moe"), (nn.Sequential(model), "0")):
+            replay = RoutingReplay(wrapped)
+            with replay.record():
+                wrapped(tokens(rank, 0))
+            assert list(replay.decisions) == [name]
         mine, others = ([0, 1, 2], [3, 4, 5]) if rank == 0 else ([3, 4, 5], [0, 1, 2])
         for output in outputs:
             counts = output.routing.tokens_per_expert
