@@ -71,7 +71,7 @@ compare: develop  ## Train the MoE and a dense model of equal active parameters,
 compare-estimators: develop  ## Train the MoE with each gradient estimator, over an hour (ARGS="--help")
 	$(BIN)/python examples/compare_estimators.py $(ARGS)
 
-compare-routers: develop  ## Train the MoE with each causal router, and with experts that talk (ARGS="--help")
+compare-routers: develop  ## Train the MoE with each causal router, and with experts that talk, half an hour (ARGS="--help")
 	$(BIN)/python examples/compare_routers.py $(ARGS)
 
 balance: develop  ## Let a collapsed router recover under each way of balancing, minutes (ARGS="--help")

@@ -25,7 +25,7 @@ from lm.study import Study, run
 
 EXAMPLES = """\
 examples:
-  compare_routers.py                            every causal router, over an hour on two cores
+  compare_routers.py                            every causal router, half an hour on two cores
   compare_routers.py --routers cosine hash --seeds 10
   compare_routers.py --routers linear+communication --top-k 4 --out runs/communication-top4
 """
