@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchmoe.nn import Capacity, Estimator, ExpertList, Gate, MoE, Router, known_estimators
+from torchmoe.nn import (
+    Capacity,
+    Estimator,
+    ExpertCommunication,
+    ExpertList,
+    Experts,
+    Gate,
+    MoE,
+    Router,
+    SequenceRouter,
+    known_estimators,
+)
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.testing import EstimatorComparison, EstimatorResult, compare_estimators
 from torchmoe.testing._memory import peak_bytes
@@ -422,3 +433,20 @@ def test_an_estimator_that_is_not_defined_for_the_layer() -> None:
     moe = make_moe(top_k=2, gate=Gate("sigmoid"))
     with pytest.raises(ValueError, match=r'score_function must be "softmax" .*got "sigmoid"'):
         compare_estimators(moe, make_batches(), square, estimators=["sparsemixer"])
+
+
+def test_leaves_out_what_does_not_go_with_the_router_or_the_experts() -> None:
+    router = SequenceRouter(Router(H, E, dtype=torch.float64))
+    talking = ExpertCommunication(
+        Experts(H, INNER, E, dtype=torch.float64), H, E, dtype=torch.float64
+    )
+    for options, left_out in (
+        ({"router": router}, {"sparsemixer", "gumbel_straight_through"}),
+        ({"experts": talking}, {"default_vector", "straight_through_dense"}),
+    ):
+        moe = make_moe(top_k=2, gate=Gate(), **options)
+        compared = compare_estimators(moe, make_batches(1), square, seeds=1, warm_up=0)
+        assert {one.name for one in compared.results} == {*known_estimators()} - left_out
+        for name in left_out:
+            with pytest.raises(ValueError, match=r"MoE: gate.estimator must not "):
+                compare_estimators(moe, make_batches(1), square, estimators=[name])

@@ -19,7 +19,16 @@ from torch.testing import assert_close
 from torchmoe import ops
 from torchmoe.monitor import RouterGeometry, geometry
 from torchmoe.monitor._plane_figure import draw_plane, make_plane, make_regions, make_styles
-from torchmoe.nn import CosineRouter, ExpertChoiceRouter, HashRouter, MoE, Router, SequenceRouter
+from torchmoe.nn import (
+    ContextRouter,
+    CosineRouter,
+    ExpertChoiceRouter,
+    HashRouter,
+    MoE,
+    Router,
+    SequenceRouter,
+    WithAttachedLoss,
+)
 
 H, E, T = 6, 5, 23
 EPS = torch.finfo(torch.float64).eps
@@ -702,9 +711,14 @@ def test_errors_of_experts() -> None:
     [
         ([[1, 2]], None, None, "plot must have two or more experts, got 1"),
         ([[1], [2]], None, None, "plot must have rows of two or more numbers, got 1"),
-        ([[1, 2], [math.nan, 3]], None, None, "plot must have finite rows and biases, got others"),
+        (
+            [[1, 2], [math.nan, 3]],
+            None,
+            None,
+            "plot must have finite rows and biases, got inf or NaN",
+        ),
         ([[1, 2], [4, 3]], [0, math.inf], None, "plot must have finite rows and biases"),
-        ([[1, 2], [4, 3]], None, [[0, math.inf]], "plot must have finite x, got others"),
+        ([[1, 2], [4, 3]], None, [[0, math.inf]], "plot must have finite x, got inf or NaN"),
     ],
 )
 def test_errors_of_plot(rows: Any, bias: Any, x: Any, message: str, tmp_path: Path) -> None:
@@ -713,3 +727,18 @@ def test_errors_of_plot(rows: Any, bias: Any, x: Any, message: str, tmp_path: Pa
             tmp_path / "plane.png", None if x is None else torch.tensor(x)
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_the_layer_that_returns_one_tensor() -> None:
+    moe = MoE(4, 2, 3, 2)
+    assert torch.equal(geometry(WithAttachedLoss(moe)).rows, moe.router.weight.double())
+
+
+def test_a_context_router_is_not_read_by_a_weight_of_its_own() -> None:
+    class Neighbour(ContextRouter):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 8))  # of a token and the one before
+
+    with pytest.raises(TypeError, match=r"geometry: router must have a weight .*, got Neighbour"):
+        geometry(Neighbour())
