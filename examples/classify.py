@@ -185,7 +185,8 @@ def train_all(
     """All runs by router, seed by seed."""
     runs: dict[str, list[Run]] = {name: [] for name in names}
     console = Console(highlight=False)
-    print(f"{len(names) * seeds} runs of {steps} steps; what they end with:")
+    count = len(names) * seeds
+    print(f"{count} {'runs' if count > 1 else 'run'} of {steps} steps, and what each ends with:")
     with Progress(
         BarColumn(),
         TimeRemainingColumn(),
@@ -193,7 +194,7 @@ def train_all(
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        bar = progress.add_task("", total=len(names) * seeds * steps)
+        bar = progress.add_task("", total=count * steps)
         for seed in range(seeds):
             for name in names:
                 start = time.perf_counter()
