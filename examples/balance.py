@@ -26,11 +26,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -43,14 +40,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 import torchmoe
-from lm import figures, run_folder
+from lm import figures, trials
 from lm.intervals import Values
-from lm.run_folder import FolderError, RunFolder
+from lm.run_folder import FolderError
 from lm.settings import Parser, Settings, SettingsError, number
 from torchmoe.nn import Capacity, MoE, Router
 
@@ -139,8 +135,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     names = [name for name in METHODS if name in (CONTROL, *given.methods)]
     try:
-        folder = make_folder(given.out)
-        runs = train_all(names, given.seeds, given.steps, given.lr)
+        folder = trials.make_folder(given.out)
+        runs = trials.train_all(
+            names,
+            given.seeds,
+            given.steps,
+            lambda name, seed, advance: train(name, seed, given.steps, given.lr, advance),
+            describe,
+        )
         report(folder, runs, given.lr)
     except (SettingsError, FolderError) as error:
         make_parser().error(str(error))
@@ -196,16 +198,6 @@ def make_parser() -> Parser:
         help="where the figure and the numbers go (default runs/balance)",
     )
     return parser
-
-
-def make_folder(path: Path) -> Path:
-    """Makes the folder and proves that files can be written there, before there is work."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise RunFolder(path).unwritable(error) from error
-    return path
 
 
 # ---- the experiment
@@ -302,29 +294,12 @@ def train(name: str, seed: int, steps: int, lr: float, advance: Callable[[], Non
     return Run(*np.array(rows, dtype=np.float64).T)
 
 
-def train_all(names: Sequence[str], seeds: int, steps: int, lr: float) -> dict[str, list[Run]]:
-    """All runs by method, seed by seed."""
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    console = Console(highlight=False)
-    print(f"{len(names) * seeds} runs of {steps} steps; what they end with:")
-    with Progress(
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task("", total=len(names) * seeds * steps)
-        for seed in range(seeds):
-            for name in names:
-                start = time.perf_counter()
-                run = train(name, seed, steps, lr, partial(progress.advance, bar))
-                runs[name].append(run)
-                console.print(
-                    f"  {name:23s}  seed {seed}  MaxVio {run.at_end(run.violation):.2f}  "
-                    f"task loss {run.at_end(run.loss):.2f}  {time.perf_counter() - start:5.1f} s"
-                )
-    return runs
+def describe(name: str, seed: int, run: Run) -> str:
+    """What a run ends with."""
+    return (
+        f"{name:23s}  seed {seed}  MaxVio {run.at_end(run.violation):.2f}  "
+        f"task loss {run.at_end(run.loss):.2f}"
+    )
 
 
 # ---- what is left of it
@@ -335,11 +310,6 @@ def report(folder: Path, runs: Mapping[str, Sequence[Run]], lr: float) -> None:
     results = {name: summary(name, runs) for name in runs}
     print_table(results)
     print("\n".join(verdict(results)))
-    try:
-        for path in figures.save(draw(runs), folder, "balance"):
-            print(f"figure: {path}")
-    except OSError as error:
-        raise RunFolder(folder).unwritable(error) from error
     steps = runs[CONTROL][0].steps.astype(int).tolist()
     content = {
         "about": " ".join((__doc__ or "").split()),
@@ -359,9 +329,8 @@ def report(folder: Path, runs: Mapping[str, Sequence[Run]], lr: float) -> None:
             }
             for name, some in runs.items()
         },
-        **{name: value for name, value in run_folder.origin().items() if name != "command"},
     }
-    run_folder.write_json(folder / "balance.json", content)
+    trials.save(draw(runs), content, folder, "balance")
 
 
 def summary(name: str, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[Any]]:

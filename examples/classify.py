@@ -35,16 +35,11 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 from classification import display, figure
 from classification.evaluation import KINDS, by_class, wilson
@@ -52,9 +47,9 @@ from classification.model import ROUTERS
 from classification.texts import Task, domain_task, module_task
 from classification.training import Run, train
 from classification.yardsticks import Yardstick, majority, naive_bayes
-from lm import corpus, figures, run_folder
+from lm import corpus, trials
 from lm.corpus import CorpusError
-from lm.run_folder import FolderError, RunFolder
+from lm.run_folder import FolderError
 from lm.settings import Parser, SettingsError, number
 
 STEPS, SEEDS, MODULES, DOMAIN = 500, 2, 16, "python"
@@ -76,12 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = make_parser().parse_args(arguments)
     torch.set_num_threads(1)  # more are slower at this size
     try:
-        folder = make_folder(given.out)
+        folder = trials.make_folder(given.out)
         task = make_task(given)
         display.print_task(task)
         yardsticks = {"majority class": majority(task), **naive_bayes(task)}
         names = [name for name in ROUTERS if name in given.routers]
-        runs = train_all(names, task, given.seeds, given.steps, given.lr)
+        runs = trials.train_all(
+            names,
+            given.seeds,
+            given.steps,
+            lambda name, seed, advance: train(name, task, seed, given.steps, given.lr, advance),
+            describe,
+        )
         report(folder, task, yardsticks, runs, given)
     except (SettingsError, CorpusError, FolderError) as error:
         make_parser().error(str(error))
@@ -161,16 +162,6 @@ def make_parser() -> Parser:
     return parser
 
 
-def make_folder(path: Path) -> Path:
-    """Makes the folder and proves that files can be written there, before there is work."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise RunFolder(path).unwritable(error) from error
-    return path
-
-
 def make_task(given: argparse.Namespace) -> Task:
     """Reads the text."""
     domains = corpus.load(given.data)
@@ -179,33 +170,10 @@ def make_task(given: argparse.Namespace) -> Task:
     return module_task(domains, given.domain, given.modules)
 
 
-def train_all(
-    names: Sequence[str], task: Task, seeds: int, steps: int, lr: float
-) -> dict[str, list[Run]]:
-    """All runs by router, seed by seed."""
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    console = Console(highlight=False)
-    count = len(names) * seeds
-    print(f"{count} {'runs' if count > 1 else 'run'} of {steps} steps, and what each ends with:")
-    with Progress(
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
-        bar = progress.add_task("", total=count * steps)
-        for seed in range(seeds):
-            for name in names:
-                start = time.perf_counter()
-                run = train(name, task, seed, steps, lr, partial(progress.advance, bar))
-                runs[name].append(run)
-                score = run.findings.score
-                console.print(
-                    f"  {name:18s}  seed {seed}  accuracy {100 * score.accuracy:4.1f} %  "
-                    f"{score.bits:.3f} bits  {time.perf_counter() - start:5.1f} s"
-                )
-    return runs
+def describe(name: str, seed: int, run: Run) -> str:
+    """What a run ends with."""
+    score = run.findings.score
+    return f"{name:18s}  seed {seed}  accuracy {100 * score.accuracy:4.1f} %  {score.bits:.3f} bits"
 
 
 def report(
@@ -220,12 +188,6 @@ def report(
     display.print_classes(task, runs)
     display.print_pooling(task, runs)
     display.print_picks(task, runs)
-    name = f"classify-{given.task}"
-    try:
-        for path in figures.save(figure.draw(task, yardsticks, runs), folder, name):
-            print(f"figure: {path}")
-    except OSError as error:
-        raise RunFolder(folder).unwritable(error) from error
     content = {
         "about": " ".join((__doc__ or "").split()),
         "unit": "one entry per seed in each list of a router",
@@ -241,9 +203,8 @@ def report(
             for name, one in yardsticks.items()
         },
         "results": {name: summary(some, task) for name, some in runs.items()},
-        **{name: value for name, value in run_folder.origin().items() if name != "command"},
     }
-    run_folder.write_json(folder / f"{name}.json", content)
+    trials.save(figure.draw(task, yardsticks, runs), content, folder, f"classify-{given.task}")
 
 
 def summary(runs: Sequence[Run], task: Task) -> dict[str, list[Any]]:

@@ -175,8 +175,12 @@ def write_json(path: Path, content: object) -> None:
 
 def origin() -> dict[str, Any]:
     """What computes: versions, revision and command line."""
+    return {"command": sys.argv, **versions()}
+
+
+def versions() -> dict[str, Any]:
+    """Those of all that computes, and the revision."""
     return {
-        "command": sys.argv,
         "torchmoe": torchmoe.build_info(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -324,7 +324,7 @@ def report(study: Study, folder: Path, common: Settings, kinds: Mapping[str, Kin
         "timed_on_cores": cores(),
         "settings": shared(study, common),
         "results": results,
-        **{name: value for name, value in run_folder.origin().items() if name != "command"},
+        **run_folder.versions(),
     }
     run_folder.write_json(folder / f"{study.nouns}.json", content)
 
