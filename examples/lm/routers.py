@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from torchmoe.nn import (
-    ContextRouter,
     CosineRouter,
     ExpertChoiceRouter,
     HashRouter,
@@ -40,18 +40,12 @@ ROUTERS: Mapping[str, Make] = {
 READS_TOKEN_IDS = ("hash",)  # as router_input, the others none
 
 
+def example_of(name: str) -> nn.Module:
+    """A router of this name, to be asked what it does; without weights, and nothing is drawn."""
+    with torch.device("meta"):
+        return ROUTERS[name](1, 1, 1, 0)
+
+
 def looks_ahead(name: str) -> str | None:
     """Why a router of this name may decide by later tokens; None if it never does."""
-    router = ROUTERS[name](1, 1, 1, 0)
-    return router.looks_ahead if isinstance(router, ContextRouter) else None
-
-
-def chooses(name: str) -> bool:
-    """Whether a router of this name leaves no choice of experts to anything else."""
-    return bool(getattr(ROUTERS[name](1, 1, 1, 0), "chooses", False))
-
-
-def decides_for_tokens(name: str) -> bool:
-    """Whether a router of this name leaves each token a decision of its own."""
-    router = ROUTERS[name](1, 1, 1, 0)
-    return not isinstance(router, ContextRouter) or router.decides_for == "token"
+    return getattr(example_of(name), "looks_ahead", None)

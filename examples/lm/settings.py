@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 
 from lm.model import BALANCES, FEED_FORWARDS, HEAD_SIZE, OVERFLOWS, ModelConfig
-from lm.routers import ROUTERS, chooses, decides_for_tokens, looks_ahead
+from lm.routers import ROUTERS, example_of
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
 from torchmoe.nn.estimators.estimator import NORMALIZES
@@ -195,7 +195,10 @@ class Settings:
             raise SettingsError(
                 f"--top-k must be at most --experts ({self.experts}), got {self.top_k}"
             )
-        if (reason := looks_ahead(self.router)) is not None:
+        router = example_of(self.router)
+        chooses = getattr(router, "chooses", False)
+        decides_for = getattr(router, "decides_for", "token")
+        if (reason := getattr(router, "looks_ahead", None)) is not None:
             raise SettingsError(
                 "--router must not look ahead in a causal language model (examples/classify.py has "
                 f"those that do), got {self.router}, which {reason}"
@@ -210,7 +213,7 @@ class Settings:
             raise SettingsError(
                 "--top-k must be at least 2 with --communication, got 1: nobody to talk to"
             )
-        if estimator.draws and (chooses(self.router) or not decides_for_tokens(self.router)):
+        if estimator.draws and (chooses or decides_for != "token"):
             raise SettingsError(
                 f"--estimator must not draw each byte's experts with --router {self.router}, "
                 f"got {self.estimator}"
@@ -236,12 +239,12 @@ class Settings:
                 f"--balance must be loss or none with --estimator {self.estimator}, which draws "
                 f"its experts, got {self.balance}"
             )
-        if chooses(self.router) and self.balance == "bias":
+        if chooses and self.balance == "bias":
             raise SettingsError(
                 f"--balance must be loss or none with --router {self.router}, which leaves no "
                 "choice to a bias, got bias"
             )
-        if chooses(self.router) and self.overflow != "drop":
+        if chooses and self.overflow != "drop":
             raise SettingsError(
                 f"--overflow must be drop with --router {self.router}, which scores no expert "
                 f"beside its choice, got {self.overflow}"

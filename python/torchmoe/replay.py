@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchmoe.nn._layers import Hook, moe_layers
+from torchmoe.nn._layers import Hook, in_backward, moe_layers
 from torchmoe.nn.routing import Decision, MoEOutput
-
-Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 class RoutingReplay:
@@ -127,7 +125,7 @@ class _Queue:
 
     def next(self) -> Decision:
         """The decision of the call that is about to begin."""
-        if _in_backward():
+        if in_backward():
             return self._recomputed()
         if not self._waiting:
             raise self._error()
@@ -158,43 +156,29 @@ class _Queue:
         )
 
 
-class _Recording(Hook):
+class _Recording(Hook[Callable[[MoEOutput], None]]):
     """Appends the decision of each call, but of no recomputation."""
 
     def __init__(self, decisions: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__(self._remember)
         self._decisions = decisions
-        self._outside = _outside(self._remember)
 
     def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
-        (self._outside if torch.compiler.is_compiling() else self._remember)(output)
+        self.run(output)
 
     def _remember(self, output: MoEOutput) -> None:
-        if not _in_backward():
+        if not in_backward():
             selected, indices = output.routing.decision
             self._decisions.append((selected, indices))
 
 
-class _Forcing(Hook):
+class _Forcing(Hook[Callable[[], Decision]]):
     """Hands each call its decision."""
 
     def __init__(self, queue: _Queue) -> None:
-        self._next = queue.next
-        self._next_outside = _outside(queue.next)
+        super().__init__(queue.next)
 
     def __call__(
         self, moe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        decision = (self._next_outside if torch.compiler.is_compiling() else self._next)()
-        return args, {**kwargs, "decision": decision}
-
-
-def _outside(call: Call) -> Call:
-    """The call as no part of a compiled graph: counting is no work for a compiler."""
-    # Wrapped as late as this, since torch.compiler takes seconds to load.
-    outside: Call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-    return outside
-
-
-def _in_backward() -> bool:
-    """Whether autograd is computing gradients, as while activation checkpointing recomputes."""
-    return torch._C._current_graph_task_id() != -1
+        return args, {**kwargs, "decision": self.run()}

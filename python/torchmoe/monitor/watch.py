@@ -17,7 +17,7 @@ from torchmoe.monitor._history import History, Record
 from torchmoe.monitor._intake import Intake
 from torchmoe.monitor.statistics import SCALARS, RoutingStatistics
 from torchmoe.nn._checks import check_at_least
-from torchmoe.nn._layers import Hook, moe_layers
+from torchmoe.nn._layers import Hook, in_backward, moe_layers
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routing import MoEOutput, Routing
 
@@ -248,29 +248,22 @@ class _Layer:
 
     def take(self, routing: Routing) -> None:
         """Counts a pass and keeps what is wanted of it."""
-        # A graph task is a backward pass at work: this is a recomputation. An exported program is
-        # traced with tensors that hold nothing.
-        if torch._C._current_graph_task_id() != -1 or torch.compiler.is_exporting():
+        # An exported program is traced with tensors that hold nothing.
+        if in_backward() or torch.compiler.is_exporting():
             return
         if self.seen % self._every == 0:
             self._intake.add(self.history, self.seen, routing)
         self.seen += 1
 
 
-class _Hook(Hook):
+class _Hook(Hook[Callable[[Routing], None]]):
     """What is registered with a layer."""
 
     def __init__(self, take: Callable[[Routing], None], evaluation: bool) -> None:
-        self._take = take
-        # Counting and keeping is no work for a compiler, which would compile again for each count.
-        # Wrapped here, since torch.compiler takes seconds to load.
-        self._take_outside = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
+        super().__init__(take)
         self._evaluation = evaluation
 
     def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
         # Not in what is disabled: a layer that is not followed then leaves the graph whole.
-        if not (moe.training or self._evaluation):
-            return
-        # Without a compiler the wrapper would cost half as much as all the rest.
-        take = self._take_outside if torch.compiler.is_compiling() else self._take
-        take(output.routing)
+        if moe.training or self._evaluation:
+            self.run(output.routing)

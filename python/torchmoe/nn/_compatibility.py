@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import nn
 
+from torchmoe.nn.assistance import Assistance
+from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.gate import Gate
 
@@ -48,35 +48,36 @@ def check_usage(router: nn.Module, reader: str | None) -> None:
 
 
 def check_choosing(
-    router: nn.Module, gate: Gate, selection_bias_rate: float, reroutes: Mapping[str, object]
+    router: nn.Module,
+    *,
+    top_k: int,
+    gate: Gate,
+    selection_bias_rate: float,
+    capacity: Capacity | None,
+    assistance: Assistance | None,
 ) -> None:
-    """Raises ValueError where something beside the router would choose experts.
-
-    Args:
-        router: the layer's.
-        gate: the layer's.
-        selection_bias_rate: the layer's.
-        reroutes: what leads tokens to experts that the router did not choose, by argument; None
-            where there is none.
-    """
-    name = type(router).__name__
+    """Raises ValueError unless a router that chooses fits the layer, and nothing else chooses."""
     if not getattr(router, "chooses", False):
         return
-    if selection_bias_rate > 0:
-        raise ValueError(
-            f"MoE: selection_bias_rate must be 0 with {name}, which chooses the experts itself, "
-            f"got {selection_bias_rate}"
-        )
-    if gate.num_groups > 1:
-        raise ValueError(
-            f"MoE: gate.num_groups must be 1 with {name}, which chooses the experts itself, "
-            f"got {gate.num_groups}"
-        )
-    for argument, value in reroutes.items():
-        if value is not None and not getattr(router, "scores_all", True):
+    check_part("router", router, top_k=top_k, score_function=gate.score_function)
+    name = type(router).__name__
+    for argument, value, without in (
+        ("selection_bias_rate", selection_bias_rate, 0),
+        ("gate.num_groups", gate.num_groups, 1),
+    ):
+        if value != without:
+            raise ValueError(
+                f"MoE: {argument} must be {without} with {name}, which chooses the experts itself, "
+                f"got {value}"
+            )
+    if getattr(router, "scores_all", True):
+        return
+    overflow = None if capacity is None or capacity.overflow == "drop" else capacity.overflow
+    for argument, reroutes in (("capacity.overflow", overflow), ("assistance", assistance)):
+        if reroutes is not None:
             raise ValueError(
                 f"MoE: {argument} must not lead tokens to experts that {name} gives no score, "
-                f"got {value!r}"
+                f"got {reroutes!r}"
             )
 
 

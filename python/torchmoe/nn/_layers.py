@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmoe.nn.moe import MoE
+
+Work = TypeVar("Work", bound=Callable[..., Any])
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
@@ -35,6 +41,11 @@ def _name(path: str, wrapped: set[str]) -> str:
     return ".".join(kept) or "moe"
 
 
+def in_backward() -> bool:
+    """Whether autograd is computing gradients, as while activation checkpointing recomputes."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class InertHook:
     """What a hook becomes in a copy of the model, such as one of averaged weights or a file."""
 
@@ -42,8 +53,23 @@ class InertHook:
         """Does nothing."""
 
 
-class Hook:
-    """Base of hooks that follow one model, and not its copies."""
+class Hook(Generic[Work]):
+    """Base of hooks that follow one model, and not its copies.
+
+    Args:
+        work: what `run` does, outside of any compiled graph: counting and keeping is no work for a
+            compiler, which would compile again for each count.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        # Wrapped here, since torch.compiler takes seconds to load.
+        self._outside: Work = torch.compiler.disable(work)  # type: ignore[no-untyped-call]
+
+    @property
+    def run(self) -> Work:
+        """The work. Without a compiler the wrapper would cost half as much as watching does."""
+        return self._outside if torch.compiler.is_compiling() else self._work
 
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         return InertHook, ()

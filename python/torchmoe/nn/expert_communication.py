@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn._checks import check_at_least
-from torchmoe.nn._rows import exponentials, in_slot_order, linear
+from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
 from torchmoe.nn.estimators.estimator import ExpertFunction
 
 
@@ -137,14 +137,11 @@ class ExpertCommunication(nn.Module):
 
     def _exchange(self, outputs: Tensor, routed: Tensor) -> Tensor:
         """What each slot hears: [N, S], float32 or wider, 0 where there is nobody to talk to."""
-        qkv = linear(outputs, self.qkv_proj)  # [N, 3 * S]
-        wide = torch.promote_types(qkv.dtype, torch.float32)
+        qkv = wide(linear(outputs, self.qkv_proj))  # [N, 3 * S]
         # A row's length only scales its product, so that no normed copy [N, H] is kept.
-        length = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=wide)
-        rms = (length.square() / self.hidden_size + torch.finfo(wide).eps).sqrt()  # [N, 1]
-        slots = (qkv.to(wide) / rms).view(
-            *routed.shape, 3, self.num_heads, self.size // self.num_heads
-        )
+        length = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=qkv.dtype)
+        rms = (length.square() / self.hidden_size + torch.finfo(qkv.dtype).eps).sqrt()  # [N, 1]
+        slots = (qkv / rms).view(*routed.shape, 3, self.num_heads, self.size // self.num_heads)
         q, k, v = slots.permute(2, 0, 3, 1, 4)  # [T, heads, K, D] each
         talks = (routed.sum(dim=1, keepdim=True) > 1) & routed  # [T, K]
         # Sums of products, since torch.matmul has other bits for other numbers of threads.

@@ -192,8 +192,6 @@ class MoE(nn.Module):
             )
         check_not_negative("MoE", "selection_bias_rate", selection_bias_rate)
         check_part("router", router, num_experts=num_experts)
-        if getattr(router, "chooses", False):
-            check_part("router", router, top_k=top_k, score_function=gate.score_function)
         check_part("experts", experts, num_experts=num_experts, hidden_size=hidden_size)
         check_part("assistance", assistance, num_experts=num_experts)
 
@@ -226,6 +224,14 @@ class MoE(nn.Module):
                 dtype=dtype,
             )
         check_usage(router, reader)
+        check_choosing(
+            router,
+            top_k=top_k,
+            gate=gate,
+            selection_bias_rate=selection_bias_rate,
+            capacity=capacity,
+            assistance=assistance,
+        )
         if experts is None:
             if intermediate_size is None:
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
@@ -254,9 +260,6 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        overflow = None if capacity is None or capacity.overflow == "drop" else capacity.overflow
-        reroutes = {"capacity.overflow": overflow, "assistance": assistance}
-        check_choosing(router, gate, selection_bias_rate, reroutes)
         check_estimator(router, experts, self.estimator)
         is_constant = top_k == 1 and self.estimator.normalize == "topk"
         if assistance is not None and is_constant and self.estimator.gate_estimator == "exact":

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from torchmoe.nn._rows import wide
+
 
 class RouterOutput(NamedTuple):
     """What a `ContextRouter` returns."""
@@ -132,8 +134,7 @@ def route(
             f"MoE: router must return {name} = {expected}, got shape {list(logits.shape)}"
         )
     # A router of the user's own may return a 16-bit type, under autocast at the latest.
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    logits = logits.reshape(num_tokens, num_experts).to(wide)
+    logits = wide(logits).reshape(num_tokens, num_experts)
     return RouterOutput(logits, _flat_indices(given.indices, leading, num_tokens), given.details)
 
 
