@@ -28,3 +28,9 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_num_threads(NUM_THREADS)
     torch.compiler.reset()
+
+
+@pytest.fixture
+def one_thread(_same_start: None) -> None:
+    """What is small waits for a second thread longer than it works."""
+    torch.set_num_threads(1)

@@ -79,13 +79,8 @@ class DifferentiableOpTests(OpTests):
         self.test_forward_is_the_reference(BLOCKS, torch.float64, variant)
         self.test_gradients_are_the_reference(BLOCKS, torch.float64, variant)
 
-    @pytest.fixture
-    def _one_thread(self) -> None:
-        """Finite differences make thousands of tiny calls; waking threads would be all they do."""
-        torch.set_num_threads(1)
-
     @pytest.mark.above_kernels
-    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.usefixtures("one_thread")
     def test_gradcheck(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
         situation, variant, names = checked
         inputs = leaves(self.case.make(situation, torch.float64, **variant), names)
@@ -98,7 +93,7 @@ class DifferentiableOpTests(OpTests):
         )
 
     @pytest.mark.above_kernels
-    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.usefixtures("one_thread")
     def test_double_backward(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
         situation, variant, names = checked
         inputs = leaves(self.case.make(situation, torch.float64, **variant), names)
@@ -120,7 +115,7 @@ class DifferentiableOpTests(OpTests):
             torch.autograd.grad([g.sum() for g in first], values + cotangent, allow_unused=True)
 
     @pytest.mark.above_kernels
-    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.usefixtures("one_thread")
     def test_a_refusal_reaches_every_input(self) -> None:
         """As after backward(create_graph=True), where the arriving gradient itself needs none."""
         case, variant = self.case, self.case.variants[0]

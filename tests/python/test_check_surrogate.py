@@ -37,11 +37,7 @@ BUILT_IN = (
     "gumbel_straight_through",
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Finite differences make thousands of tiny calls; waking threads would be all they do."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -31,11 +31,7 @@ from torchmoe.testing._memory import peak_bytes
 
 H, INNER, E, T = 4, 3, 4, 6
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """Tiny evaluations: threads would spend their time waiting for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 UNNORMALISED = Gate(normalize="none")

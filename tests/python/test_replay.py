@@ -37,11 +37,7 @@ from torchmoe.nn import (
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 LAYERS = ("blocks.0.moe", "blocks.1.moe")
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """What is small waits for a second thread longer than it works."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_layer(*, logit_noise: float = 0.0, **options: object) -> MoE:

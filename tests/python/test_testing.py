@@ -15,11 +15,7 @@ from torchmoe.testing import UnstableSelectionError, gradcheck
 
 H, INNER, E, K, T = 4, 3, 4, 2, 6
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """Thousands of tiny evaluations: threads would spend their time waiting for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("capacity", [None, Capacity(0.75)])

@@ -39,11 +39,7 @@ from lm.settings import SettingsError
 
 SEQUENCE = [name for name in ROUTERS if name.startswith("sequence_")]
 
-
-@pytest.fixture(autouse=True)
-def one_thread(same_threads_afterwards: None) -> None:
-    """As the program does."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbered(name: str, lines: int) -> Document:

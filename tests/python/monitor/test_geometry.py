@@ -33,11 +33,7 @@ from torchmoe.nn import (
 H, E, T = 6, 5, 23
 EPS = torch.finfo(torch.float64).eps
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """What is small waits for a second thread longer than it works."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gate(rows: Any, bias: Any = None) -> nn.Linear:

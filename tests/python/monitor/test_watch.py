@@ -39,11 +39,7 @@ COUNTS = ("tokens_per_expert", "kept_per_expert")
 LAYERS = ("blocks.0.moe", "blocks.1.moe")
 EPS = torch.finfo(torch.float64).eps
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """What is small waits for a second thread longer than it works."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Block(nn.Module):

@@ -39,11 +39,7 @@ TERMS = (
     "router_z_loss",
 )
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """So small are the layers here that more threads only wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(**options: Any) -> MoE:

@@ -23,11 +23,7 @@ H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
 RING = (1, 2, 3, 4, 0)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """So small are the layers here that more threads only wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(capacity: Capacity | None, top_k: int = K, **options: Any) -> MoE:

@@ -35,11 +35,7 @@ F64 = torch.float64
 ALONE = [name for name in known_estimators() if build_estimator(name).takes_experts_alone]
 TOGETHER = [name for name in known_estimators() if name not in ALONE]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_same_start: None) -> None:
-    """What is small waits for a second thread longer than it works."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def stacked(dtype: torch.dtype = F64) -> Experts:

@@ -110,7 +110,7 @@ class TestExpertMlp(DifferentiableOpTests):
         ),
     )
 
-    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.usefixtures("one_thread")
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("activation", [*reference.PLAIN, *reference.GATED])
     def test_every_activation(self, activation: str, bias: bool) -> None:
@@ -128,7 +128,7 @@ class TestExpertMlp(DifferentiableOpTests):
             **GRADCHECK,
         )
 
-    @pytest.mark.usefixtures("_one_thread")
+    @pytest.mark.usefixtures("one_thread")
     @pytest.mark.parametrize("which", ["b_in", "b_out"])
     def test_one_bias_without_the_other(self, which: str) -> None:
         """An absent optional shifts what needs a gradient; each subset must land in its place."""
