@@ -14,8 +14,8 @@ import torch
 _CACHES = tempfile.TemporaryDirectory(prefix="torchmoe-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES.name
 
-# The harness asserts on behalf of the test files, so its failures must show values as theirs do.
-pytest.register_assert_rewrite("op_case", "op_harness", "gradient_harness")
+# These assert on behalf of the test files, so that their failures must show values as theirs do.
+pytest.register_assert_rewrite("op_case", "op_harness", "gradient_harness", "watched")
 
 NUM_THREADS = 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import pickle
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,47 +16,24 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import torchmoe
+from copies import by_pickle
 from plain_moe import gradients, tensors_of
+from replayed import INNER, E, H, K, T, random_layer, same
 from torchmoe import RoutingReplay
 from torchmoe.nn import (
-    Assistance,
     Capacity,
     Decision,
-    ExpertChoiceRouter,
     Gate,
     MoE,
     MoEOutput,
-    Router,
     Routing,
-    SparseMixer,
     WithAttachedLoss,
     known_estimators,
 )
 
-H, INNER, E, K, T = 6, 7, 5, 2, 23
 LAYERS = ("blocks.0.moe", "blocks.1.moe")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def random_layer(*, logit_noise: float = 0.0, **options: object) -> MoE:
-    """Whatever can draw or depend on the other tokens on the way to the ids does."""
-    options = {
-        "gate": Gate(estimator="gumbel_straight_through"),
-        "capacity": Capacity(0.9, priority="random", overflow="next_best"),
-    } | options
-    moe = MoE(
-        H,
-        INNER,
-        E,
-        K,
-        assistance=Assistance((1, 2, 3, 4, 0)),
-        router=Router(H, E, logit_noise=logit_noise, track_usage=True),
-        z_loss_weight=0.01,
-        **options,
-    )
-    moe.assistance.assisted.fill_(True)
-    return moe
 
 
 class Block(nn.Module):
@@ -111,10 +87,6 @@ class Model(nn.Module):
 
 def ids(routings: list[Routing]) -> list[Decision]:
     return [routing.decision for routing in routings]
-
-
-def same(one: Decision, other: Decision) -> bool:
-    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def check_forced(recorded: dict[str, list[Routing]], forced: dict[str, list[Routing]]) -> None:
@@ -188,28 +160,6 @@ def moe_seen(model: Model) -> list[list[Routing]]:
     return [block.seen for block in model.blocks]
 
 
-def test_the_auxiliary_loss_is_that_of_the_forced_choice() -> None:
-    moe = random_layer()
-    x = torch.randn(T, H)
-    first = moe(x)
-    again = moe(x, decision=first.routing.decision)
-    assert torch.equal(first.aux_loss, again.aux_loss)
-    other = moe(x)
-    assert not torch.equal(first.routing.tokens_per_expert, other.routing.tokens_per_expert)
-    assert not torch.equal(first.aux_loss, other.aux_loss)
-
-
-def test_sparsemixers_factor_is_drawn_anew() -> None:
-    moe = MoE(H, INNER, E, K, gate=Gate(estimator=SparseMixer(jitter=1.0)))
-    x = torch.randn(T, H)
-    first = moe(x).routing
-    forced = moe(x, decision=first.decision).routing
-    assert same(first.decision, forced.decision)
-    assert not torch.equal(first.weights, forced.weights)
-    moe.eval()
-    assert torch.equal(*(moe(x, decision=first.decision).routing.weights for _ in range(2)))
-
-
 # ---- ids from elsewhere
 
 
@@ -233,73 +183,6 @@ def test_ids_of_one_checkpoint_and_weights_of_another() -> None:
     assert_close(routing.weights, chosen)
     other(x)
     assert not same(*ids(recorded[LAYERS[0]] + other.pop_seen()[LAYERS[0]]))
-
-
-@pytest.mark.parametrize("normalize", ["none", "topk"])
-def test_the_choice_of_experts_is_forced_where_tokens_choose(normalize: str) -> None:
-    experts_choose = MoE(H, INNER, E, K, router=ExpertChoiceRouter(Router(H, E), K))
-    tokens_choose = MoE(H, INNER, E, K, gate=Gate(normalize=normalize), capacity=Capacity(0.5))
-    x = torch.randn(T, H)
-    decision = experts_choose(x).routing.decision
-    assert decision.selected.shape == (T, E)
-    output = tokens_choose(x, decision=decision)
-    assert same(output.routing.decision, decision)
-    routed = decision.indices >= 0
-    probs = output.routing.logits.softmax(dim=1).gather(1, decision.indices.clamp(min=0)) * routed
-    if normalize == "topk":
-        total = probs.sum(dim=1, keepdim=True)
-        probs = probs / total.where(total > 0, 1)
-    assert_close(output.routing.weights * routed, probs)
-    counts = torch.stack([(decision.indices == expert).sum() for expert in range(E)])
-    assert torch.equal(output.routing.tokens_per_expert, counts)
-    output.hidden_states.sum().backward()
-    gradients(tokens_choose)
-
-
-def test_a_layer_without_rerouting_weighs_rerouted_slots_by_their_experts() -> None:
-    one = MoE(H, INNER, E, K, capacity=Capacity(0.8, overflow="next_best"))
-    other = MoE(H, INNER, E, K)
-    x = torch.randn(T, H)
-    decision = one(x).routing.decision
-    assert ((decision.selected != decision.indices) & (decision.indices >= 0)).any()
-    routing = other(x, decision=decision).routing
-    rows = (decision.indices >= 0).all(dim=1)
-    chosen = routing.logits.gather(1, decision.indices.clamp(min=0)).softmax(dim=1)
-    assert_close(routing.weights[rows], chosen[rows])
-
-
-def test_assistance_counts_nothing_of_its_own_in_a_forced_pass_either() -> None:
-    moe = random_layer()
-    x = torch.randn(T, H)
-    decision = moe(x).routing.decision
-    assert decision.selected.shape == (T, K + 1)
-    routing = moe(x, decision=decision).routing
-    assert routing.tokens_per_expert.sum() == T * K
-    assert torch.equal(routing.kept_per_expert.sum(), (decision.indices >= 0).sum())
-
-
-def test_a_masked_token_stays_unrouted() -> None:
-    moe = random_layer()
-    x = torch.randn(2, T, H)
-    mask = torch.rand(2, T) < 0.6
-    decision = moe(x).routing.decision
-    output = moe(x.masked_fill(~mask[..., None], torch.nan), token_mask=mask, decision=decision)
-    assert (output.hidden_states[~mask] == 0).all()
-    flat = mask.flatten()
-    for forced, given in zip(output.routing.decision, decision, strict=True):
-        assert (forced[~flat] == -1).all()
-        assert torch.equal(forced[flat], given[flat])
-    assert output.routing.tokens_per_expert.sum() == K * flat.sum()
-    # And a decision that was taken under a mask has nothing for masked tokens.
-    again = moe(x, decision=output.routing.decision)
-    assert (again.hidden_states[~mask] == 0).all()
-    assert again.hidden_states.isfinite().all()
-
-
-def test_no_tokens() -> None:
-    moe = random_layer()
-    decision = moe(torch.randn(0, H)).routing.decision
-    assert moe(torch.randn(0, H), decision=decision).hidden_states.shape == (0, H)
 
 
 # ---- recomputation
@@ -388,7 +271,7 @@ def test_a_second_backward_pass_recomputes_the_same(use_reentrant: bool) -> None
 
 
 @pytest.mark.parametrize("entered", ["record", "force"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
 def test_a_copy_of_the_model_is_not_followed(entered: str, copied: Any) -> None:
     model = random_layer()
     replay = RoutingReplay(model)
@@ -402,21 +285,6 @@ def test_a_copy_of_the_model_is_not_followed(entered: str, copied: Any) -> None:
         assert len(replay.decisions["moe"]) == 1
     other(x)
     assert len(replay.decisions["moe"]) == 1
-
-
-def test_a_decision_without_the_column_of_assistance() -> None:
-    plain, assisted = MoE(H, INNER, E, K), random_layer()
-    x = torch.randn(T, H)
-    message = rf"\[num_tokens, top_k \+ 1 with assistance\] = \[{T}, {K + 1}\], .* \[{T}, {K}\]"
-    with pytest.raises(RuntimeError, match=message):
-        assisted(x, decision=plain(x).routing.decision)
-
-
-@pytest.mark.parametrize("decision", [5, ([[0]], [[1]]), "ids"])
-def test_a_decision_must_be_one(decision: Any) -> None:
-    moe = MoE(H, INNER, E, K)
-    with pytest.raises(TypeError, match=r"MoE: decision must be a Decision, .*, got (int|tup|str)"):
-        moe(torch.randn(T, H), decision=decision)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -578,27 +446,6 @@ def test_watch_counts_a_forced_pass_as_the_recorded_one() -> None:
             assert torch.equal(one, other)
 
 
-# ---- torch.compile
-
-
-def test_compile_once_with_a_decision() -> None:
-    moe = random_layer()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
-    for num_tokens in (11, 17, 40):
-        x = torch.randn(num_tokens, H)
-        decision = moe(x).routing.decision
-        seen = []
-        for layer in (moe, compiled):
-            moe.zero_grad()
-            output = layer(x, decision=decision)
-            (output.hidden_states.square().sum() + output.aux_loss).backward()
-            assert same(output.routing.decision, decision)
-            seen.append({"y": output.hidden_states} | tensors_of(output.routing) | gradients(moe))
-        assert_close(seen[0], seen[1])
-    assert counter.frame_count == 1
-
-
 # Where a graph is broken, torch's own tracing looks at .grad of what the first half computed.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 @pytest.mark.parametrize("entered", ["before the first run", "after reset"])
@@ -681,27 +528,3 @@ def test_another_number_of_tokens() -> None:
     )
     with replay.force(), pytest.raises(RuntimeError, match=message):
         model(torch.randn(T + 1, H))
-
-
-def test_a_bad_decision() -> None:
-    moe = MoE(H, INNER, E, K)
-    x = torch.randn(T, H)
-    good = moe(x).routing.decision
-    for decision, message in (
-        (good._replace(selected=good.selected.int()), "selected must be int64 .* got torch.int32"),
-        (good._replace(indices=good.indices.float()), "indices must be int64 .* got torch.float32"),
-        (
-            good._replace(indices=good.indices[:, :1]),
-            rf"indices must be .* = \[{T}, {K}\], got torch.int64 of shape \[{T}, 1\]",
-        ),
-        (Decision(*(one[0] for one in good)), rf"selected must be .* of shape \[{K}\]"),
-        (Decision(*(one.sum() for one in good)), r"selected must be .* of shape \[\]"),
-    ):
-        with pytest.raises(RuntimeError, match=f"MoE: decision.{message}"):
-            moe(x, decision=decision)
-    with pytest.raises(
-        TypeError,
-        match=r"^MoE: decision must be a Decision, such as moe\(x\)\.routing\.decision, "
-        "got Routing$",
-    ):
-        moe(x, decision=moe(x).routing)

@@ -22,257 +22,20 @@ from classification import display, texts, training
 from classification.evaluation import KINDS, Findings, by_class, evaluate, wilson
 from classification.model import (
     EXPERTS,
-    HIDDEN_SIZE,
     ROUTERS,
     TOP_K,
     Classifier,
     attention_of_cls,
 )
-from classification.texts import CLS, LONGEST, SHORTEST, Stream, Task, Texts, as_texts
+from classification.texts import LONGEST, SHORTEST, Stream, Task, Texts, as_texts
 from classification.training import Run, rate, train
 from classification.yardsticks import Yardstick, log_likelihood, majority, measure, naive_bayes
+from classified import DOMAINS, SEQUENCE, lively, numbered, random_texts
 from lm import ngrams
-from lm.cleaning import Document
 from lm.corpus import CorpusError, Domain
-from lm.model import HEAD_SIZE
 from lm.settings import SettingsError
 
-SEQUENCE = [name for name in ROUTERS if name.startswith("sequence_")]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def numbered(name: str, lines: int) -> Document:
-    """A document in which every piece of 12 bytes is there once, and in no other document."""
-    return Document(name, "".join(f"{name}{line:08d}\n" for line in range(lines)))
-
-
-DOMAINS = [
-    Domain("a", [numbered("A", 300), numbered("B", 200)], [numbered("C", 150)]),
-    Domain("b", [numbered("D", 300)], [numbered("E", 90), numbered("F", 60)]),
-]
-
-
-def of_class(some: Texts, label: int) -> list[bytes]:
-    return [
-        bytes(some.bytes_of(text).tolist())
-        for text in range(len(some))
-        if some.labels[text] == label
-    ]
-
-
-def places(pieces: list[bytes], documents: list[Document]) -> list[tuple[str, int, int]]:
-    """Where each piece is: a document's name, and from where to where."""
-    found = []
-    for piece in pieces:
-        (where,) = [
-            (document.name, at, at + len(piece))
-            for document in documents
-            if (at := document.text.encode().find(piece)) >= 0
-        ]
-        found.append(where)
-    return found
-
-
-# ---- the data
-
-
-def test_domain_texts_test_on_held_out_files_without_overlap() -> None:
-    task = texts.domain_task(DOMAINS)
-    assert task.classes == ("a", "b")
-    counts = Counter(task.test.labels.tolist())
-    assert counts[0] == counts[1] > 10
-    for label, domain in enumerate(DOMAINS):
-        taken = sorted(places(of_class(task.test, label), domain.held_out))
-        assert {name for name, _, _ in taken} == {document.name for document in domain.held_out}
-        for (one, _, end), (other, start, _) in pairwise(taken):
-            assert one != other or start >= end
-        stream = Stream(task, 0)
-        for _ in range(20):
-            places(of_class(stream.batch(8), label), domain.train)  # each inside one document
-
-
-def test_module_texts_train_on_the_head_and_test_on_the_tail() -> None:
-    task = texts.module_task(DOMAINS, "a", 2)
-    assert task.classes == ("A", "B")  # the longest, held-out files among them
-    assert texts.module_task(DOMAINS, "a", 3).classes == ("A", "B", "C")
-    stream = Stream(task, 3)
-    seen = [stream.batch(32) for _ in range(20)]
-    for label, name in enumerate(task.classes):
-        (document,) = [one for one in DOMAINS[0].train if one.name == name]
-        tested = places(of_class(task.test, label), [document])
-        trained = [place for some in seen for place in places(of_class(some, label), [document])]
-        end = round(texts.TRAIN_SHARE * len(document.text))
-        assert max(last for _, _, last in trained) <= end
-        assert min(first for _, first, _ in tested) >= end + LONGEST
-        # And they use what they may.
-        assert max(last for _, _, last in trained) > 0.9 * end
-        assert min(first for _, first, _ in trained) < 0.1 * end
-
-
-def test_a_paragraph_of_a_head_that_is_also_in_a_tail_is_cut_out() -> None:
-    common = " ".join(f"word{number}" for number in range(20))
-    one, other = numbered("A", 300), numbered("B", 300)
-    repeated = Document("A", f"{common}\n\n{one.text}")
-    with_tail = Document("B", f"{other.text}\n\n{common}\n\n{'=' * 20}")
-    task = texts.module_task([Domain("a", [repeated, with_tail], [])], "a", 2)
-    trained = [bytes(document.tolist()) for documents in task.train for document in documents]
-    assert all(b"word7" not in text for text in trained)
-    assert all(len(text) > 2000 for text in trained)
-
-
-def test_data_is_the_same_every_time() -> None:
-    first, again = texts.domain_task(DOMAINS), texts.domain_task(DOMAINS)
-    assert first.test.sha256() == again.test.sha256()
-    assert first.test.sha256() != texts.module_task(DOMAINS, "a", 2).test.sha256()
-    streams = Stream(first, 1), Stream(again, 1), Stream(first, 2)
-    one, same, other = ([stream.batch(8).sha256() for _ in range(3)] for stream in streams)
-    assert one == same
-    assert len({*one, *other}) == 6
-
-
-def test_texts_have_all_lengths_and_their_mask() -> None:
-    stream = Stream(texts.domain_task(DOMAINS), 0)
-    some = stream.batch(2000)
-    lengths = some.token_mask.sum(dim=1) - 1
-    assert set(lengths.tolist()) == set(range(SHORTEST, LONGEST + 1))
-    assert (some.tokens[:, 0] == CLS).all()
-    # Counted positions come first.
-    assert (some.token_mask[:, :-1] >= some.token_mask[:, 1:]).all()
-    counts = torch.bincount(some.labels)
-    assert abs(counts[0].item() - 1000) < 4 * math.sqrt(500)  # standard deviations
-    tested = texts.domain_task(DOMAINS).test.token_mask.sum(dim=1) - 1
-    assert tested.min() >= SHORTEST
-    assert tested.max() <= LONGEST
-
-
-def test_starts_stay_in_their_document() -> None:
-    documents = [torch.zeros(LONGEST + 1), torch.zeros(LONGEST), torch.zeros(LONGEST + 2)]
-    starts = texts.starts_in(documents).tolist()
-    second, third = LONGEST + 1, 2 * LONGEST + 1
-    assert starts == [0, 1, second, third, third + 1, third + 2]
-
-
-def test_a_part_is_padded_no_further_than_it_needs() -> None:
-    pieces = [torch.arange(length, dtype=torch.uint8) for length in (50, 60, 100)]
-    some = as_texts(pieces, [0, 1, 0])
-    part = some.part(0, 2)
-    assert part.tokens.shape == (2, 61)
-    assert len(part) == 2
-    assert torch.equal(part.bytes_of(1), pieces[1])
-    assert torch.equal(some.bytes_of(0), pieces[0])
-
-
-# ---- the model
-
-
-def lively(router: str, classes: int = 3) -> Classifier:
-    """A model none of whose parameters is 0, which would hide what the others do."""
-    torch.manual_seed(0)
-    model = Classifier(router, classes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def random_texts(*lengths: int) -> Texts:
-    generator = torch.Generator().manual_seed(1)
-    pieces = [torch.randint(0, 256, (length,), generator=generator) for length in lengths]
-    return as_texts([piece.to(torch.uint8) for piece in pieces], [0] * len(lengths))
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_padding_does_not_matter(router: str) -> None:
-    model, some = lively(router), random_texts(50, 80, 65)
-    missing = 1 + LONGEST - some.tokens.shape[1]
-    longer = Texts(
-        functional.pad(some.tokens, (0, missing), value=17),
-        functional.pad(some.token_mask, (0, missing)),
-        some.labels,
-    )
-    filled = Texts(
-        some.tokens.masked_fill(~some.token_mask, ord("x")), some.token_mask, some.labels
-    )
-    with torch.no_grad():
-        scores = model(some)
-        assert scores.logits.std(dim=0).min() > 1e-2  # texts differ, and not by rounding
-        for other in (longer, filled):
-            again = model(other)
-            torch.testing.assert_close(again.logits, scores.logits, rtol=0, atol=2e-5)
-            torch.testing.assert_close(again.aux_loss, scores.aux_loss)
-            for one, two in zip(again.routings, scores.routings, strict=True):
-                assert torch.equal(
-                    one.indices[other.token_mask.flatten()], two.indices[some.token_mask.flatten()]
-                )
-                assert (one.indices[~other.token_mask.flatten()] == -1).all()
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_neighbours_in_the_batch_do_not_matter(router: str) -> None:
-    model, some = lively(router), random_texts(50, 80, 65)
-    with torch.no_grad():
-        together = model(some).logits
-        alone = torch.cat([model(some.part(place, place + 1)).logits for place in range(3)])
-    torch.testing.assert_close(alone, together, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("router", ROUTERS)
-def test_every_byte_matters(router: str) -> None:
-    model, some = lively(router), random_texts(60)
-    changed = some.tokens.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % 256
-    with torch.no_grad():
-        difference = model(Texts(changed, some.token_mask, some.labels)).logits - model(some).logits
-    assert difference.abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("router", SEQUENCE)
-def test_a_sequence_has_one_choice(router: str) -> None:
-    model, some = lively(router), random_texts(50, 80, 65, 70)
-    with torch.no_grad():
-        routings = model(some).routings
-    for routing in routings:
-        chosen = routing.indices.view(*some.tokens.shape, TOP_K)
-        for row, mask in zip(chosen, some.token_mask, strict=True):
-            assert (row[mask] == row[0]).all()
-        assert routing.details["pooling_weights"].sum(dim=1).tolist() == pytest.approx([1] * 4)
-
-
-def test_all_but_the_router_starts_the_same() -> None:
-    models = []
-    for name in ROUTERS:
-        torch.manual_seed(5)
-        models.append(Classifier(name, 3))
-    starts = [
-        {key: value for key, value in model.named_parameters() if ".router." not in key}
-        for model in models
-    ]
-    for start in starts[1:]:
-        assert start.keys() == starts[0].keys()
-        assert all(torch.equal(start[key], value) for key, value in starts[0].items())
-
-
-def test_attention_of_cls_is_the_blocks_own() -> None:
-    block, some = lively("sequence_given").blocks[0], random_texts(50, 80)
-    x = torch.randn(2, 81, HIDDEN_SIZE)
-    attention = block.attention
-    found = attention_of_cls(attention, x, some.token_mask)
-    # Values that hold one position each turn the attention itself into its output.
-    qkv = attention.qkv(x).view(2, 81, 3, attention.heads, HEAD_SIZE).permute(2, 0, 3, 1, 4)
-    expected = functional.scaled_dot_product_attention(
-        attention.rotate(qkv[0]),
-        attention.rotate(qkv[1]),
-        torch.eye(81).expand(2, attention.heads, 81, 81),
-        attn_mask=some.token_mask[:, None, None, :],
-    )[:, :, 0].mean(dim=1)
-    torch.testing.assert_close(found, expected)
-    assert (found[~some.token_mask] == 0).all()
-    with torch.no_grad():
-        routing = lively("sequence_given")(some).routings[0]
-    given = routing.details["pooling_weights"]
-    assert given.std() > 1e-3
-    assert not torch.allclose(given, some.token_mask / some.token_mask.sum(dim=1, keepdim=True))
 
 
 # ---- numbers
@@ -488,6 +251,11 @@ def test_marks_are_below_the_bytes_with_the_largest_weights(
     ]
 
 
+def row_of(name: str, output: str) -> list[str]:
+    (row,) = re.findall(rf"^ {re.escape(name)}  .*\d.*$", output, re.MULTILINE)
+    return row.removeprefix(f" {name}").split()
+
+
 # ---- the program
 
 TINY = ["--steps", "3", "--seeds", "1"]
@@ -501,11 +269,6 @@ def trained(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[
     with contextlib.redirect_stdout(output):
         assert classify.main([*TINY, "--data", *data, "--out", str(folder)]) == 0
     return output.getvalue(), folder
-
-
-def row_of(name: str, output: str) -> list[str]:
-    (row,) = re.findall(rf"^ {re.escape(name)}  .*\d.*$", output, re.MULTILINE)
-    return row.removeprefix(f" {name}").split()
 
 
 def test_table_and_json_agree(trained: tuple[str, Path]) -> None:

@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import os
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from balanced import (
+    F64,
+    RING,
+    TERMS,
+    B,
+    E,
+    H,
+    K,
+    S,
+    T,
+    balance,
+    counts_of,
+    gradient_of,
+    largest_logit,
+    make,
+    plain_loss,
+    shares_of,
+)
+from copies import by_pickle, load_state
 from op_case import tolerance
 from plain_moe import gradients, tensors_of
-from torchmoe import losses, ops, update_selection_bias
-from torchmoe.losses import LossInputs
+from torchmoe import ops
 from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router, Routing, WithAttachedLoss
 
-B, S, H, INNER, E, K = 3, 7, 6, 5, 8, 2
-T = B * S
-F64 = torch.float64
-RING = (1, 2, 3, 4, 5, 6, 7, 0)
 FROM = ("batch", "sequence", "global_batch", "history")
 every_source = pytest.mark.parametrize("fraction_from", FROM)
-TERMS = (
-    "importance_loss",
-    "load_loss",
-    "local_entropy_loss",
-    "global_entropy_loss",
-    "mutual_information_loss",
-    "router_z_loss",
-)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def make(**options: Any) -> MoE:
-    return MoE(H, INNER, E, K, **({"dtype": F64} | options))
-
-
-def largest_logit(given: LossInputs) -> Tensor:
-    """A term of the user's own."""
-    largest = given.logits.square().amax(1, keepdim=True)
-    return ops.mean_over_tokens(largest, token_mask=given.token_mask).squeeze(0)
 
 
 def everything(**options: Any) -> MoE:
@@ -75,34 +67,6 @@ def everything(**options: Any) -> MoE:
     if moe.assistance is not None:
         assert moe.assistance.assisted.any()
     return moe
-
-
-def shares_of(logits: Tensor, score_function: str = "softmax") -> Tensor:
-    p = logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
-    return p / p.sum(-1, keepdim=True)
-
-
-def counts_of(ids: Tensor) -> Tensor:
-    """How often each expert is named: by one loop."""
-    counts = torch.zeros(E, dtype=F64)
-    for e in ids.flatten().tolist():
-        if e >= 0:
-            counts[e] += 1
-    return counts
-
-
-def plain_loss(fraction: Tensor, shares: Tensor) -> Tensor:
-    """E * sum_i f_i P_i for the shares [T, E] of the counted tokens."""
-    return E * (fraction * shares.mean(0)).sum()
-
-
-def balance(routing: Routing) -> Tensor:
-    return routing.losses["load_balancing_loss"]
-
-
-def gradient_of(loss: Tensor, moe: MoE) -> Tensor:
-    (gradient,) = torch.autograd.grad(loss, [moe.router.weight], retain_graph=True)
-    return gradient
 
 
 # --- where the fractions come from --------------------------------------------------------------
@@ -464,124 +428,6 @@ def test_only_padding_moves_nothing(fraction_from: str) -> None:
         assert torch.equal(moe.state_dict()[name], before[name])
 
 
-# --- further terms ------------------------------------------------------------------------------
-
-
-def expected_terms(moe: MoE, routing: Routing, mask: Tensor | None) -> dict[str, Tensor]:
-    """Each term by its function, over counted tokens that are cut out instead of masked."""
-    counted = slice(None) if mask is None else mask
-    logits = routing.logits[counted]
-    by_score = {"score_function": moe.estimator.score_function}
-    ids = routing.indices.where(routing.indices >= 0, routing.selected)
-    return {
-        "importance_loss": losses.importance_loss(routing.weights[counted], ids[counted], E),
-        "load_loss": losses.load_loss(logits, K),
-        "local_entropy_loss": losses.local_entropy_loss(logits, **by_score),
-        "global_entropy_loss": losses.global_entropy_loss(logits, **by_score),
-        "mutual_information_loss": losses.mutual_information_loss(logits, **by_score),
-        "router_z_loss": logits.logsumexp(1).square().mean(),
-    }
-
-
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("capacity", [None, Capacity(0.7), Capacity(0.7, overflow="next_best")])
-def test_the_terms_by_name(score_function: str, masked: bool, capacity: Capacity | None) -> None:
-    weights = [2.0**-j for j in range(len(TERMS))]
-    moe = make(
-        losses=list(zip(TERMS, weights, strict=True)), capacity=capacity, gate=Gate(score_function)
-    )
-    x = torch.randn(T, H, dtype=F64)
-    mask = torch.rand(T) > 0.3 if masked else None
-    output = moe(x, token_mask=mask)
-    found = dict(output.routing.losses)
-    aux_loss = 0.01 * found.pop("load_balancing_loss")
-    expected = expected_terms(moe, output.routing, mask)
-    assert_close(found, expected)
-    for name, weight in zip(TERMS, weights, strict=True):
-        aux_loss = aux_loss + weight * expected[name]
-        assert_close(gradient_of(found[name], moe), gradient_of(expected[name], moe))
-    assert_close(output.aux_loss, aux_loss)
-    assert_close(gradient_of(output.aux_loss, moe), gradient_of(aux_loss, moe))
-
-
-def test_importance_counts_the_slots_of_assistance() -> None:
-    moe = make(losses=[("importance_loss", 1.0)], assistance=Assistance(RING))
-    moe.assistance.assisted[:] = True
-    routing = moe(torch.randn(T, H, dtype=F64)).routing
-    totals = torch.zeros(E, dtype=F64)
-    for ids, weights in zip(routing.selected, routing.weights, strict=True):
-        for e, w in zip(ids.tolist(), weights.tolist(), strict=True):
-            if e >= 0:
-                totals[e] += w
-    expected = totals.var(correction=0) / totals.mean().square()
-    assert_close(routing.losses["importance_loss"].detach(), expected)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_function_of_ones_own(masked: bool) -> None:
-    seen: list[LossInputs] = []
-
-    def my_term(given: LossInputs) -> Tensor:
-        seen.append(given)
-        return largest_logit(given)
-
-    moe = make(
-        losses=[(my_term, 0.5), ("load_loss", 0.25)],
-        gate=Gate("sigmoid"),
-        capacity=Capacity(0.7, overflow="next_best"),
-    )
-    x = torch.randn(B, S, H, dtype=F64)
-    mask = torch.rand(B, S) > 0.3 if masked else None
-    output = moe(x, token_mask=mask)
-    routing = output.routing
-    (given,) = seen
-    assert given.logits is routing.logits
-    assert given.weights is routing.weights
-    weighed = routing.indices.where(routing.indices >= 0, routing.selected)
-    assert torch.equal(given.indices, weighed)
-    assert not torch.equal(weighed, routing.selected)
-    assert given.token_mask is routing.token_mask
-    assert given._replace(logits=0, weights=0, indices=0, token_mask=0) == (
-        (0, 0, 0, 0, "sigmoid", E, K)
-    )
-    counted = routing.logits if mask is None else routing.logits[mask.flatten()]
-    expected = counted.square().amax(1).mean()
-    assert list(routing.losses) == ["load_balancing_loss", "my_term", "load_loss"]
-    assert_close(routing.losses["my_term"], expected)
-    assert_close(
-        output.aux_loss,
-        0.01 * balance(routing) + 0.5 * expected + 0.25 * routing.losses["load_loss"],
-    )
-
-
-def test_the_z_loss_by_either_way() -> None:
-    x = torch.randn(T, H, dtype=F64)
-    one, other = make(z_loss_weight=0.5), make(losses=[("router_z_loss", 0.5)])
-    other.load_state_dict(one.state_dict())
-    assert other.z_loss_weight == 0.5
-    assert torch.equal(one(x).aux_loss, other(x).aux_loss)
-    assert set(one(x).routing.losses) == set(other(x).routing.losses)
-    other.z_loss_weight = 0.0
-    assert set(other(x).routing.losses) == {"load_balancing_loss"}
-    none = make(losses=[("router_z_loss", 0.0)])
-    assert set(none(x).routing.losses) == {"load_balancing_loss"}
-
-
-def test_a_function_named_like_a_term_is_not_taken_for_it() -> None:
-    def router_z_loss(given: LossInputs) -> Tensor:
-        return 0 * given.logits.sum() + 7
-
-    routing = make(losses=[(router_z_loss, 0.5)])(torch.randn(T, H, dtype=F64)).routing
-    assert routing.losses["router_z_loss"] == 7
-
-
-def test_a_term_with_weight_zero_is_reported() -> None:
-    output = make(losses=[("load_loss", 0.0)], balance_weight=0.0)(torch.randn(T, H, dtype=F64))
-    assert output.aux_loss == 0
-    assert output.routing.losses["load_loss"] > 0
-
-
 def test_repr() -> None:
     text = repr(
         make(
@@ -700,17 +546,12 @@ def test_compiles_with_everything() -> None:
 
 
 def by_state_dict(moe: MoE) -> MoE:
-    file = io.BytesIO()
-    torch.save(moe.state_dict(), file)
-    file.seek(0)
-    other = everything()
-    other.load_state_dict(torch.load(file, weights_only=True))
-    return other
+    return load_state(everything(), moe)
 
 
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, lambda moe: pickle.loads(pickle.dumps(moe)), by_state_dict],
+    [copy.deepcopy, by_pickle, by_state_dict],
     ids=["deepcopy", "pickle", "state_dict"],
 )
 def test_copies_are_the_same_layer_and_share_nothing(copied: Callable[[MoE], MoE]) -> None:
@@ -908,14 +749,6 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
         make(**options)
 
 
-def test_a_function_may_not_be_called_load_balancing_loss() -> None:
-    def load_balancing_loss(given: LossInputs) -> Tensor:
-        return given.logits.sum()
-
-    with pytest.raises(ValueError, match=r'^MoE: losses must name every term once, .*, got "load'):
-        make(losses=[(load_balancing_loss, 0.1)])
-
-
 @pytest.mark.parametrize("fraction_from", ["sequence", "history"])
 def test_earlier_counts_have_no_meaning_there(fraction_from: str) -> None:
     message = (
@@ -941,220 +774,3 @@ def test_earlier_counts_must_be_counts(counts: Tensor, got: str) -> None:
     message = rf"^MoE: earlier_counts must be integers \[num_experts\] = \[8\], got {got}$"
     with pytest.raises(RuntimeError, match=message):
         make()(torch.randn(T, H, dtype=F64), earlier_counts=counts)
-
-
-# --- several processes --------------------------------------------------------------------------
-
-RANKS = 2
-
-
-def of_ranks(**options: Any) -> MoE:
-    torch.manual_seed(0)
-    return make(
-        **(
-            {
-                "fraction_from": "global_batch",
-                "balance_weight": 1.0,
-                "gate": Gate("sigmoid"),
-                "selection_bias_rate": 0.125,
-                "assistance": Assistance(RING, threshold=1.0, lower_threshold=0.5, patience=1),
-            }
-            | options
-        )
-    )
-
-
-def rank_tokens(rank: int, micro_batch: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(10 * micro_batch + rank)
-    x = torch.randn(T, H, generator=generator, dtype=F64)
-    x[:, 0] += 3 * rank  # other experts on either rank
-    return x
-
-
-def seen_of(moe: MoE, run: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Tensor]:
-    """The balancing loss and its gradient."""
-    moe.zero_grad()
-    _, aux_loss, routing = run(*args, **options)
-    aux_loss.backward()
-    return {
-        "loss": Routing(*routing).losses["load_balancing_loss"].detach(),
-        "gradient": moe.router.weight.grad.clone(),
-    }
-
-
-def work(rank: int, folder: str) -> None:
-    """One process of the group; what it saw is for the test to judge."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
-    try:
-        x = rank_tokens(rank)
-        some = torch.arange(T) % 3 != rank
-        # Rank 1 has nothing but padding.
-        all_or_none = torch.full((T,), rank == 0)
-        groups = [dist.new_group([r]) for r in range(RANKS)]
-        seen = {}
-        moe = of_ranks()
-        seen["plain"] = seen_of(moe, moe, x)
-        first = of_ranks(fraction_choices="first")
-        seen["first"] = seen_of(first, first, x)
-        seen["masked"] = seen_of(moe, moe, x, token_mask=some)
-        seen["empty"] = seen_of(moe, moe, x, token_mask=all_or_none)
-        for use_reentrant in (True, False):
-            leaf = x.clone().requires_grad_()
-            seen[f"checkpointed_{use_reentrant}"] = seen_of(
-                moe,
-                lambda x, use_reentrant=use_reentrant: checkpoint(
-                    moe, x, use_reentrant=use_reentrant
-                ),
-                leaf,
-            )
-        earlier = moe(rank_tokens(rank, 1)).routing.tokens_per_expert
-        seen["earlier"] = seen_of(moe, moe, x, earlier_counts=earlier)
-        compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend="aot_eager")
-        seen["compiled"] = seen_of(moe, compiled, x)
-
-        moe.eval()
-        if rank == 0:  # where the other process does not evaluate
-            moe(rank_tokens(1))
-        seen["evaluation"] = seen_of(moe, moe, x)
-        moe.train()
-
-        alone = of_ranks(process_group=groups[rank])
-        seen["alone"] = seen_of(alone, alone, x)
-        copied = copy.deepcopy(alone)
-        seen["copy"] = seen_of(copied, copied, x)
-        alone.update(alone(x).routing)
-        seen["alone_state"] = dict(alone.state_dict())
-        named = of_ranks()
-        named.update(named(x).routing, group=groups[rank])
-        seen["named_state"] = dict(named.state_dict())
-        moe.update([moe(x).routing, moe(rank_tokens(rank, 1)).routing])
-        seen["state"] = dict(moe.state_dict())
-        torch.save(seen, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What either of two processes saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-
-
-def fractions_and_shares(
-    moe: MoE,
-    masks: Sequence[Tensor | None] = (None, None),
-    columns: int = K,
-    micro_batches: int = 1,
-) -> tuple[Tensor, list[Tensor]]:
-    """The share of all ranks' slots, and each rank's scores in its first micro-batch."""
-    counts, shares = torch.zeros(E, dtype=F64), []
-    for rank, mask in enumerate(masks):
-        for micro_batch in range(micro_batches):
-            logits = rank_tokens(rank, micro_batch) @ moe.router.weight.t()
-            logits = logits if mask is None else logits[mask]
-            counts = counts + counts_of(logits.topk(K).indices[:, :columns])
-            if micro_batch == 0:
-                shares.append(shares_of(logits, "sigmoid"))
-    return counts / counts.sum(), shares
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("plain", {}),
-        ("checkpointed_True", {}),
-        ("checkpointed_False", {}),
-        ("compiled", {}),
-        ("first", {"columns": 1}),
-        ("masked", {"masks": [torch.arange(T) % 3 != rank for rank in range(RANKS)]}),
-        ("earlier", {"micro_batches": 2}),
-    ],
-)
-def test_from_the_global_batch(
-    ranks: list[dict[str, Any]], name: str, options: dict[str, Any]
-) -> None:
-    """The fractions of all processes, and each one's own mean scores."""
-    moe = of_ranks()
-    fraction, shares = fractions_and_shares(moe, **options)
-    for rank in range(RANKS):
-        expected = plain_loss(fraction, shares[rank])
-        assert_close(ranks[rank][name]["loss"], expected.detach())
-        assert_close(ranks[rank][name]["gradient"], gradient_of(expected, moe))
-        ids = shares[rank].topk(K).indices
-        local = plain_loss(counts_of(ids) / ids.numel(), shares[rank])
-        assert not torch.allclose(expected, local, rtol=1e-3)
-
-
-def test_a_process_with_padding_only(ranks: list[dict[str, Any]]) -> None:
-    moe = of_ranks()
-    fraction, shares = fractions_and_shares(
-        moe, masks=[torch.ones(T, dtype=torch.bool), torch.zeros(T, dtype=torch.bool)]
-    )
-    assert_close(ranks[0]["empty"]["loss"], plain_loss(fraction, shares[0]).detach())
-    assert ranks[1]["empty"]["loss"] == 0
-    assert (ranks[1]["empty"]["gradient"] == 0).all()
-
-
-def test_averaged_over_processes_it_is_the_loss_of_the_whole(ranks: list[dict[str, Any]]) -> None:
-    whole = of_ranks(fraction_from="batch")
-    output = whole(torch.cat([rank_tokens(rank) for rank in range(RANKS)]))
-    mean = sum(seen["plain"]["loss"] for seen in ranks) / RANKS
-    assert_close(mean, balance(output.routing).detach())
-    gradient = sum(seen["plain"]["gradient"] for seen in ranks) / RANKS
-    assert_close(gradient, gradient_of(output.aux_loss, whole))
-
-
-def test_a_process_group_of_one(ranks: list[dict[str, Any]]) -> None:
-    for rank, seen in enumerate(ranks):
-        moe = of_ranks(fraction_from="batch")
-        output = moe(rank_tokens(rank))
-        assert_close(seen["alone"]["loss"], balance(output.routing).detach())
-        moe.update(output.routing)
-        for name, value in moe.state_dict().items():
-            assert torch.equal(seen["alone_state"][name], value), name
-            assert torch.equal(seen["named_state"][name], value), name
-    assert not torch.equal(
-        ranks[0]["alone_state"]["selection_bias"], ranks[1]["alone_state"]["selection_bias"]
-    )
-
-
-def test_in_evaluation_no_process_waits_for_another(ranks: list[dict[str, Any]]) -> None:
-    """What each of them evaluates is its own affair, and so is its batch."""
-    for rank, seen in enumerate(ranks):
-        moe = of_ranks(fraction_from="batch").eval()
-        expected = balance(moe(rank_tokens(rank)).routing)
-        assert_close(seen["evaluation"]["loss"], expected.detach())
-        assert_close(seen["evaluation"]["gradient"], gradient_of(expected, moe))
-
-
-def test_all_processes_move_alike(ranks: list[dict[str, Any]]) -> None:
-    moe = of_ranks(fraction_from="batch")
-    parts = [moe(rank_tokens(rank, part)).routing for rank in range(RANKS) for part in range(2)]
-    moe.update(parts)
-    assert moe.assistance.assisted.any()
-    counts = sum(routing.tokens_per_expert for routing in parts)
-    expected = update_selection_bias(torch.zeros(E, dtype=F64), counts, 0.125)
-    assert torch.equal(moe.selection_bias, expected)
-    for seen in ranks:
-        for name, value in moe.state_dict().items():
-            assert torch.equal(seen["state"][name], value), name
-
-
-def test_a_copy_has_the_same_process_group(ranks: list[dict[str, Any]]) -> None:
-    for seen in ranks:
-        assert_close(seen["copy"], seen["alone"], rtol=0, atol=0)
-
-
-def test_pairs_and_functions_that_are_no_terms() -> None:
-    for bad in ("importance_loss", ("importance_loss",)):
-        with pytest.raises(TypeError, match=r"^MoE: losses must be pairs of a term .*, got"):
-            make(losses=[bad])
-    message = r'^MoE: losses must have "importance_loss" for that function, .*, got the function'
-    with pytest.raises(TypeError, match=message):
-        make(losses=[(losses.importance_loss, 0.1)])

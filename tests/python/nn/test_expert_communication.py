@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
+from copies import by_pickle, load_state
 from plain_moe import gradients
 from torchmoe.nn import (
     Assistance,
@@ -467,17 +466,8 @@ def test_the_same_bits_for_any_number_of_threads(hidden: int, tokens: int, top_k
             assert torch.equal(value, other[name]), name
 
 
-def by_pickle(layer: ExpertCommunication) -> ExpertCommunication:
-    return pickle.loads(pickle.dumps(layer))
-
-
 def by_state_dict(layer: ExpertCommunication) -> ExpertCommunication:
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    other = talking(stacked())
-    other.load_state_dict(torch.load(file, weights_only=True))
-    return other
+    return load_state(talking(stacked()), layer)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_state_dict])

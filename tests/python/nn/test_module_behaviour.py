@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from copies import by_pickle, load_state
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import Capacity, Gate, MoE, Router, WithAttachedLoss
 
@@ -58,17 +57,8 @@ def check_same(one: MoE, other: MoE) -> None:
     assert torch.equal(outputs[0].aux_loss, outputs[1].aux_loss)
 
 
-def by_pickle(moe: MoE) -> MoE:
-    return pickle.loads(pickle.dumps(moe))
-
-
 def by_state_dict(moe: MoE) -> MoE:
-    file = io.BytesIO()
-    torch.save(moe.state_dict(), file)
-    file.seek(0)
-    other = make()
-    other.load_state_dict(torch.load(file, weights_only=True))
-    return other
+    return load_state(make(), moe)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_state_dict])

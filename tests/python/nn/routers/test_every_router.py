@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from copies import by_pickle, load_state
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import (
     Capacity,
@@ -216,21 +215,13 @@ def test_every_token_masked(name: str) -> None:
     assert all((gradient == 0).all() for gradient in gradients(moe).values())
 
 
-def by_pickle(moe: MoE) -> MoE:
-    return pickle.loads(pickle.dumps(moe))
-
-
 @every_router
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "state_dict"])
 def test_copies(name: str, way: str) -> None:
     moe = make(name)
     moe.update(moe(x := torch.randn(B, S, H), router_input=read_by(name, x)).routing)
     if way == "state_dict":
-        file = io.BytesIO()
-        torch.save(moe.state_dict(), file)
-        file.seek(0)
-        other = make(name)
-        other.load_state_dict(torch.load(file, weights_only=True))
+        other = load_state(make(name), moe)
     else:
         other = copy.deepcopy(moe) if way == "deepcopy" else by_pickle(moe)
     assert list(other.state_dict()) == list(moe.state_dict())
