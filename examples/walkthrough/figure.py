@@ -6,6 +6,7 @@ one of Okabe and Ito's, told apart by people who do not see all colours, and the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ COLOURS = {POETRY: figures.COLOURS[0], SCIENCE: figures.COLOURS[1], BACKUP: figu
 NAMES = [f"{number} {name}" for number, name in enumerate(EXPERTS)]
 FEATURES = ("$x_1$", "$x_2$", "$x_3$", "$x_4$")
 SMALL = 8  # points
+LEGEND_ABOVE: Mapping[str, Any] = {
+    "loc": "lower center",
+    "frameon": False,
+    "fontsize": SMALL,
+    "borderaxespad": 0.1,
+    "columnspacing": 1.2,
+}
 
 
 def save(story: Story, path: Path) -> None:
@@ -201,16 +209,7 @@ def draw_tasks(panel: SubFigure, story: Story) -> None:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=SMALL)
-        axes.legend(
-            loc="lower center",
-            bbox_to_anchor=(0.5, 1),
-            ncols=3,
-            frameon=False,
-            fontsize=SMALL,
-            borderaxespad=0.1,
-            columnspacing=1.2,
-            handlelength=1.8,
-        )
+        axes.legend(bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1.8, **LEGEND_ABOVE)
     loss.set_ylim(0, 2.4)
     loss.text(
         joined - 0.35,
@@ -272,13 +271,9 @@ def draw_capacity(panel: SubFigure, story: Story) -> None:
             Patch(facecolor="white", edgecolor=figures.GREY, hatch="/////", label="refused"),
             Line2D([], [], label="if all had the same", **even),
         ],
-        loc="lower center",
         bbox_to_anchor=(0.45, 1),
         ncols=4,
-        frameon=False,
-        fontsize=SMALL,
-        borderaxespad=0.1,
-        columnspacing=1.2,
+        **LEGEND_ABOVE,
     )
 
 

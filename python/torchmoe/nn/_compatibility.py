@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from torchmoe.nn.assistance import Assistance
@@ -29,6 +31,15 @@ def check_groups(gate: Gate, num_experts: int, top_k: int) -> None:
         raise ValueError(
             f"MoE: top_k must be in [1, {offered}], the experts of gate.top_groups "
             f"{gate.top_groups}, got {top_k}"
+        )
+
+
+def check_backup_size(backup: Sequence[int] | None, num_experts: int) -> None:
+    """Raises ValueError unless the capacity's backup, where there is one, is for these experts."""
+    if backup is not None and len(backup) != num_experts:
+        raise ValueError(
+            f"MoE: capacity.backup must have {num_experts} entries, one for each expert, "
+            f"got {len(backup)}"
         )
 
 
@@ -98,4 +109,14 @@ def check_estimator(router: nn.Module, experts: object, estimator: Estimator) ->
             "MoE: gate.estimator must not need the output of each expert alone with "
             f"{type(experts).__name__}, where it depends on the token's other experts, "
             f"got {type(estimator).__name__}"
+        )
+
+
+def check_assistance(assistance: Assistance | None, estimator: Estimator) -> None:
+    """Raises ValueError where weights move only while somebody assists; the estimator is bound."""
+    is_constant = estimator.top_k == 1 and estimator.normalize == "topk"
+    if assistance is not None and is_constant and estimator.gate_estimator == "exact":
+        raise ValueError(
+            'MoE: gate.normalize must be "none" for top_k 1 with assistance, without which the '
+            'weights are constant and the router learns nothing, got "topk"'
         )

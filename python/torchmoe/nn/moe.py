@@ -34,6 +34,8 @@ from torchmoe.nn._checks import (
     check_not_negative,
 )
 from torchmoe.nn._compatibility import (
+    check_assistance,
+    check_backup_size,
     check_choosing,
     check_estimator,
     check_groups,
@@ -174,11 +176,7 @@ class MoE(nn.Module):
         if capacity is not None and not isinstance(capacity, Capacity):
             raise TypeError(f"MoE: capacity must be a Capacity or None, got {capacity!r}")
         backup = None if capacity is None else capacity.backup
-        if backup is not None and len(backup) != num_experts:
-            raise ValueError(
-                f"MoE: capacity.backup must have {num_experts} entries, one for each expert, "
-                f"got {len(backup)}"
-            )
+        check_backup_size(backup, num_experts)
         if assistance is not None and not isinstance(assistance, Assistance):
             raise TypeError(f"MoE: assistance must be an Assistance or None, got {assistance!r}")
         if shared_experts is not None and not isinstance(shared_experts, nn.Module):
@@ -261,12 +259,7 @@ class MoE(nn.Module):
             dtype=dtype,
         )
         check_estimator(router, experts, self.estimator)
-        is_constant = top_k == 1 and self.estimator.normalize == "topk"
-        if assistance is not None and is_constant and self.estimator.gate_estimator == "exact":
-            raise ValueError(
-                'MoE: gate.normalize must be "none" for top_k 1 with assistance, without which the '
-                'weights are constant and the router learns nothing, got "topk"'
-            )
+        check_assistance(assistance, self.estimator)
         self.assistance: Assistance | None = assistance
         if assistance is not None and device is not None:
             assistance.to(device)
