@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from classified import SEQUENCE, lively, random_texts
 from torch.nn import functional
 
 from classification.model import (
@@ -15,6 +14,7 @@ from classification.model import (
     attention_of_cls,
 )
 from classification.texts import LONGEST, Texts
+from classified import SEQUENCE, lively, random_texts
 from lm.model import HEAD_SIZE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
