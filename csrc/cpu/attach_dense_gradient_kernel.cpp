@@ -86,7 +86,7 @@ void dot_with_every_output(Activation activation,
       });
     }
   }
-  cpu::run(std::move(tasks));
+  cpu::run(std::move(tasks), num_tokens * num_experts * shape.multiplications());
 }
 
 at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,

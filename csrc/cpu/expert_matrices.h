@@ -10,6 +10,9 @@ struct ExpertShape {
   int64_t hidden;
   int64_t intermediate;
   int64_t pre_width;
+
+  /// Of both products, for one row.
+  int64_t multiplications() const { return hidden * (pre_width + intermediate); }
 };
 
 /// Those of all experts, one after the other, or of one of them.

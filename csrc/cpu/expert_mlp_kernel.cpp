@@ -179,7 +179,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                   data_or_null<scalar_t>(b_out_c)};
     const auto* x_data = x_c.const_data_ptr<scalar_t>();
     const ExpertOrder order(plan.offsets());
-    cpu::run_groups(order.num_busy, [&](int64_t i, cpu::Workspace& workspace) {
+    const int64_t multiplications = view.num_routed * shape.multiplications();
+    cpu::run_groups(order.num_busy, multiplications, [&](int64_t i, cpu::Workspace& workspace) {
       const int64_t e = order.experts[i];
       const auto expert_rows = rows_of(plan.offsets(), e);
       const int64_t first = expert_rows.first;
@@ -385,7 +386,9 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     auto* grad_weight_data = grad_weights.mutable_data_ptr<Acc>();
     const ExpertOrder order(plan.offsets());
     // An idle expert's gradients are zeros, which its tasks write too.
-    cpu::run_groups(num_experts, [&](int64_t i, cpu::Workspace& workspace) {
+    const int64_t work =
+        2 * view.num_routed * shape.multiplications() + grad_w_in.numel() + grad_w_out.numel();
+    cpu::run_groups(num_experts, work, [&](int64_t i, cpu::Workspace& workspace) {
       const int64_t e = order.experts[i];
       const auto expert_rows = rows_of(plan.offsets(), e);
       const int64_t first = expert_rows.first;

@@ -46,7 +46,7 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
                             result,
                             in_features,
                             out_features);
-        cpu::run(std::move(tasks));
+        cpu::run(std::move(tasks), rows.size(0) * in_features * out_features);
       });
   return out;
 }
@@ -99,7 +99,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
       cpu::grouped_linear_grad_bias(
           tasks, offsets, g, unweighted, grad_bias.mutable_data_ptr<scalar_t>(), out_features);
     }
-    cpu::run(std::move(tasks));
+    // An idle expert's gradient is written too.
+    cpu::run(std::move(tasks), 2 * rows.size(0) * in_features * out_features + weight.numel());
   });
   return {grad_rows, grad_weight, grad_bias};
 }

@@ -3,6 +3,10 @@
 // Two rules: work is cut into tasks by sizes alone, never by the thread count, and every sum
 // belongs to one task or is formed over the tasks in their order. Which thread takes which task is
 // then free, and the next idle one does.
+//
+// Work that is too small to share is done without a parallel region: opening one takes some
+// microseconds, and a process forked from one that has used threads has none, and would wait for
+// them for ever. torch's own operators keep to the same.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +17,24 @@
 
 namespace torchmoe::cpu {
 
-/// Runs worker() on every thread.
+/// Numbers touched, in cheap element-wise work, that are worth a thread: torch's own grain.
+constexpr int64_t kNumbersPerThread = 32768;
+
+/// Multiplications of matrix products that are worth sharing: some microseconds on one thread. A
+/// library computes products of this size on one thread wherever it is called.
+constexpr int64_t kSharedMultiplications = 131072;
+
+/// Runs worker() on every thread, or on this one alone where the work is too small to share.
 ///
 /// A library's matrix product chooses its own split, and with it its rounding, from the threads it
 /// may use. Inside a parallel region it runs on one (see gemm/library_product.cpp for MKL); a region
 /// needs two workers, hence a second one even where there is a single thread.
 template <typename Worker>
-void parallel_workers(const Worker& worker) {
+void parallel_workers(bool is_shared, const Worker& worker) {
+  if (!is_shared) {
+    worker();
+    return;
+  }
   at::parallel_for(0, std::max(2, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       worker();
@@ -27,11 +42,11 @@ void parallel_workers(const Worker& worker) {
   });
 }
 
-/// Runs task(i) for i in [0, num_tasks).
+/// Runs task(i) for i in [0, num_tasks), each of which touches about `numbers_per_task` numbers.
 template <typename Task>
-void parallel_tasks(int64_t num_tasks, const Task& task) {
+void parallel_tasks(int64_t num_tasks, int64_t numbers_per_task, const Task& task) {
   std::atomic<int64_t> taken{0};
-  parallel_workers([&] {
+  parallel_workers(num_tasks > 1 && num_tasks * numbers_per_task > kNumbersPerThread, [&] {
     for (int64_t i = taken.fetch_add(1); i < num_tasks; i = taken.fetch_add(1)) {
       task(i);
     }
@@ -39,11 +54,9 @@ void parallel_tasks(int64_t num_tasks, const Task& task) {
 }
 
 /// Runs body(begin, end) over pieces of [0, size): for loops whose items share no sum. A piece is
-/// worth starting a thread for when it touches about 32,768 numbers (torch's own grain for cheap
-/// element-wise loops).
+/// worth starting a thread for when it touches kNumbersPerThread numbers.
 template <typename Body>
 void parallel_items(int64_t size, int64_t numbers_per_item, const Body& body) {
-  constexpr int64_t kNumbersPerThread = 32768;
   const int64_t grain =
       std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, numbers_per_item));
   at::parallel_for(0, size, grain, body);

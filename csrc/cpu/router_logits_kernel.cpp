@@ -26,66 +26,75 @@ struct Sizes {
   int64_t tokens;
   int64_t hidden;
   int64_t experts;
+
+  /// Of any of the three products.
+  int64_t multiplications() const { return tokens * hidden * experts; }
 };
 
 /// task(begin, size, workspace) for the blocks of [0, size), in parallel.
 template <typename Task>
-void for_blocks(int64_t size, int64_t block, const Task& task) {
+void for_blocks(int64_t size, int64_t block, int64_t multiplications, const Task& task) {
   cpu::Phase tasks;
   for (int64_t begin = 0; begin < size; begin += block) {
     const int64_t count = std::min(block, size - begin);
     tasks.push_back([=, &task](cpu::Workspace& workspace) { task(begin, count, workspace); });
   }
-  cpu::run(std::move(tasks));
+  cpu::run(std::move(tasks), multiplications);
 }
 
 /// logits [T, E] = x [T, H] weight [E, H]^T + bias
 template <typename T, typename Acc>
 void router_logits_kernel_impl(
     const T* x, const T* weight, const T* bias, Acc* logits, const Sizes& sizes) {
-  for_blocks(
-      sizes.tokens, kBlockTokens, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-        cpu::product_plus_bias(Form::nt,
-                               Rows<T>{x, sizes.hidden}.from(begin, 0),
-                               Rows<T>{weight, sizes.hidden},
-                               {count, sizes.experts, sizes.hidden},
-                               bias,
-                               logits + begin * sizes.experts,
-                               sizes.experts,
-                               workspace);
-      });
+  for_blocks(sizes.tokens,
+             kBlockTokens,
+             sizes.multiplications(),
+             [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
+               cpu::product_plus_bias(Form::nt,
+                                      Rows<T>{x, sizes.hidden}.from(begin, 0),
+                                      Rows<T>{weight, sizes.hidden},
+                                      {count, sizes.experts, sizes.hidden},
+                                      bias,
+                                      logits + begin * sizes.experts,
+                                      sizes.experts,
+                                      workspace);
+             });
 }
 
 /// grad_x [T, H] = grad [T, E] weight [E, H]
 template <typename T, typename Acc>
 void grad_x_kernel_impl(const Acc* grad, const T* weight, T* grad_x, const Sizes& sizes) {
-  for_blocks(
-      sizes.tokens, kBlockTokens, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-        cpu::product_plus_bias(Form::nn,
-                               Rows<Acc>{grad, sizes.experts}.from(begin, 0),
-                               Rows<T>{weight, sizes.hidden},
-                               {count, sizes.hidden, sizes.experts},
-                               /*bias=*/nullptr,
-                               grad_x + begin * sizes.hidden,
-                               sizes.hidden,
-                               workspace);
-      });
+  for_blocks(sizes.tokens,
+             kBlockTokens,
+             sizes.multiplications(),
+             [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
+               cpu::product_plus_bias(Form::nn,
+                                      Rows<Acc>{grad, sizes.experts}.from(begin, 0),
+                                      Rows<T>{weight, sizes.hidden},
+                                      {count, sizes.hidden, sizes.experts},
+                                      /*bias=*/nullptr,
+                                      grad_x + begin * sizes.hidden,
+                                      sizes.hidden,
+                                      workspace);
+             });
 }
 
 /// grad_weight [E, H] = grad [T, E]^T x [T, H]
 template <typename T, typename Acc>
 void grad_weight_kernel_impl(const Acc* grad, const T* x, T* grad_weight, const Sizes& sizes) {
-  for_blocks(
-      sizes.hidden, kBlockFeatures, [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-        cpu::product_plus_bias(Form::tn,
-                               Rows<Acc>{grad, sizes.experts},
-                               Rows<T>{x, sizes.hidden}.from(0, begin),
-                               {sizes.experts, count, sizes.tokens},
-                               /*bias=*/nullptr,
-                               grad_weight + begin,
-                               sizes.hidden,
-                               workspace);
-      });
+  for_blocks(sizes.hidden,
+             kBlockFeatures,
+             sizes.multiplications(),
+             [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
+               cpu::product_plus_bias(Form::tn,
+                                      Rows<Acc>{grad, sizes.experts},
+                                      Rows<T>{x, sizes.hidden}.from(0, begin),
+                                      {sizes.experts, count, sizes.tokens},
+                                      /*bias=*/nullptr,
+                                      grad_weight + begin,
+                                      sizes.hidden,
+                                      workspace);
+             });
 }
 
 /// grad_bias [E] = sum of grad [T, E] in token order

@@ -26,7 +26,7 @@ TokenSums sum_over_tokens(int64_t num_tokens,
   constexpr int64_t kBlockTokens = 256;  // some microseconds of work for a toy layer's experts
   const int64_t num_blocks = (num_tokens + kBlockTokens - 1) / kBlockTokens;
   std::vector<TokenSums> blocks(num_blocks);
-  parallel_tasks(num_blocks, [&](int64_t i) {
+  parallel_tasks(num_blocks, kBlockTokens * width, [&](int64_t i) {
     auto& block = blocks[i];
     block.sums.assign(width, 0.0);
     std::vector<T> scratch(width);

@@ -176,4 +176,34 @@ TEST_CASE("the library's parallel regions use the threads they may", "[determini
   CHECK(threads_started_by(
             [&] { torchmoe::gate_weights(scores, indices, "softmax", "topk", "exact"); }) == 1);
   CHECK(threads_started_by([&] { torchmoe::permute(x, plan); }) == 1);
+  CHECK(threads_started_by([&] { torchmoe::mean_over_tokens(x); }) == 1);
+  CHECK(threads_started_by([&] { torchmoe::router_logits(x, x.slice(0, 0, 16)); }) == 1);
+}
+
+TEST_CASE("work that is too small to share starts no thread", "[determinism]") {
+  // A process that was forked from one with threads has none, and would wait for them for ever.
+  for (const int64_t tokens : {0, 1, 20}) {
+    INFO(tokens << " tokens");
+    const Tensor x = wave({tokens, 8}).set_requires_grad(true);
+    const Tensor weight = wave({4, 8}, 1);
+    const Tensor w_in = wave({4, 12, 8}, 2), w_out = wave({4, 8, 6}, 3);
+    CHECK(threads_started_by([&] {
+            const Tensor logits = torchmoe::router_logits(x, weight);
+            const Tensor indices = torchmoe::select_experts(logits.detach(), 2);
+            const Tensor weights =
+                torchmoe::gate_weights(logits, indices, "softmax", "topk", "exact");
+            const Tensor y =
+                torchmoe::expert_mlp(x, indices, weights, w_in, {}, w_out, {}, "swiglu");
+            const Tensor dense =
+                torchmoe::attach_dense_gradient(y, logits, x, w_in, {}, w_out, {}, "swiglu");
+            const auto plan = torchmoe::dispatch_plan(indices, 4);
+            const Tensor rows =
+                torchmoe::grouped_linear(torchmoe::permute(x, plan), w_in, {}, plan.expert_offsets);
+            const Tensor fraction = torch::full({4}, 0.25, torch::kFloat64);
+            (dense.sum() + rows.sum() + torchmoe::router_z_loss(logits) +
+             torchmoe::mean_over_tokens(logits).sum() +
+             torchmoe::load_balancing_loss(logits, fraction, "softmax"))
+                .backward();
+          }) == 0);
+  }
 }

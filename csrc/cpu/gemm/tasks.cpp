@@ -127,13 +127,14 @@ class Groups {
 }  // namespace
 
 void run_groups(int64_t num_groups,
+                int64_t multiplications,
                 const std::function<std::vector<Phase>(int64_t, Workspace&)>& open) {
   Groups groups(num_groups);
-  parallel_workers([&] { groups.work(open); });
+  parallel_workers(multiplications > kSharedMultiplications, [&] { groups.work(open); });
 }
 
-void run(Phase tasks) {
-  run_groups(1, [&](int64_t, Workspace&) {
+void run(Phase tasks, int64_t multiplications) {
+  run_groups(1, multiplications, [&](int64_t, Workspace&) {
     std::vector<Phase> phases;
     phases.push_back(std::move(tasks));
     return phases;

@@ -551,18 +551,24 @@ void check_task(bool is_indexed) {
     const Written<Acc> plain(kM, kN, kN + kGap);
     const Written<Out> with_bias(kM, kN, kN + kGap);
     run({[&, form = form](Workspace& workspace) {
-      const ProductSizes shape{kM, kN, kK};
-      product(
-          form, of_left.from(1, 2), of_right.from(1, 2), shape, plain.data(), kN + kGap, workspace);
-      product_plus_bias(form,
-                        of_left.from(1, 2),
-                        of_right.from(1, 2),
-                        shape,
-                        bias.const_data_ptr<R>(),
-                        with_bias.data(),
-                        kN + kGap,
-                        workspace);
-    }});
+          const ProductSizes shape{kM, kN, kK};
+          product(form,
+                  of_left.from(1, 2),
+                  of_right.from(1, 2),
+                  shape,
+                  plain.data(),
+                  kN + kGap,
+                  workspace);
+          product_plus_bias(form,
+                            of_left.from(1, 2),
+                            of_right.from(1, 2),
+                            shape,
+                            bias.const_data_ptr<R>(),
+                            with_bias.data(),
+                            kN + kGap,
+                            workspace);
+        }},
+        /*multiplications=*/kM * kN * kK);
     // Twice, for float64 is as exact as what it is compared with.
     const Tensor tolerance = 2 * (kK + 1) * unit * sizes;
     CHECK(mismatch(plain.values(), {sums, tolerance}) == "");
@@ -592,11 +598,12 @@ TEST_CASE("product: a task's, of every type", "[cpu][product]") {
 TEST_CASE("product: a task's of nothing", "[cpu][product]") {
   const Written<double> out(2, 3, 4);
   run({[&](Workspace& workspace) {
-    const Rows<double> none{nullptr, 1};
-    product(Form::nn, none, none, {0, 3, 2}, out.data(), 4, workspace);
-    product(Form::tn, none, none, {2, 0, 2}, out.data(), 4, workspace);
-    product(Form::nt, none, none, {2, 3, 0}, out.data(), 4, workspace);
-  }});
+        const Rows<double> none{nullptr, 1};
+        product(Form::nn, none, none, {0, 3, 2}, out.data(), 4, workspace);
+        product(Form::tn, none, none, {2, 0, 2}, out.data(), 4, workspace);
+        product(Form::nt, none, none, {2, 3, 0}, out.data(), 4, workspace);
+      }},
+      /*multiplications=*/0);
   CHECK(torch::equal(out.values(), torch::zeros({2, 3}, torch::kDouble)));
   CHECK(out.is_only_matrix_written());
 }

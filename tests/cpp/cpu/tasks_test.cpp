@@ -6,6 +6,7 @@
 #include <functional>
 #include <future>
 #include <iostream>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -22,6 +23,9 @@ using torchmoe::cpu::run_groups;
 using torchmoe::cpu::Workspace;
 
 namespace {
+
+/// Multiplications enough for every thread.
+constexpr int64_t kShared = std::numeric_limits<int64_t>::max();
 
 /// Runs body with 1, 2 and 4 threads, on a thread of its own, whose number of threads nobody else
 /// sees. What hangs ends the tests instead of stopping them.
@@ -62,7 +66,7 @@ void wait_a_little() {
 
 TEST_CASE("run: every task once", "[cpu][tasks]") {
   for_threads([] {
-    for (const size_t count : {0, 1, 2, 3, 100, 5000}) {
+    for (const size_t count : {0, 1, 2, 3, 100, 5000, 5001}) {
       Counts runs(count);
       Phase tasks;
       for (size_t i = 0; i < count; ++i) {
@@ -71,7 +75,7 @@ TEST_CASE("run: every task once", "[cpu][tasks]") {
           ++runs[i];
         });
       }
-      run(tasks);
+      run(tasks, count % 2 == 0 ? kShared : 0);
       CHECK(others(runs, 1).empty());
     }
   });
@@ -103,7 +107,7 @@ TEST_CASE("run_groups: phases follow one another", "[cpu][tasks]") {
         }
       }
       std::atomic<int> ran{0};
-      run_groups(static_cast<int64_t>(sizes.size()), [&](int64_t g, Workspace&) {
+      run_groups(static_cast<int64_t>(sizes.size()), kShared, [&](int64_t g, Workspace&) {
         ++opened[g];
         std::vector<Phase> phases(sizes[g].size());
         for (size_t p = 0; p < phases.size(); ++p) {
@@ -129,7 +133,7 @@ TEST_CASE("run_groups: phases follow one another", "[cpu][tasks]") {
 
 TEST_CASE("run_groups: none", "[cpu][tasks]") {
   for_threads([] {
-    run_groups(0, [](int64_t, Workspace&) -> std::vector<Phase> {
+    run_groups(0, kShared, [](int64_t, Workspace&) -> std::vector<Phase> {
       throw std::logic_error("there is no group");
     });
   });
@@ -139,7 +143,7 @@ TEST_CASE("run_groups: a group's memory is its own until it is done", "[cpu][tas
   for_threads([] {
     constexpr int64_t kGroups = 20, kNumbers = 1000;
     std::atomic<int> wrong{0};
-    run_groups(kGroups, [&](int64_t g, Workspace& workspace) {
+    run_groups(kGroups, kShared, [&](int64_t g, Workspace& workspace) {
       auto* numbers = workspace.group.get<int64_t>(kNumbers);
       std::fill_n(numbers, kNumbers, -1);
       std::vector<Phase> phases(2);
@@ -174,7 +178,7 @@ TEST_CASE("run: two tasks at once have two workspaces", "[cpu][tasks]") {
         wrong += *number != i ? 1 : 0;
       });
     }
-    run(tasks);
+    run(tasks, kShared);
     CHECK(wrong == 0);
   });
 }
@@ -197,7 +201,7 @@ TEST_CASE("run_groups: threads without a group help", "[cpu][tasks]") {
       }
       met += begun == 2 ? 1 : 0;
     };
-    run_groups(1, [&](int64_t, Workspace&) { return std::vector<Phase>{{task, task}}; });
+    run_groups(1, kShared, [&](int64_t, Workspace&) { return std::vector<Phase>{{task, task}}; });
     CHECK(met == 2);
   });
 }
@@ -220,7 +224,7 @@ TEST_CASE("run: what a task throws", "[cpu][tasks]") {
           }
         });
       }
-      CHECK_THROWS_WITH(run(tasks), contains("task " + std::to_string(thrower)));
+      CHECK_THROWS_WITH(run(tasks, kShared), contains("task " + std::to_string(thrower)));
       CHECK(running == 0);  // nobody goes on after run has returned
       for (const auto& count : runs) {
         CHECK(count <= 1);
@@ -228,7 +232,7 @@ TEST_CASE("run: what a task throws", "[cpu][tasks]") {
       CHECK(runs[thrower] == 1);
       // Nothing is left behind.
       std::atomic<int> after{0};
-      run({[&](Workspace&) { ++after; }, [&](Workspace&) { ++after; }});
+      run({[&](Workspace&) { ++after; }, [&](Workspace&) { ++after; }}, kShared);
       CHECK(after == 2);
     }
   });
@@ -237,7 +241,7 @@ TEST_CASE("run: what a task throws", "[cpu][tasks]") {
 TEST_CASE("run: every task throws", "[cpu][tasks]") {
   for_threads([] {
     const Phase tasks(50, [](Workspace&) { throw std::runtime_error("some task"); });
-    CHECK_THROWS_WITH(run(tasks), contains("some task"));
+    CHECK_THROWS_WITH(run(tasks, kShared), contains("some task"));
   });
 }
 
@@ -250,6 +254,7 @@ TEST_CASE("run_groups: what a group throws when it is opened or in its first pha
         std::atomic<int> too_early{0};
         CHECK_THROWS_WITH(
             run_groups(8,
+                       kShared,
                        [&](int64_t g, Workspace&) {
                          if (g == thrower && in_open) {
                            throw std::runtime_error("a group");
@@ -290,18 +295,18 @@ TEST_CASE("run: within a task", "[cpu][tasks]") {
             ++runs[i * kInner + j];
           });
         }
-        run(inner);
+        run(inner, kShared);
         if (*number != i) {
           throw std::logic_error("the inner tasks wrote to the outer one's workspace");
         }
         try {
-          run({[](Workspace&) { throw std::runtime_error("inner"); }});
+          run({[](Workspace&) { throw std::runtime_error("inner"); }}, kShared);
         } catch (const std::runtime_error&) {
           ++caught;
         }
       });
     }
-    run(tasks);
+    run(tasks, kShared);
     CHECK(others(runs, 1).empty());
     CHECK(caught == kOuter);
   });
