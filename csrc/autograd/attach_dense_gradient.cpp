@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/needed_gradients.h"
 #include "autograd/once_differentiable.h"
 
@@ -66,6 +67,8 @@ at::Tensor attach_dense_gradient_autograd(const at::Tensor& y,
                                           const at::Tensor& w_out,
                                           const std::optional<at::Tensor>& b_out,
                                           std::string_view activation) {
+  check_attach_dense_gradient(y, probs, x, w_in, b_in, w_out, b_out, activation);
+  refuse_tangents("attach_dense_gradient", y, probs, x, w_in, b_in, w_out, b_out);
   return AttachDenseGradient::apply(y, probs, x, w_in, b_in, w_out, b_out, activation);
 }
 
@@ -76,6 +79,8 @@ at::Tensor attach_dense_gradient_backward_autograd(const at::Tensor& grad,
                                                    const at::Tensor& w_out,
                                                    const std::optional<at::Tensor>& b_out,
                                                    std::string_view activation) {
+  check_attach_dense_gradient_backward(grad, x, w_in, b_in, w_out, b_out, activation);
+  refuse_tangents("attach_dense_gradient", grad, x, w_in, b_in, w_out, b_out);
   variable_list inputs{grad, x, w_in, w_out};
   for (const auto& bias : {b_in, b_out}) {
     if (bias) {

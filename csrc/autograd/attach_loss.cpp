@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
+
 namespace torchmoe {
 
 namespace {
@@ -36,6 +38,8 @@ class AttachLoss : public torch::autograd::Function<AttachLoss> {
 };
 
 at::Tensor attach_loss_autograd(const at::Tensor& x, const at::Tensor& loss, double scale) {
+  check_attach_loss(x, loss);
+  refuse_tangents("attach_loss", x, loss);
   return AttachLoss::apply(x, loss, scale);
 }
 

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/needed_gradients.h"
 #include "autograd/once_differentiable.h"
 #include "autograd/saved_plan.h"
@@ -29,7 +30,6 @@ class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
                             const std::optional<at::Tensor>& b_out,
                             std::string_view activation) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    check_expert_mlp(x, indices, "indices", weights, w_in, b_in, w_out, b_out, activation);
     const auto plan = dispatch_plan(indices, w_in.sym_size(0));
     auto [y, pre] = expert_mlp_forward(
         x, weights, w_in, b_in, w_out, b_out, plan, activation, /*save_pre=*/true);
@@ -91,6 +91,8 @@ at::Tensor expert_mlp_autograd(const at::Tensor& x,
                                const at::Tensor& w_out,
                                const std::optional<at::Tensor>& b_out,
                                std::string_view activation) {
+  check_expert_mlp(x, indices, "indices", weights, w_in, b_in, w_out, b_out, activation);
+  refuse_tangents("expert_mlp", x, weights, w_in, b_in, w_out, b_out);
   const auto wants_gradient = [](const std::optional<at::Tensor>& tensor) {
     return tensor && tensor->requires_grad();
   };
@@ -118,6 +120,9 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                                 const at::Tensor& pre,
                                                 std::string_view activation,
                                                 std::array<bool, 6> output_mask) {
+  check_expert_mlp_backward(
+      grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation);
+  refuse_tangents("expert_mlp", grad, x, weights, w_in, b_in, w_out, b_out, pre);
   variable_list inputs{grad, x, weights, w_in, w_out, pre};
   for (const auto& bias : {b_in, b_out}) {
     if (bias) {

@@ -4,6 +4,7 @@
 #include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/once_differentiable.h"
 #include "common/choices.h"
 
@@ -74,6 +75,8 @@ at::Tensor gate_weights_autograd(const at::Tensor& logits,
                                  std::string_view score_function,
                                  std::string_view normalize,
                                  std::string_view estimator) {
+  check_gate_weights(logits, indices, score_function, normalize, estimator);
+  refuse_tangents("gate_weights", logits);
   refuse_zero_gradient(logits, indices, normalize, estimator);
   return GateWeights::apply(logits, indices, score_function, normalize, estimator);
 }
@@ -84,6 +87,8 @@ at::Tensor gate_weights_backward_autograd(const at::Tensor& grad,
                                           std::string_view score_function,
                                           std::string_view normalize,
                                           std::string_view estimator) {
+  check_gate_weights_backward(grad, logits, indices, score_function, normalize, estimator);
+  refuse_tangents("gate_weights", grad, logits);
   const variable_list inputs{grad, logits};
   return OnceDifferentiable::apply(
       at::TensorList(inputs),

@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/needed_gradients.h"
 
 namespace torchmoe {
@@ -101,6 +102,8 @@ at::Tensor grouped_linear_autograd(const at::Tensor& rows,
                                    const at::Tensor& weight,
                                    const std::optional<at::Tensor>& bias,
                                    const at::Tensor& expert_offsets) {
+  check_grouped_linear(rows, weight, bias, expert_offsets);
+  refuse_tangents("grouped_linear", rows, weight, bias);
   return GroupedLinear::apply(rows, weight, bias, expert_offsets);
 }
 
@@ -110,6 +113,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_autograd(
     const at::Tensor& weight,
     const at::Tensor& expert_offsets,
     std::array<bool, 3> output_mask) {
+  check_grouped_linear_backward(grad, rows, weight, expert_offsets);
+  refuse_tangents("grouped_linear", grad, rows, weight);
   const auto grads = GroupedLinearBackward::apply(grad, rows, weight, expert_offsets, output_mask);
   return {grads[0], grads[1], grads[2]};
 }

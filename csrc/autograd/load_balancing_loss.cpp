@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/once_differentiable.h"
 
 namespace torchmoe {
@@ -49,6 +50,8 @@ at::Tensor load_balancing_loss_autograd(const at::Tensor& logits,
                                         const at::Tensor& fraction,
                                         std::string_view score_function,
                                         const std::optional<at::Tensor>& token_mask) {
+  check_load_balancing_loss(logits, fraction, score_function, token_mask);
+  refuse_tangents("load_balancing_loss", logits, fraction);
   return LoadBalancingLoss::apply(logits, fraction, score_function, token_mask);
 }
 
@@ -57,6 +60,8 @@ at::Tensor load_balancing_loss_backward_autograd(const at::Tensor& grad,
                                                  const at::Tensor& fraction,
                                                  std::string_view score_function,
                                                  const std::optional<at::Tensor>& token_mask) {
+  check_load_balancing_loss_backward(grad, logits, fraction, score_function, token_mask);
+  refuse_tangents("load_balancing_loss", grad, logits, fraction);
   const variable_list inputs{grad, logits};
   return OnceDifferentiable::apply(
       at::TensorList(inputs),

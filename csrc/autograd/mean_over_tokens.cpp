@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
+
 namespace torchmoe {
 
 namespace {
@@ -65,6 +67,8 @@ class MeanOverTokensBackward : public torch::autograd::Function<MeanOverTokensBa
 
 at::Tensor mean_over_tokens_autograd(const at::Tensor& values,
                                      const std::optional<at::Tensor>& token_mask) {
+  check_mean_over_tokens(values, token_mask);
+  refuse_tangents("mean_over_tokens", values);
   return MeanOverTokens::apply(values, token_mask);
 }
 
@@ -72,6 +76,8 @@ at::Tensor mean_over_tokens_autograd(const at::Tensor& values,
 at::Tensor mean_over_tokens_backward_autograd(const at::Tensor& grad,
                                               c10::SymInt num_tokens,
                                               const std::optional<at::Tensor>& token_mask) {
+  check_mean_over_tokens_backward(grad, num_tokens, token_mask);
+  refuse_tangents("mean_over_tokens", grad);
   return MeanOverTokensBackward::apply(grad, num_tokens, token_mask);
 }
 // NOLINTEND(performance-unnecessary-value-param)

@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/saved_plan.h"
 
 namespace torchmoe {
@@ -35,19 +36,21 @@ class LinearInTokens : public torch::autograd::Function<LinearInTokens<op, adjoi
   }
 };
 
-template <auto op, auto adjoint>
+template <auto op, auto adjoint, auto check>
 at::Tensor apply(const at::Tensor& input,
                  const at::Tensor& expert_offsets,
                  const at::Tensor& row_to_slot,
                  const at::Tensor& slot_to_row) {
+  check(input, expert_offsets, row_to_slot, slot_to_row);
+  refuse_tangents("permute", input);
   return LinearInTokens<op, adjoint>::apply(input, expert_offsets, row_to_slot, slot_to_row);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
-  m.impl("permute", &apply<permute, permute_backward>);
-  m.impl("_permute_backward", &apply<permute_backward, permute>);
+  m.impl("permute", &apply<permute, permute_backward, check_permute>);
+  m.impl("_permute_backward", &apply<permute_backward, permute, check_permute_backward>);
 }
 
 }  // namespace torchmoe

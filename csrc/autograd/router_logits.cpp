@@ -6,6 +6,7 @@
 #include <ATen/ops/add.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/needed_gradients.h"
 
 namespace torchmoe {
@@ -97,6 +98,8 @@ class RouterLogits : public torch::autograd::Function<RouterLogits> {
 at::Tensor router_logits_autograd(const at::Tensor& x,
                                   const at::Tensor& weight,
                                   const std::optional<at::Tensor>& bias) {
+  check_router_logits(x, weight, bias);
+  refuse_tangents("router_logits", x, weight, bias);
   return RouterLogits::apply(x, weight, bias);
 }
 
@@ -105,6 +108,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> router_logits_backward_autograd(
     const at::Tensor& x,
     const at::Tensor& weight,
     std::array<bool, 3> output_mask) {
+  check_router_logits_backward(grad, x, weight);
+  refuse_tangents("router_logits", grad, x, weight);
   const auto grads = RouterLogitsBackward::apply(grad, x, weight, output_mask);
   return {grads[0], grads[1], grads[2]};
 }

@@ -3,6 +3,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/once_differentiable.h"
 
 namespace torchmoe {
@@ -37,12 +38,16 @@ class RouterZLoss : public torch::autograd::Function<RouterZLoss> {
 
 at::Tensor router_z_loss_autograd(const at::Tensor& logits,
                                   const std::optional<at::Tensor>& token_mask) {
+  check_router_z_loss(logits, token_mask);
+  refuse_tangents("router_z_loss", logits);
   return RouterZLoss::apply(logits, token_mask);
 }
 
 at::Tensor router_z_loss_backward_autograd(const at::Tensor& grad,
                                            const at::Tensor& logits,
                                            const std::optional<at::Tensor>& token_mask) {
+  check_router_z_loss_backward(grad, logits, token_mask);
+  refuse_tangents("router_z_loss", grad, logits);
   const variable_list inputs{grad, logits};
   return OnceDifferentiable::apply(
       at::TensorList(inputs),

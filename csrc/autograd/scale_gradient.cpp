@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
+
 namespace torchmoe {
 
 namespace {
@@ -31,6 +33,8 @@ class ScaleGradient : public torch::autograd::Function<ScaleGradient> {
 };
 
 at::Tensor scale_gradient_autograd(const at::Tensor& x, const at::Tensor& scale) {
+  check_scale_gradient(x, scale);
+  refuse_tangents("scale_gradient", x, scale);
   return ScaleGradient::apply(x, scale);
 }
 

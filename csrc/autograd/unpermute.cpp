@@ -6,6 +6,7 @@
 #include <ATen/ops/add.h>
 #include <torch/library.h>
 
+#include "autograd/forward_mode.h"
 #include "autograd/needed_gradients.h"
 #include "autograd/saved_plan.h"
 
@@ -85,6 +86,8 @@ at::Tensor unpermute_autograd(const at::Tensor& rows,
                               const at::Tensor& expert_offsets,
                               const at::Tensor& row_to_slot,
                               const at::Tensor& slot_to_row) {
+  check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
+  refuse_tangents("unpermute", rows, weights);
   return Unpermute::apply(rows, weights, expert_offsets, row_to_slot, slot_to_row);
 }
 
@@ -94,6 +97,8 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward_autograd(const at::Tensor&
                                                                const at::Tensor& expert_offsets,
                                                                const at::Tensor& row_to_slot,
                                                                const at::Tensor& slot_to_row) {
+  check_unpermute_backward(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
+  refuse_tangents("unpermute", grad, rows, weights);
   const auto grads =
       UnpermuteBackward::apply(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
   return {grads[0], grads[1]};

@@ -11,12 +11,19 @@
 
 namespace torchmoe {
 
+/// Every check below makes this one first: an undefined tensor has no shape, dtype or device. None
+/// given for a tensor in Python arrives as one.
+inline void check_defined(std::string_view op, std::string_view name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), op, ": ", name, " must be a tensor, got None");
+}
+
 /// `layout` names the expected dimensions for the message, for example "[num_tokens, hidden_size]".
 inline void check_dim(std::string_view op,
                       std::string_view name,
                       const at::Tensor& tensor,
                       int64_t dim,
                       std::string_view layout) {
+  check_defined(op, name, tensor);
   TORCH_CHECK(
       tensor.dim() == dim, op, ": ", name, " must be ", layout, ", got shape ", tensor.sym_sizes());
 }
@@ -26,6 +33,7 @@ inline void check_shape(std::string_view op,
                         const at::Tensor& tensor,
                         std::initializer_list<c10::SymInt> shape,
                         std::string_view layout) {
+  check_defined(op, name, tensor);
   const c10::SymIntArrayRef expected(shape);
   TORCH_CHECK(tensor.sym_sizes() == expected,
               op,
@@ -43,6 +51,7 @@ inline void check_dtype(std::string_view op,
                         std::string_view name,
                         const at::Tensor& tensor,
                         at::ScalarType dtype) {
+  check_defined(op, name, tensor);
   TORCH_CHECK(tensor.scalar_type() == dtype,
               op,
               ": ",
@@ -54,6 +63,7 @@ inline void check_dtype(std::string_view op,
 }
 
 inline void check_floating(std::string_view op, std::string_view name, const at::Tensor& tensor) {
+  check_defined(op, name, tensor);
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK(
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
@@ -71,6 +81,7 @@ inline void check_same_dtype(std::string_view op,
                              const at::Tensor& tensor,
                              std::string_view other_name,
                              const at::Tensor& other) {
+  check_defined(op, name, tensor);
   TORCH_CHECK(tensor.scalar_type() == other.scalar_type(),
               op,
               ": ",
@@ -88,6 +99,7 @@ inline void check_same_device(std::string_view op,
                               const at::Tensor& tensor,
                               std::string_view other_name,
                               const at::Tensor& other) {
+  check_defined(op, name, tensor);
   TORCH_CHECK(tensor.device() == other.device(),
               op,
               ": ",
@@ -98,6 +110,16 @@ inline void check_same_device(std::string_view op,
               other.device(),
               "), got ",
               tensor.device());
+}
+
+/// What a backward op asks of the gradient that arrives, beside its shape: kernels read it in
+/// whatever floating type it has, where the op's own tensors are.
+inline void check_gradient(std::string_view op,
+                           const at::Tensor& grad,
+                           std::string_view like_name,
+                           const at::Tensor& like) {
+  check_floating(op, "grad", grad);
+  check_same_device(op, "grad", grad, like_name, like);
 }
 
 }  // namespace torchmoe

@@ -1,5 +1,7 @@
 #include "ops/dispatch_plan.h"
 
+#include <limits>
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -19,7 +21,14 @@ void check_dispatch_plan(const at::Tensor& indices, const c10::SymInt& num_exper
   constexpr auto op = "dispatch_plan";
   check_dim(op, "indices", indices, 2, "[num_tokens, top_k]");
   check_dtype(op, "indices", indices, at::kLong);
-  TORCH_CHECK_VALUE(num_experts >= 0, op, ": num_experts must be 0 or more, got ", num_experts);
+  // A table has an entry more than there are experts.
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  TORCH_CHECK_VALUE(num_experts >= 0 && num_experts <= kMost,
+                    op,
+                    ": num_experts must be in [0, ",
+                    kMost,
+                    "], got ",
+                    num_experts);
 }
 
 void check_plan(std::string_view op,

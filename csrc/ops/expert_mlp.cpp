@@ -176,11 +176,14 @@ void check_expert_mlp_backward(const at::Tensor& grad,
   constexpr auto op = "_expert_mlp_backward";
   check_expert_mlp(x, slot_to_row, "slot_to_row", weights, w_in, b_in, w_out, b_out, activation);
   check_shape(op, "grad", grad, {x.sym_size(0), x.sym_size(1)}, "[num_tokens, hidden_size]");
+  check_gradient(op, grad, "x", x);
   check_shape(op,
               "pre",
               pre,
               {slot_to_row.sym_size(0) * slot_to_row.sym_size(1), w_in.sym_size(1)},
               "[num_rows, rows of w_in]");
+  check_same_dtype(op, "pre", pre, "x", x);
+  check_same_device(op, "pre", pre, "x", x);
 }
 
 namespace {

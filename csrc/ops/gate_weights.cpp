@@ -55,11 +55,9 @@ void check_gate_weights_backward(const at::Tensor& grad,
                                  std::string_view normalize,
                                  std::string_view estimator) {
   check_gate_weights(logits, indices, score_function, normalize, estimator);
-  check_shape("_gate_weights_backward",
-              "grad",
-              grad,
-              {indices.sym_size(0), indices.sym_size(1)},
-              "[num_tokens, top_k]");
+  constexpr auto op = "_gate_weights_backward";
+  check_shape(op, "grad", grad, {indices.sym_size(0), indices.sym_size(1)}, "[num_tokens, top_k]");
+  check_gradient(op, grad, "logits", logits);
 }
 
 namespace {

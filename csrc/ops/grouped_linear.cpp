@@ -59,11 +59,9 @@ void check_grouped_linear_backward(const at::Tensor& grad,
                                    const at::Tensor& weight,
                                    const at::Tensor& expert_offsets) {
   check_grouped_linear(rows, weight, std::nullopt, expert_offsets);
-  check_shape("_grouped_linear_backward",
-              "grad",
-              grad,
-              {rows.sym_size(0), weight.sym_size(1)},
-              "[num_rows, out_features]");
+  constexpr auto op = "_grouped_linear_backward";
+  check_shape(op, "grad", grad, {rows.sym_size(0), weight.sym_size(1)}, "[num_rows, out_features]");
+  check_gradient(op, grad, "rows", rows);
 }
 
 namespace {

@@ -35,11 +35,12 @@ void check_load_balancing_loss(const at::Tensor& logits,
                                const std::optional<at::Tensor>& token_mask) {
   constexpr auto op = "load_balancing_loss";
   choose_score_function(op, score_function);
+  check_floating(op, "logits", logits);
   TORCH_CHECK(logits.dim() >= 2,
               op,
               ": logits must be [..., num_tokens, num_experts], got shape ",
               logits.sym_sizes());
-  check_floating(op, "logits", logits);
+  check_floating(op, "fraction", fraction);
   auto expected = logits.sym_sizes().vec();
   expected.erase(expected.end() - 2);
   TORCH_CHECK(fraction.sym_sizes() == c10::SymIntArrayRef(expected),
@@ -48,7 +49,6 @@ void check_load_balancing_loss(const at::Tensor& logits,
               c10::SymIntArrayRef(expected),
               ", got shape ",
               fraction.sym_sizes());
-  check_floating(op, "fraction", fraction);
   check_same_device(op, "fraction", fraction, "logits", logits);
   check_token_mask(op, token_mask, "logits", logits);
 }
@@ -59,7 +59,9 @@ void check_load_balancing_loss_backward(const at::Tensor& grad,
                                         std::string_view score_function,
                                         const std::optional<at::Tensor>& token_mask) {
   check_load_balancing_loss(logits, fraction, score_function, token_mask);
-  check_dim("_load_balancing_loss_backward", "grad", grad, 0, "a scalar");
+  constexpr auto op = "_load_balancing_loss_backward";
+  check_dim(op, "grad", grad, 0, "a scalar");
+  check_gradient(op, grad, "logits", logits);
 }
 
 namespace {

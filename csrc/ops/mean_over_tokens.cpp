@@ -31,11 +31,11 @@ at::Tensor mean_over_tokens_backward(const at::Tensor& grad,
 
 void check_mean_over_tokens(const at::Tensor& values, const std::optional<at::Tensor>& token_mask) {
   constexpr auto op = "mean_over_tokens";
+  check_floating(op, "values", values);
   TORCH_CHECK(values.dim() >= 2,
               op,
               ": values must be [..., num_tokens, num_columns], got shape ",
               values.sym_sizes());
-  check_floating(op, "values", values);
   check_token_mask(op, token_mask, "values", values);
 }
 
@@ -43,9 +43,9 @@ void check_mean_over_tokens_backward(const at::Tensor& grad,
                                      const c10::SymInt& num_tokens,
                                      const std::optional<at::Tensor>& token_mask) {
   constexpr auto op = "_mean_over_tokens_backward";
+  check_floating(op, "grad", grad);
   TORCH_CHECK(
       grad.dim() >= 1, op, ": grad must be [..., num_columns], got shape ", grad.sym_sizes());
-  check_floating(op, "grad", grad);
   if (token_mask) {
     check_dtype(op, "token_mask", *token_mask, at::kBool);
     auto expected = grad.sym_sizes().vec();

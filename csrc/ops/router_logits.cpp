@@ -36,7 +36,9 @@ void check_router_logits(const at::Tensor& x,
   check_dim(op, "weight", weight, 2, "[num_experts, hidden_size]");
   check_shape(
       op, "weight", weight, {weight.sym_size(0), x.sym_size(1)}, "[num_experts, hidden_size]");
-  check_same_dtype(op, "weight", weight, "x", x);
+  // The weight is the layer's and x the caller's, so that x is what is of another type.
+  check_floating(op, "weight", weight);
+  check_same_dtype(op, "x", x, "weight", weight);
   check_same_device(op, "weight", weight, "x", x);
   if (bias) {
     check_shape(op, "bias", *bias, {weight.sym_size(0)}, "[num_experts]");
@@ -51,7 +53,7 @@ void check_router_logits_backward(const at::Tensor& grad,
   check_router_logits(x, weight, std::nullopt);
   constexpr auto op = "_router_logits_backward";
   check_shape(op, "grad", grad, {x.sym_size(0), weight.sym_size(0)}, "[num_tokens, num_experts]");
-  check_same_device(op, "grad", grad, "x", x);
+  check_gradient(op, grad, "x", x);
 }
 
 namespace {

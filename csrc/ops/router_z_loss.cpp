@@ -25,11 +25,11 @@ at::Tensor router_z_loss_backward(const at::Tensor& grad,
 
 void check_router_z_loss(const at::Tensor& logits, const std::optional<at::Tensor>& token_mask) {
   constexpr auto op = "router_z_loss";
+  check_floating(op, "logits", logits);
   TORCH_CHECK(logits.dim() >= 1 && logits.sym_size(-1) >= 1,
               op,
               ": logits must be [..., num_experts] with at least one expert, got shape ",
               logits.sym_sizes());
-  check_floating(op, "logits", logits);
   check_token_mask(op, token_mask, "logits", logits);
 }
 
@@ -37,7 +37,9 @@ void check_router_z_loss_backward(const at::Tensor& grad,
                                   const at::Tensor& logits,
                                   const std::optional<at::Tensor>& token_mask) {
   check_router_z_loss(logits, token_mask);
-  check_dim("_router_z_loss_backward", "grad", grad, 0, "a scalar");
+  constexpr auto op = "_router_z_loss_backward";
+  check_dim(op, "grad", grad, 0, "a scalar");
+  check_gradient(op, grad, "logits", logits);
 }
 
 namespace {

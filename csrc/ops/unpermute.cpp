@@ -72,12 +72,10 @@ void check_unpermute_backward(const at::Tensor& grad,
                               const at::Tensor& row_to_slot,
                               const at::Tensor& slot_to_row) {
   check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
-  check_shape("_unpermute_backward",
-              "grad",
-              grad,
-              {slot_to_row.sym_size(0), rows.sym_size(1)},
-              "[num_tokens, hidden_size]");
-  check_floating("_unpermute_backward", "grad", grad);
+  constexpr auto op = "_unpermute_backward";
+  check_shape(
+      op, "grad", grad, {slot_to_row.sym_size(0), rows.sym_size(1)}, "[num_tokens, hidden_size]");
+  check_gradient(op, grad, "rows", rows);
 }
 
 namespace {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from op_case import (
@@ -128,6 +130,33 @@ class DifferentiableOpTests(OpTests):
             first = torch.autograd.grad(outputs, values, cotangents(outputs), create_graph=True)
             with pytest.raises(RuntimeError, match=f"^{case.name}: double backward must not be"):
                 torch.autograd.grad([g.sum() for g in first], values, allow_unused=True)
+
+    @pytest.mark.above_kernels
+    @pytest.mark.parametrize("grad_mode", [False, True])
+    def test_forward_mode_is_never_zero_without_a_word(
+        self, variant: Inputs, grad_mode: bool
+    ) -> None:
+        """Whether or not anybody wants a gradient as well."""
+        case = self.case
+        inputs = case.make(SITUATIONS["plain"], torch.float64, **variant)
+        refusal = f"^{case.name}: forward-mode derivatives must not be requested"
+        floating = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+        for name in floating:
+            tangent = torch.ones_like(inputs[name])
+            for wanted in (False, True):
+                primal = inputs[name].clone().requires_grad_(wanted)
+                with (
+                    torch.set_grad_enabled(grad_mode),
+                    forward_ad.dual_level(),
+                    pytest.raises(NotImplementedError, match=refusal),
+                ):
+                    case(inputs | {name: forward_ad.make_dual(primal, tangent)})
+            with pytest.raises(NotImplementedError, match=refusal):
+                torch.func.jvp(
+                    lambda value, name=name: case(inputs | {name: value}),
+                    (inputs[name],),
+                    (tangent,),
+                )
 
     def test_any_strides_of_the_gradient(self, variant: Inputs) -> None:
         """A sum's gradient arrives with strides of 0."""

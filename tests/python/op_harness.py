@@ -164,6 +164,16 @@ class OpTests:
                 torch.library.opcheck(overload(op), *by_position(op, private))
 
     @pytest.mark.above_kernels
+    def test_none_for_a_tensor(self) -> None:
+        """C++ passes an undefined tensor for it, which has neither shape nor device."""
+        inputs = self.plain()
+        schema = overload(self.case.name)._schema
+        required = [a.name for a in schema.arguments if str(a.type) == "Tensor"]
+        for name in required if len(required) > 1 else ():
+            with pytest.raises(TypeError, match=f"^{self.case.name}: {name} must be a tensor, got"):
+                self.case(inputs | {name: None})
+
+    @pytest.mark.above_kernels
     def test_inference_mode_gives_the_same(self, variant: Inputs) -> None:
         inputs = self.case.make(SITUATIONS["plain"], torch.float32, **variant)
         expected = self.case(inputs)

@@ -52,5 +52,5 @@ TEST_CASE("dispatch_plan: errors", "[dispatch_plan]") {
                     contains("dispatch_plan: indices must be Long, got Float"));
   CHECK_THROWS_AS(dispatch_plan(ids({{0}}), -1), c10::ValueError);
   CHECK_THROWS_WITH(dispatch_plan(ids({{0}}), -1),
-                    contains("dispatch_plan: num_experts must be 0 or more, got -1"));
+                    contains("dispatch_plan: num_experts must be in [0, 2147483647], got -1"));
 }

@@ -67,6 +67,10 @@ def inputs_of(op: str) -> Inputs:
             "score_function": "softmax",
         },
         "_router_z_loss_backward": {"grad": normal(dtype=n), "logits": logits},
+        "_attach_dense_gradient_backward": {
+            "grad": x,
+            **{name: mlp[name] for name in ("x", "w_in", "b_in", "w_out", "b_out", "activation")},
+        },
         "_mean_over_tokens_backward": {
             "grad": normal(2, s.E, dtype=n),
             "num_tokens": s.T,
@@ -85,6 +89,7 @@ OPS = (
     "_expert_mlp_backward",
     "_load_balancing_loss_backward",
     "_router_z_loss_backward",
+    "_attach_dense_gradient_backward",
 )
 
 
@@ -99,6 +104,46 @@ def test_a_gradient_of_another_shape(op: str, device: str) -> None:
     for change in changes:
         with pytest.raises(RuntimeError, match=rf"^{op}: grad must [\s\S]*, got shape \["):
             call(op, inputs | {"grad": change(inputs["grad"])})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gradient_on_another_device(op: str) -> None:
+    """Its numbers would be read where there are none."""
+    inputs = inputs_of(op)
+    # The plan of a permutation is what the gradient has to be beside.
+    name = "expert_offsets" if op == "_permute_backward" else "grad"
+    with pytest.raises(RuntimeError, match=rf"^{op}: {name} must be on the device of"):
+        call(op, inputs | {"grad": inputs["grad"].to("meta")})
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("op", [*OPS, "_mean_over_tokens_backward"])
+def test_a_gradient_that_is_not_floating(op: str, device: str) -> None:
+    inputs = map_tensors(inputs_of(op), lambda t: t.to(device))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(RuntimeError, match=rf"^{op}: grad must be float32, float64"):
+            call(op, inputs | {"grad": inputs["grad"].to(dtype)})
+
+
+@pytest.mark.parametrize("op", [*OPS, "_mean_over_tokens_backward"])
+def test_a_gradient_of_another_floating_dtype(op: str) -> None:
+    """It is read as what it is."""
+    inputs = inputs_of(op)
+    grad = inputs["grad"].bfloat16()
+    expected = call(op, inputs | {"grad": grad.float()})
+    for dtype in (torch.float64, torch.bfloat16):
+        actual = call(op, inputs | {"grad": grad.to(dtype)})
+        for a, e in zip(actual, expected, strict=True):
+            # Some ops answer in the type of the gradient.
+            torch.testing.assert_close(a.float(), e, atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("change", [Tensor.double, lambda pre: pre.to("meta")])
+def test_a_pre_activation_of_another_kind(change: Callable[[Tensor], Tensor]) -> None:
+    op = "_expert_mlp_backward"
+    inputs = inputs_of(op)
+    with pytest.raises(RuntimeError, match=rf"^{op}: pre must"):
+        call(op, inputs | {"pre": change(inputs["pre"])})
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
