@@ -56,12 +56,16 @@ at::Tensor RouterImpl::forward(const at::Tensor& x) {
   auto used_bias = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
   if (is_training() && options.input_jitter() > 0) {
     // In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside anyway.
-    const auto wide = accumulate_dtype(x.scalar_type());
+    const auto wide = at::promote_types(accumulate_dtype(x.scalar_type()), weight.scalar_type());
     const auto jitter = at::empty_like(x, x.options().dtype(wide))
                             .uniform_(1 - options.input_jitter(), 1 + options.input_jitter());
     input = x * jitter;
     used_weight = weight.to(wide);
     used_bias = bias.defined() ? std::optional<at::Tensor>(bias.to(wide)) : std::nullopt;
+  }
+  if (at::promote_types(input.scalar_type(), used_weight.scalar_type()) ==
+      used_weight.scalar_type()) {
+    input = input.to(used_weight.scalar_type());  // a wide router over narrow tokens
   }
   auto logits = router_logits(input, used_weight, used_bias);
   if (is_training() && options.logit_noise() > 0) {

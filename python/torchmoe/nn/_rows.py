@@ -13,6 +13,12 @@ def wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def widened(x: Tensor, parameter: Tensor) -> Tensor:
+    """The tokens in the parameter's dtype where that is the wider one, as a router's may be."""
+    is_wider = torch.promote_types(x.dtype, parameter.dtype) == parameter.dtype
+    return x.to(parameter.dtype) if is_wider else x
+
+
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
     """The rows [N, H] times the transpose of weight [O, H]: [N, O]."""
     return ops.grouped_linear(rows, weight.unsqueeze(0), None, _all(rows.shape[0], rows.device))

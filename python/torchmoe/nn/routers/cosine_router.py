@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._directions import percent, unit
 from torchmoe.nn._checks import check_at_least
-from torchmoe.nn._rows import wide
+from torchmoe.nn._rows import wide, widened
 from torchmoe.nn.routers._usage import UsageTracking
 
 
@@ -105,12 +105,12 @@ class CosineRouter(UsageTracking):
         """The tokens' directions.
 
         Args:
-            x: [T, H] in the dtype of the parameters.
+            x: [T, H] in the dtype of the parameters, or a narrower one.
 
         Returns:
             [T, P], float32 or wider, each of length 1 (0 for a token that projects to 0).
         """
-        return unit(ops.router_logits(x, self.projection))
+        return unit(ops.router_logits(widened(x, self.projection), self.projection))
 
     @property
     def directions(self) -> Tensor:
@@ -129,7 +129,7 @@ class CosineRouter(UsageTracking):
         """The logits of each token.
 
         Args:
-            x: [T, H] in the dtype of the parameters.
+            x: [T, H] in the dtype of the parameters, or a narrower one.
 
         Returns:
             logits [T, E], float32 (float64 for float64), also under autocast.
@@ -141,7 +141,7 @@ class CosineRouter(UsageTracking):
         """How well each expert's direction matches each token's, as people read it.
 
         Args:
-            x: [T, H] in the dtype of the parameters.
+            x: [T, H] in the dtype of the parameters, or a narrower one.
 
         Returns:
             [T, E], 50 (1 + cosine): 100 % the same direction, 50 % unrelated, 0 % the opposite one.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn._checks import Level, check_at_least
+from torchmoe.nn._rows import widened
 from torchmoe.nn.routers._usage import UsageTracking
 
 
@@ -95,7 +96,7 @@ class Router(UsageTracking):
         """The logits of each token.
 
         Args:
-            x: [T, H] in the dtype of weight.
+            x: [T, H] in the dtype of weight, or a narrower one.
 
         Returns:
             logits [T, E], float32 (float64 for float64), also under autocast.
@@ -105,11 +106,11 @@ class Router(UsageTracking):
         if self.training and (eps := self._input_jitter) is not None:
             # In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside
             # anyway.
-            wide = torch.promote_types(x.dtype, torch.float32)
+            wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
             jitter = torch.empty_like(x, dtype=wide)
             x = x * jitter.uniform_(1 - eps, 1 + eps)
             weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-        logits = ops.router_logits(x, weight, bias)
+        logits = ops.router_logits(widened(x, weight), weight, bias)
         if self.training and (deviation := self._logit_noise) is not None:
             logits = logits + deviation * torch.randn_like(logits)
         return logits

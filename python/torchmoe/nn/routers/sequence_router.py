@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe.nn._checks import check_choice
-from torchmoe.nn._rows import exponentials, in_slot_order, wide
+from torchmoe.nn._rows import exponentials, in_slot_order, wide, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput
 
@@ -130,7 +130,7 @@ class SequenceRouter(WrappingRouter):
         """What the pooling weights [B, S] of the tokens [B * S, H] are proportional to."""
         if self.query is not None:
             query = (self.query / math.sqrt(rows.shape[-1])).unsqueeze(0)
-            scores = ops.router_logits(rows, query).view(sequences, length)
+            scores = ops.router_logits(widened(rows, query), query).view(sequences, length)
             return exponentials(scores, mask) if length else scores
         ones = torch.ones((sequences, length), device=rows.device, dtype=wide(rows[:0]).dtype)
         if self.pooling == "mean":
