@@ -15,11 +15,11 @@ TORCH_LIBRARY(torchmoe, m) {
   // Decide: integers only
   m.def(
       "select_experts(Tensor scores, int top_k, *, Tensor? selection_bias=None, "
-      "Tensor? token_mask=None) -> Tensor");
+      "Tensor? token_mask=None, Tensor? tie_break=None) -> Tensor");
   m.def(
       "limit_capacity(Tensor indices, Tensor capacity, *, str order=\"choice\", "
-      "Tensor? priority=None, str overflow=\"drop\", Tensor? scores=None, Tensor? backup=None) "
-      "-> Tensor");
+      "Tensor? priority=None, str overflow=\"drop\", Tensor? scores=None, Tensor? backup=None, "
+      "Tensor? tie_break=None) -> Tensor");
 
   // Weigh
   m.def(

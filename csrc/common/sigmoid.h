@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 
 #include "host_device.h"
 
@@ -11,6 +12,22 @@ namespace torchmoe {
 template <typename T>
 TORCHMOE_HOST_DEVICE T sigmoid(T u) {
   return T(1) / (T(1) + std::exp(-u));
+}
+
+/// What the logarithms of sigmoids are lowered by before the sigmoids are divided by their sum: the
+/// largest logit, where all lie so low that the sum underflows or is close to it, else 0. NaN and
+/// -inf, from which nothing can be taken away, give 0.
+template <typename T>
+TORCHMOE_HOST_DEVICE T sigmoid_shift(T largest) {
+  // float32 has room for another e^-56 below: a logit that far under the largest has no share.
+  constexpr T kLow = -32;
+  return largest < kLow && largest > -std::numeric_limits<T>::infinity() ? largest : T(0);
+}
+
+/// sigmoid(u) / exp(shift), for the shift of logits that u is one of.
+template <typename T>
+TORCHMOE_HOST_DEVICE T shifted_sigmoid(T u, T shift) {
+  return shift == T(0) ? sigmoid(u) : std::exp(u - shift) / (T(1) + std::exp(u));
 }
 
 }  // namespace torchmoe

@@ -86,21 +86,20 @@ class Gate {
       std::fill_n(slot_values_.begin(), count, T(1) / static_cast<T>(count));
       return;
     }
-    if (normalize_ == Normalize::topk && score_function_ == ScoreFunction::softmax) {
-      cpu::softmax(
-          count, [&](int64_t i) { return logits[routed_.experts[i]]; }, slot_values_.data());
+    if (normalize_ == Normalize::topk) {
+      cpu::relative_scores(
+          score_function_,
+          count,
+          [&](int64_t i) { return logits[routed_.experts[i]]; },
+          slot_values_.data());
+      if (score_function_ == ScoreFunction::sigmoid) {
+        cpu::divide_by_sum(count, slot_values_.data());
+      }
       return;
     }
     cpu::score_row(score_function_, logits, num_experts_, probs_.data());
-    T sum = 0;
     for (int64_t i = 0; i < count; ++i) {
       slot_values_[i] = probs_[routed_.experts[i]];
-      sum += slot_values_[i];
-    }
-    if (normalize_ == Normalize::topk && sum != T(0)) {
-      for (int64_t i = 0; i < count; ++i) {
-        slot_values_[i] /= sum;
-      }
     }
   }
 
@@ -114,7 +113,7 @@ class Gate {
     }
     for (int64_t i = 0; i < routed_.size(); ++i) {
       const int64_t e = routed_.experts[i];
-      const T slope = score_function_ == ScoreFunction::softmax ? T(1) : T(1) - probs_[e];
+      const T slope = cpu::log_slope(score_function_, logits[e]);
       grad_logits[e] += slot_values_[i] * (grad[routed_.slots[i]] - mean) * slope;
     }
   }

@@ -93,8 +93,16 @@ class Room {
 template <typename T>
 class Rerouter {
  public:
-  Rerouter(const T* scores, const int64_t* backup, int64_t top_k, int64_t num_experts)
-      : scores_(scores), backup_(backup), top_k_(top_k), named_by_(num_experts, -1) {}
+  Rerouter(const T* scores,
+           const T* tie_break,
+           const int64_t* backup,
+           int64_t top_k,
+           int64_t num_experts)
+      : scores_(scores),
+        tie_break_(tie_break),
+        backup_(backup),
+        top_k_(top_k),
+        named_by_(num_experts, -1) {}
 
   /// The new expert, its place taken, or -1. `choices` are the token's slots: experts served and
   /// those asked for by slots that wait, -1 where nothing is named.
@@ -122,10 +130,13 @@ class Rerouter {
 
  private:
   int64_t best_open(int64_t slot, const Room& room) const {
-    const T* row = scores_ + slot / top_k_ * room.num_experts();
+    const int64_t row = slot / top_k_ * room.num_experts();
+    const auto score = [&](int64_t e) {
+      return Ranked<T>{scores_[row + e], tie_break_ == nullptr ? T(0) : tie_break_[row + e]};
+    };
     int64_t best = -1;
     for (const int64_t e : room.open()) {
-      if (named_by_[e] != slot && (best < 0 || ranks_before(row[e], row[best]))) {
+      if (named_by_[e] != slot && (best < 0 || ranks_before(score(e), score(best)))) {
         best = e;
       }
     }
@@ -133,6 +144,7 @@ class Rerouter {
   }
 
   const T* scores_;
+  const T* tie_break_;
   const int64_t* backup_;
   int64_t top_k_;
   /// The slot whose token was last seen to name the expert: no need to clear marks.
@@ -144,6 +156,7 @@ void limit_capacity_kernel_impl(const int64_t* indices,
                                 const int64_t* capacity,
                                 const double* priority,
                                 const T* scores,
+                                const T* tie_break,
                                 const int64_t* backup,
                                 CapacityOrder order,
                                 int64_t num_tokens,
@@ -154,7 +167,7 @@ void limit_capacity_kernel_impl(const int64_t* indices,
     return expert >= 0 && expert < num_experts ? expert : -1;
   });
   Room room(capacity, num_experts);
-  Rerouter<T> rerouter(scores, backup, top_k, num_experts);
+  Rerouter<T> rerouter(scores, tie_break, backup, top_k, num_experts);
   const auto serve = [&](int64_t slot) {
     const int64_t expert = limited[slot];
     if (expert < 0 || room.take(expert)) {
@@ -180,8 +193,9 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
                                  const std::optional<at::Tensor>& priority,
                                  std::string_view overflow,
                                  const std::optional<at::Tensor>& scores,
-                                 const std::optional<at::Tensor>& backup) {
-  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup);
+                                 const std::optional<at::Tensor>& backup,
+                                 const std::optional<at::Tensor>& tie_break) {
+  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup, tie_break);
   const auto indices_c = indices.contiguous();
   const auto capacity_c = capacity.contiguous();
   const auto backup_c = contiguous_as(backup, at::kLong);
@@ -192,12 +206,14 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
   const auto priority_c = contiguous_as(priority, at::kDouble);
   const auto acc = scores ? accumulate_dtype(scores->scalar_type()) : at::kFloat;
   const auto scores_c = contiguous_as(scores, acc);
+  const auto tie_break_c = contiguous_as(tie_break, acc);
   auto limited = at::empty(indices.sizes(), indices.options());
   AT_DISPATCH_FLOATING_TYPES(acc, "limit_capacity", [&] {
     limit_capacity_kernel_impl(indices_c.const_data_ptr<int64_t>(),
                                capacity_c.const_data_ptr<int64_t>(),
                                data_or_null<double>(priority_c),
                                data_or_null<scalar_t>(scores_c),
+                               data_or_null<scalar_t>(tie_break_c),
                                data_or_null<int64_t>(backup_c),
                                choose_order("limit_capacity", order),
                                indices.size(0),

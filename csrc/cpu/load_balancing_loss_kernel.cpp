@@ -1,5 +1,4 @@
 #include <optional>
-#include <vector>
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
@@ -17,13 +16,15 @@ namespace torchmoe {
 
 namespace {
 
+/// A token's q = p / sum p, 0 where all of p is. Dividing takes out of the softmax what its sum errs
+/// by.
 template <typename T>
-T sum_of(const T* values, int64_t size) {
-  T sum = 0;
-  for (int64_t i = 0; i < size; ++i) {
-    sum += values[i];
-  }
-  return sum;
+void shares_of_token(ScoreFunction score_function,
+                     const T* logits,
+                     int64_t num_experts,
+                     T* shares) {
+  cpu::relative_scores(score_function, num_experts, [&](int64_t e) { return logits[e]; }, shares);
+  cpu::divide_by_sum(num_experts, shares);
 }
 
 /// E * sum_i fraction_i * P_i of one sequence; nothing where no token counts.
@@ -35,11 +36,10 @@ std::optional<double> sequence_loss(ScoreFunction score_function,
                                     int64_t num_tokens,
                                     int64_t num_experts) {
   const auto shares = cpu::sum_over_tokens<T>(
-      num_tokens, token_mask, num_experts, [&](int64_t t, double* sums, T* probs) {
-        cpu::score_row(score_function, logits + t * num_experts, num_experts, probs);
-        const T total = sum_of(probs, num_experts);
+      num_tokens, token_mask, num_experts, [&](int64_t t, double* sums, T* of_token) {
+        shares_of_token(score_function, logits + t * num_experts, num_experts, of_token);
         for (int64_t e = 0; e < num_experts; ++e) {
-          sums[e] += total == T(0) ? 0.0 : static_cast<double>(probs[e] / total);
+          sums[e] += static_cast<double>(of_token[e]);
         }
       });
   if (shares.count == 0) {
@@ -65,23 +65,20 @@ void sequence_loss_backward(ScoreFunction score_function,
                             int64_t num_experts,
                             T* grad_logits) {
   cpu::parallel_items(num_tokens, num_experts, [&](int64_t begin, int64_t end) {
-    std::vector<T> probs(num_experts);
     for (int64_t t = begin; t < end; ++t) {
+      const T* row = logits + t * num_experts;
       T* out = grad_logits + t * num_experts;
       if (token_mask != nullptr && !token_mask[t]) {
         std::fill(out, out + num_experts, T(0));
         continue;
       }
-      cpu::score_row(score_function, logits + t * num_experts, num_experts, probs.data());
-      const T total = sum_of(probs.data(), num_experts);
+      shares_of_token(score_function, row, num_experts, out);
       T mean = 0;
       for (int64_t e = 0; e < num_experts; ++e) {
-        out[e] = total == T(0) ? T(0) : probs[e] / total;
         mean += fraction[e] * out[e];
       }
       for (int64_t e = 0; e < num_experts; ++e) {
-        const T slope = score_function == ScoreFunction::sigmoid ? T(1) - probs[e] : T(1);
-        out[e] *= scale * (fraction[e] - mean) * slope;
+        out[e] *= scale * (fraction[e] - mean) * cpu::log_slope(score_function, row[e]);
       }
     }
   });

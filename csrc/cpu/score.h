@@ -53,6 +53,38 @@ void score_row(ScoreFunction score_function, const T* logits, int64_t num_expert
   }
 }
 
+/// The scores of logits(0) .. logits(size - 1) up to a factor, with which they do not all underflow:
+/// the softmax, or sigmoids moved by sigmoid_shift.
+template <typename T, typename Logits>
+void relative_scores(ScoreFunction score_function, int64_t size, const Logits& logits, T* out) {
+  if (score_function == ScoreFunction::softmax) {
+    softmax(size, logits, out);
+    return;
+  }
+  const T shift = sigmoid_shift(largest<T>(size, logits));
+  for (int64_t i = 0; i < size; ++i) {
+    out[i] = shifted_sigmoid(logits(i), shift);
+  }
+}
+
+/// The values over their sum; zeros stay.
+template <typename T>
+void divide_by_sum(int64_t size, T* values) {
+  T sum = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    sum += values[i];
+  }
+  for (int64_t i = 0; sum != T(0) && i < size; ++i) {
+    values[i] /= sum;
+  }
+}
+
+/// The derivative of log q at a logit, q being exp(logit) or the sigmoid.
+template <typename T>
+T log_slope(ScoreFunction score_function, T logit) {
+  return score_function == ScoreFunction::sigmoid ? T(1) - sigmoid(logit) : T(1);
+}
+
 /// grad_logits = J^T grad_probs, J being the derivative of score_function at probs.
 template <typename T>
 void score_row_backward(ScoreFunction score_function,

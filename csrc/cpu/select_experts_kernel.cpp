@@ -17,13 +17,13 @@ namespace {
 /// The top_k of one token's scores, best first, by insertion into a sorted list: linear in the
 /// number of experts for the small top_k of routing, since most scores fail the first comparison.
 /// Equal scores rank by expert id, which the ascending scan with a strict comparison gives for
-/// free.
-template <typename T>
+/// free. score_of(e) is a number, or a Ranked.
+template <typename Score, typename ScoreOf>
 void select_row(
-    const T* scores, const T* bias, int64_t num_experts, int64_t top_k, T* best, int64_t* indices) {
+    const ScoreOf& score_of, int64_t num_experts, int64_t top_k, Score* best, int64_t* indices) {
   int64_t count = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
-    const T score = bias == nullptr ? scores[e] : scores[e] + bias[e];
+    const Score score = score_of(e);
     if (count == top_k && !ranks_before(score, best[top_k - 1])) {
       continue;
     }
@@ -37,40 +37,69 @@ void select_row(
   }
 }
 
-template <typename T>
-void select_experts_kernel_impl(const T* scores,
-                                const T* bias,
-                                const bool* token_mask,
-                                int64_t num_tokens,
-                                int64_t num_experts,
-                                int64_t top_k,
-                                int64_t* indices) {
+/// score_of(token, expert) is a Score.
+template <typename Score, typename ScoreOf>
+void select_tokens(const ScoreOf& score_of,
+                   const bool* token_mask,
+                   int64_t num_tokens,
+                   int64_t num_experts,
+                   int64_t top_k,
+                   int64_t* indices) {
   cpu::parallel_items(num_tokens, num_experts, [&](int64_t begin, int64_t end) {
-    std::vector<T> best(top_k);
+    std::vector<Score> best(top_k);
     for (int64_t t = begin; t < end; ++t) {
       if (token_mask != nullptr && !token_mask[t]) {
         std::fill(indices + t * top_k, indices + (t + 1) * top_k, -1);
       } else {
-        select_row(
-            scores + t * num_experts, bias, num_experts, top_k, best.data(), indices + t * top_k);
+        select_row([&](int64_t e) { return score_of(t, e); },
+                   num_experts,
+                   top_k,
+                   best.data(),
+                   indices + t * top_k);
       }
     }
   });
 }
 
+template <typename T>
+void select_experts_kernel_impl(const T* scores,
+                                const T* bias,
+                                const T* tie_break,
+                                const bool* token_mask,
+                                int64_t num_tokens,
+                                int64_t num_experts,
+                                int64_t top_k,
+                                int64_t* indices) {
+  const auto score = [=](int64_t t, int64_t e) {
+    const T unbiased = scores[t * num_experts + e];
+    return bias == nullptr ? unbiased : unbiased + bias[e];
+  };
+  if (tie_break == nullptr) {
+    select_tokens<T>(score, token_mask, num_tokens, num_experts, top_k, indices);
+    return;
+  }
+  const auto ranked = [=](int64_t t, int64_t e) {
+    return Ranked<T>{score(t, e), tie_break[t * num_experts + e]};
+  };
+  select_tokens<Ranked<T>>(ranked, token_mask, num_tokens, num_experts, top_k, indices);
+}
+
 at::Tensor select_experts_kernel(const at::Tensor& scores,
                                  int64_t top_k,
                                  const std::optional<at::Tensor>& selection_bias,
-                                 const std::optional<at::Tensor>& token_mask) {
-  check_select_experts(scores, top_k, selection_bias, token_mask);
+                                 const std::optional<at::Tensor>& token_mask,
+                                 const std::optional<at::Tensor>& tie_break) {
+  check_select_experts(scores, top_k, selection_bias, token_mask, tie_break);
   const auto acc = accumulate_dtype(scores.scalar_type());
   const auto scores_acc = contiguous_as(scores, acc);
   const auto bias_acc = contiguous_as(selection_bias, acc);
+  const auto tie_break_acc = contiguous_as(tie_break, acc);
   const auto mask = contiguous_as(token_mask, at::kBool);
   auto indices = at::empty({scores.size(0), top_k}, scores.options().dtype(at::kLong));
   AT_DISPATCH_FLOATING_TYPES(acc, "select_experts", [&] {
     select_experts_kernel_impl(scores_acc.const_data_ptr<scalar_t>(),
                                data_or_null<scalar_t>(bias_acc),
+                               data_or_null<scalar_t>(tie_break_acc),
                                data_or_null<bool>(mask),
                                scores.size(0),
                                scores.size(1),

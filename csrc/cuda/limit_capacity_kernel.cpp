@@ -1,12 +1,14 @@
 #include "cuda/limit_capacity_kernel.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common/choices.h"
+#include "common/dtypes.h"
 #include "common/tensors.h"
 #include "cuda/device.h"
 #include "cuda/reroute.h"
@@ -88,6 +90,7 @@ void reroute(cuda::Stream stream,
              const at::Tensor& indices,
              const at::Tensor& capacity,
              const at::Tensor& scores,
+             const std::optional<at::Tensor>& tie_break,
              const std::optional<at::Tensor>& backup,
              const Service& service,
              at::Tensor& limited) {
@@ -102,19 +105,21 @@ void reroute(cuda::Stream stream,
   auto marks = at::zeros({cuda::kRerouteWarps, num_experts}, capacity.options());
   auto takers = at::zeros({num_experts, cuda::kRerouteWarps}, capacity.options().dtype(at::kByte));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scores.scalar_type(), kCapacityOp, [&] {
-    cuda::reroute_overflow<scalar_t>(stream,
-                                     {.sizes = sizes,
-                                      .num_experts = num_experts,
-                                      .capacity = capacity.const_data_ptr<int64_t>(),
-                                      .scores = scores.const_data_ptr<scalar_t>(),
-                                      .backup = data_or_null<int64_t>(backup),
-                                      .serving = data_or_null<int64_t>(service.serving),
-                                      .positions = data_or_null<int64_t>(service.positions),
-                                      .limited = limited.mutable_data_ptr<int64_t>(),
-                                      .room = room.mutable_data_ptr<int64_t>(),
-                                      .full_from = full_from.mutable_data_ptr<int64_t>(),
-                                      .marks = marks.mutable_data_ptr<int64_t>(),
-                                      .takers = takers.mutable_data_ptr<uint8_t>()});
+    cuda::reroute_overflow<scalar_t>(
+        stream,
+        {.sizes = sizes,
+         .num_experts = num_experts,
+         .capacity = capacity.const_data_ptr<int64_t>(),
+         .scores = scores.const_data_ptr<scalar_t>(),
+         .tie_break = data_or_null<at::opmath_type<scalar_t>>(tie_break),
+         .backup = data_or_null<int64_t>(backup),
+         .serving = data_or_null<int64_t>(service.serving),
+         .positions = data_or_null<int64_t>(service.positions),
+         .limited = limited.mutable_data_ptr<int64_t>(),
+         .room = room.mutable_data_ptr<int64_t>(),
+         .full_from = full_from.mutable_data_ptr<int64_t>(),
+         .marks = marks.mutable_data_ptr<int64_t>(),
+         .takers = takers.mutable_data_ptr<uint8_t>()});
   });
 }
 
@@ -124,8 +129,9 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
                                  const std::optional<at::Tensor>& priority,
                                  std::string_view overflow,
                                  const std::optional<at::Tensor>& scores,
-                                 const std::optional<at::Tensor>& backup) {
-  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup);
+                                 const std::optional<at::Tensor>& backup,
+                                 const std::optional<at::Tensor>& tie_break) {
+  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup, tie_break);
   const cuda::OnDevice device(indices);
   const cuda::SlotSizes sizes{indices.size(0), indices.size(1)};
   const auto indices_c = indices.contiguous();
@@ -139,6 +145,7 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
             indices_c,
             capacity_c,
             scores->contiguous(),
+            contiguous_as(tie_break, accumulate_dtype(scores->scalar_type())),
             contiguous_as(backup, at::kLong),
             service,
             limited);

@@ -1,6 +1,5 @@
 #include "cuda/reroute.h"
 
-#include <ATen/OpMathType.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -177,10 +176,12 @@ __device__ int64_t next_proposal(
   if (backup >= 0 && backup < r.num_experts && is_available(backup)) {
     next = backup;
   } else {
-    const T* scores = r.scores + token * r.num_experts;
+    const int64_t row = token * r.num_experts;
     auto best = Candidate<Acc>::none();
     for (int64_t e = lane_id(); e < r.num_experts; e += kWarpSize) {
-      const Candidate<Acc> candidate{static_cast<Acc>(scores[e]), e};
+      const Candidate<Acc> candidate{{static_cast<Acc>(r.scores[row + e]),
+                                      r.tie_break == nullptr ? Acc(0) : r.tie_break[row + e]},
+                                     e};
       if (is_available(e) && comes_before(candidate, best)) {
         best = candidate;
       }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include <ATen/OpMathType.h>
+
 #include "cuda/serving_order.h"
 #include "cuda/stream.h"
 
@@ -17,12 +19,13 @@ template <typename T>
 struct Rerouting {
   SlotSizes sizes;
   int64_t num_experts;
-  const int64_t* capacity;   // [E]
-  const T* scores;           // [T, E]
-  const int64_t* backup;     // [E] or null
-  const int64_t* serving;    // [N], the slots as they are served; null: slot order
-  const int64_t* positions;  // [N], the inverse; null with it
-  int64_t* limited;          // [T, K], in: the expert in [0, E) that a slot asks for, else -1
+  const int64_t* capacity;              // [E]
+  const T* scores;                      // [T, E]
+  const at::opmath_type<T>* tie_break;  // [T, E] or null
+  const int64_t* backup;                // [E] or null
+  const int64_t* serving;               // [N], the slots as they are served; null: slot order
+  const int64_t* positions;             // [N], the inverse; null with it
+  int64_t* limited;  // [T, K], in: the expert in [0, E) that a slot asks for, else -1
 
   // Scratch.
   int64_t* room;          // [E], what is left before the present chunk

@@ -16,7 +16,7 @@ __device__ Score<at::opmath_type<T>> softmax_of(const T* logits, int64_t num_exp
 
 template <typename T>
 __device__ T logsumexp(const Score<T>& softmax) {
-  return std::isinf(softmax.top) ? softmax.top : softmax.top + std::log(softmax.sum);
+  return std::isinf(softmax.shift) ? softmax.shift : softmax.shift + std::log(softmax.sum);
 }
 
 template <typename T>

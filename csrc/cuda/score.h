@@ -44,12 +44,12 @@ __device__ T largest(int64_t size, const Values& values) {
   return warp_reduce(result, larger);
 }
 
-/// The score of a token's logits, as a fraction q / sum: q is exp(logit - top), the largest logit
-/// subtracted first and 0 where all are -inf, or the sigmoid.
+/// The score of a token's logits, as a fraction q / sum: q is exp(logit - shift), shift being the
+/// largest logit and q 0 where all are -inf, or the sigmoid over exp(shift) (see sigmoid_shift).
 template <typename T>
 struct Score {
   ScoreFunction function;
-  T top;  // for softmax
+  T shift;
   T sum;
 
   /// The score function over all `size` logits: a sigmoid is not divided.
@@ -64,9 +64,8 @@ struct Score {
   template <typename Logits>
   __device__ static Score shares(ScoreFunction function, int64_t size, const Logits& logits) {
     Score score{function, T(0), T(1)};
-    if (function == ScoreFunction::softmax) {
-      score.top = largest<T>(size, logits);
-    }
+    const T top = largest<T>(size, logits);
+    score.shift = function == ScoreFunction::softmax ? top : sigmoid_shift(top);
     const T sum = sum_of<T>(size, [&](int64_t i) { return score.numerator(logits(i)); });
     score.sum = sum == T(0) ? T(1) : sum;
     return score;
@@ -74,9 +73,9 @@ struct Score {
 
   __device__ T numerator(T logit) const {
     if (function == ScoreFunction::sigmoid) {
-      return sigmoid(logit);
+      return shifted_sigmoid(logit, shift);
     }
-    return top == -std::numeric_limits<T>::infinity() ? T(0) : std::exp(logit - top);
+    return shift == -std::numeric_limits<T>::infinity() ? T(0) : std::exp(logit - shift);
   }
   __device__ T operator()(T logit) const { return numerator(logit) / sum; }
 

@@ -13,15 +13,18 @@ namespace {
 
 /// The first of this lane's experts (lane, lane + 32, ...) that comes after `taken`.
 template <typename T>
-__device__ Candidate<at::opmath_type<T>> next_of_lane(const T* scores,
-                                                      const at::opmath_type<T>* bias,
+__device__ Candidate<at::opmath_type<T>> next_of_lane(const SelectScores<T>& scores,
+                                                      int64_t token,
                                                       int64_t num_experts,
                                                       const Candidate<at::opmath_type<T>>& taken) {
   using Acc = at::opmath_type<T>;
   auto first = Candidate<Acc>::none();
   for (int64_t e = lane_id(); e < num_experts; e += kWarpSize) {
-    const auto score = static_cast<Acc>(scores[e]);
-    const Candidate<Acc> candidate{bias == nullptr ? score : score + bias[e], e};
+    const int64_t i = token * num_experts + e;
+    const auto score = static_cast<Acc>(scores.scores[i]);
+    const Candidate<Acc> candidate{{scores.bias == nullptr ? score : score + scores.bias[e],
+                                    scores.tie_break == nullptr ? Acc(0) : scores.tie_break[i]},
+                                   e};
     if (comes_before(candidate, first) && comes_before(taken, candidate)) {
       first = candidate;
     }
@@ -33,12 +36,10 @@ __device__ Candidate<at::opmath_type<T>> next_of_lane(const T* scores,
 /// own experts, and looks through them again when that one has been taken: registers for any number
 /// of experts and choices.
 template <typename T>
-__global__ void __launch_bounds__(kTokenThreads)
-    select_experts_kernel(SelectSizes sizes,
-                          const T* scores,
-                          const at::opmath_type<T>* bias,
-                          const bool* token_mask,
-                          int64_t* indices) {
+__global__ void __launch_bounds__(kTokenThreads) select_experts_kernel(SelectSizes sizes,
+                                                                       SelectScores<T> scores,
+                                                                       const bool* token_mask,
+                                                                       int64_t* indices) {
   using Acc = at::opmath_type<T>;
   const int64_t token = warp_in_grid();
   if (token >= sizes.num_tokens) {
@@ -51,14 +52,13 @@ __global__ void __launch_bounds__(kTokenThreads)
     }
     return;
   }
-  const T* row = scores + token * sizes.num_experts;
-  auto mine = next_of_lane(row, bias, sizes.num_experts, Candidate<Acc>::start());
+  auto mine = next_of_lane(scores, token, sizes.num_experts, Candidate<Acc>::start());
   for (int64_t j = 0; j < sizes.top_k; ++j) {
     const auto best = first_of_warp(mine);
     if (mine.expert == best.expert) {
       out[j] = best.expert;
       if (j + 1 < sizes.top_k) {
-        mine = next_of_lane(row, bias, sizes.num_experts, best);
+        mine = next_of_lane(scores, token, sizes.num_experts, best);
       }
     }
   }
@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kTokenThreads)
 template <typename T>
 void select_experts(Stream stream,
                     const SelectSizes& sizes,
-                    const T* scores,
-                    const at::opmath_type<T>* bias,
+                    const SelectScores<T>& scores,
                     const bool* token_mask,
                     int64_t* indices) {
   launch(stream,
@@ -80,7 +79,6 @@ void select_experts(Stream stream,
          select_experts_kernel<T>,
          sizes,
          scores,
-         bias,
          token_mask,
          indices);
 }
@@ -88,7 +86,7 @@ void select_experts(Stream stream,
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
 #define TORCHMOE_INSTANTIATE(T) \
   template void select_experts( \
-      Stream, const SelectSizes&, const T*, const at::opmath_type<T>*, const bool*, int64_t*);
+      Stream, const SelectSizes&, const SelectScores<T>&, const bool*, int64_t*);
 TORCHMOE_INSTANTIATE(float)
 TORCHMOE_INSTANTIATE(double)
 TORCHMOE_INSTANTIATE(c10::Half)

@@ -16,12 +16,19 @@ struct SelectSizes {
   int64_t top_k;
 };
 
-/// scores [T, E], bias [E] or null, token_mask [T] or null -> indices [T, K]
+/// What ranks the experts, with what decides between equal scores.
+template <typename T>
+struct SelectScores {
+  const T* scores;                      // [T, E]
+  const at::opmath_type<T>* bias;       // [E] or null
+  const at::opmath_type<T>* tie_break;  // [T, E] or null
+};
+
+/// token_mask [T] or null -> indices [T, K]
 template <typename T>
 void select_experts(Stream stream,
                     const SelectSizes& sizes,
-                    const T* scores,
-                    const at::opmath_type<T>* bias,
+                    const SelectScores<T>& scores,
                     const bool* token_mask,
                     int64_t* indices);
 

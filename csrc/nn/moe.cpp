@@ -182,7 +182,16 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>&
   const auto& gate = options.gate();
   const bool after_drop = options.capacity() && options.capacity()->normalize() == "after_drop" &&
                           *gate.normalize() != "none";
-  routing.weights = gate_weights(routing.logits,
+  // Weights that are constant have a gradient of zero, which a frozen router does not miss; gate_weights
+  // refuses it for one that could learn.
+  const bool is_constant =
+      gate.estimator() == "exact" &&
+      (*gate.normalize() == "uniform" || (*gate.normalize() == "topk" && options.top_k() == 1));
+  const auto parameters = router->parameters();
+  const bool learns = std::any_of(parameters.begin(), parameters.end(), [](const auto& parameter) {
+    return parameter.requires_grad();
+  });
+  routing.weights = gate_weights(is_constant && !learns ? routing.logits.detach() : routing.logits,
                                  after_drop ? routing.indices : before_drop(routing),
                                  gate.score_function(),
                                  *gate.normalize(),

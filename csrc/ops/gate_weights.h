@@ -10,9 +10,9 @@ namespace torchmoe {
 /// ("softmax" over all experts, or "sigmoid") and i_j the expert of slot j:
 ///
 ///     normalize "none"      w_j = p[t, i_j]
-///     normalize "topk"      w_j = p[t, i_j] / sum over the token's routed slots of p; for softmax
-///                           computed as the softmax of those slots' logits with their own maximum,
-///                           since p itself underflows; a sum of 0 gives 0
+///     normalize "topk"      w_j = p[t, i_j] / sum over the token's routed slots of p; computed
+///                           from those slots' logits relative to their own maximum where p itself
+///                           underflows; a sum of 0, as of logits that are all -inf, gives 0
 ///     normalize "uniform"   w_j = 1 / number of the token's routed slots
 ///
 /// A slot whose id lies outside [0, E) is not routed: weight 0. A softmax over logits that are all

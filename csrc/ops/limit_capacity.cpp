@@ -6,6 +6,7 @@
 #include "common/checks.h"
 #include "common/choices.h"
 #include "common/find_op.h"
+#include "ops/select_experts.h"
 
 namespace torchmoe {
 
@@ -15,9 +16,10 @@ at::Tensor limit_capacity(const at::Tensor& indices,
                           const std::optional<at::Tensor>& priority,
                           std::string_view overflow,
                           const std::optional<at::Tensor>& scores,
-                          const std::optional<at::Tensor>& backup) {
+                          const std::optional<at::Tensor>& backup,
+                          const std::optional<at::Tensor>& tie_break) {
   static const auto op = find_op<decltype(limit_capacity)>("torchmoe::limit_capacity");
-  return op.call(indices, capacity, order, priority, overflow, scores, backup);
+  return op.call(indices, capacity, order, priority, overflow, scores, backup, tie_break);
 }
 
 namespace {
@@ -50,7 +52,8 @@ void check_limit_capacity(const at::Tensor& indices,
                           const std::optional<at::Tensor>& priority,
                           std::string_view overflow,
                           const std::optional<at::Tensor>& scores,
-                          const std::optional<at::Tensor>& backup) {
+                          const std::optional<at::Tensor>& backup,
+                          const std::optional<at::Tensor>& tie_break) {
   constexpr auto op = "limit_capacity";
   check_dim(op, "indices", indices, 2, "[num_tokens, top_k]");
   check_dtype(op, "indices", indices, at::kLong);
@@ -77,7 +80,12 @@ void check_limit_capacity(const at::Tensor& indices,
                 "[num_tokens, num_experts]");
     check_floating(op, "scores", *scores);
     check_same_device(op, "scores", *scores, "indices", indices);
+    check_tie_break(op, tie_break, *scores);
   }
+  TORCH_CHECK_VALUE(!tie_break || scores,
+                    op,
+                    ": tie_break must be None without scores, got a tensor of shape ",
+                    tie_break->sym_sizes());
   check_presence("backup", backup, chosen == Overflow::backup, overflow);
   if (backup) {
     check_shape(op, "backup", *backup, {capacity.sym_size(0)}, "[num_experts]");
@@ -115,8 +123,9 @@ at::Tensor limit_capacity_meta(const at::Tensor& indices,
                                const std::optional<at::Tensor>& priority,
                                std::string_view overflow,
                                const std::optional<at::Tensor>& scores,
-                               const std::optional<at::Tensor>& backup) {
-  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup);
+                               const std::optional<at::Tensor>& backup,
+                               const std::optional<at::Tensor>& tie_break) {
+  check_limit_capacity(indices, capacity, order, priority, overflow, scores, backup, tie_break);
   return at::empty_symint(indices.sym_sizes(), indices.options());
 }
 

@@ -17,16 +17,17 @@ namespace torchmoe {
 ///                           token's fate never depends on later tokens
 ///     priority [T, K]       larger first over all slots, NaN last, equal ones by `order`
 ///     overflow "drop"       the slot is dropped
-///     overflow "next_best"  it goes to the best expert by scores[t] (ties to the lower id, NaN
-///                           last) that has room and that no other slot of the token names, be it
-///                           served or still waiting; it is dropped only where there is none
+///     overflow "next_best"  it goes to the best expert by scores[t] (ties to the larger
+///                           tie_break[t], then to the lower id; NaN last) that has room and that no
+///                           other slot of the token names, be it served or still waiting; it is
+///                           dropped only where there is none
 ///     overflow "backup"     it goes to backup[e] under the same two conditions, else as in
 ///                           "next_best"
 ///
 /// indices [T, K] int64, an id outside [0, E) is passed on as -1 and takes no room; capacity [E]
 /// int64 >= 0; priority [T, K] floating; scores [T, E] floating, with "next_best" and "backup"
-/// only; backup [E] int64, an expert other than e for each e, with "backup" only -> indices [T, K]
-/// int64. Not differentiable. The entries of capacity and backup are checked where that needs no
+/// only; backup [E] int64, an expert other than e for each e, with "backup" only; tie_break [T, E]
+/// floating, with scores only -> indices [T, K] int64. Not differentiable. The entries of capacity and backup are checked where that needs no
 /// wait for a device; elsewhere a negative capacity keeps nothing and a backup that is not there
 /// has no room.
 at::Tensor limit_capacity(const at::Tensor& indices,
@@ -35,7 +36,8 @@ at::Tensor limit_capacity(const at::Tensor& indices,
                           const std::optional<at::Tensor>& priority = std::nullopt,
                           std::string_view overflow = "drop",
                           const std::optional<at::Tensor>& scores = std::nullopt,
-                          const std::optional<at::Tensor>& backup = std::nullopt);
+                          const std::optional<at::Tensor>& backup = std::nullopt,
+                          const std::optional<at::Tensor>& tie_break = std::nullopt);
 
 void check_limit_capacity(const at::Tensor& indices,
                           const at::Tensor& capacity,
@@ -43,7 +45,8 @@ void check_limit_capacity(const at::Tensor& indices,
                           const std::optional<at::Tensor>& priority,
                           std::string_view overflow,
                           const std::optional<at::Tensor>& scores,
-                          const std::optional<at::Tensor>& backup);
+                          const std::optional<at::Tensor>& backup,
+                          const std::optional<at::Tensor>& tie_break);
 
 /// The entries of the two tables, for kernels that can read them.
 void check_limit_capacity_entries(at::IntArrayRef capacity, std::optional<at::IntArrayRef> backup);

@@ -13,7 +13,7 @@ namespace torchmoe {
 ///     E * sum_i fraction_i * P_i,   P_i = mean over counted tokens of p[t, i] / sum_e p[t, e]
 ///     p = score_function(logits)
 ///
-/// Exactly 1 when either is uniform, E when all tokens sit on one expert with certainty and K = 1.
+/// The quotient is formed from logarithms where p underflows. Exactly 1 when either is uniform, E when all tokens sit on one expert with certainty and K = 1.
 /// Leading dimensions are independent; the result is the mean over those that have a counted token,
 /// so that padding changes nothing, and 0 where none has.
 ///

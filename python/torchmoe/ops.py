@@ -57,11 +57,12 @@ def select_experts(
     *,
     selection_bias: Tensor | None = None,
     token_mask: Tensor | None = None,
+    tie_break: Tensor | None = None,
 ) -> Tensor:
     """The top_k experts of each token, best first (Shazeer et al., arXiv 1701.06538).
 
-    Ties go to the lower expert id. NaN ranks last, after -inf; every expert may be chosen, also at
-    -inf, so that top_k ids always come out. Not differentiable.
+    Ties go to the larger tie_break, then to the lower expert id. NaN ranks last, after -inf; every
+    expert may be chosen, also at -inf, so that top_k ids always come out. Not differentiable.
 
     Args:
         scores: [T, E] floating: whatever ranks the experts.
@@ -69,6 +70,9 @@ def select_experts(
         selection_bias: [E] floating, added to the scores for ranking only (Wang et al., arXiv
             2408.15664).
         token_mask: [T] bool, True = the token counts; the others get -1 in every slot.
+        tie_break: [T, E] floating: what decides between experts whose scores, with the bias, are
+            equal. Probabilities that have underflowed or that a bias has absorbed are, where the
+            logits they were formed from are not.
 
     Returns:
         indices [T, K] int64.
@@ -80,7 +84,11 @@ def select_experts(
     return cast(
         Tensor,
         _ops.select_experts.default(
-            scores, top_k, selection_bias=selection_bias, token_mask=token_mask
+            scores,
+            top_k,
+            selection_bias=selection_bias,
+            token_mask=token_mask,
+            tie_break=tie_break,
         ),
     )
 
@@ -94,6 +102,7 @@ def limit_capacity(
     overflow: str = "drop",
     scores: Tensor | None = None,
     backup: Tensor | None = None,
+    tie_break: Tensor | None = None,
     num_experts: int | None = None,
 ) -> Tensor:
     """Drops or reroutes what an expert cannot take.
@@ -122,12 +131,14 @@ def limit_capacity(
         priority: [T, K] floating, replaces the order: larger first over all slots, NaN last, equal
             ones by `order` (V-MoE, arXiv 2106.05974).
         overflow: "drop": the slot is dropped. "next_best": it goes to the token's best other expert
-            with room, by scores, ties to the lower id and NaN last, never to an expert that another
-            slot of the token names, served or still waiting; it is dropped only where there is
-            none. "backup": to backup[e] of its expert e if that has room and no other slot of the
-            token names it, else as in "next_best".
+            with room, by scores, ties to the larger tie_break, then to the lower id, and NaN last,
+            never to an expert that another slot of the token names, served or still waiting; it is
+            dropped only where there is none. "backup": to backup[e] of its expert e if that has
+            room and no other slot of the token names it, else as in "next_best".
         scores: [T, E] floating, for overflow "next_best" and "backup" only.
         backup: [E] int64, for overflow "backup" only: for each expert another one.
+        tie_break: [T, E] floating, with scores only: decides between equal ones, see
+            `select_experts`.
         num_experts: E; required when capacity is an int, not allowed to differ from its size when
             it is a tensor.
 
@@ -170,6 +181,7 @@ def limit_capacity(
             overflow=overflow,
             scores=scores,
             backup=backup,
+            tie_break=tie_break,
         ),
     )
 
@@ -183,8 +195,8 @@ def gate_weights(
 
     - normalize "none": w_j = p[t, i_j] (Switch Transformer, arXiv 2101.03961)
     - normalize "topk": w_j = p[t, i_j] / sum of p over the token's routed slots (Shazeer et al.,
-      arXiv 1701.06538: softmax over the chosen logits is the same number); a sum of 0 gives weights
-      0
+      arXiv 1701.06538: softmax over the chosen logits is the same number), formed from logarithms
+      where p underflows; where every logit is -inf the weights are 0
     - normalize "uniform": w_j = 1 / number of the token's routed slots
 
     Differentiable in logits, once; double backward is refused.
@@ -371,7 +383,7 @@ def load_balancing_loss(
             over those that have a counted token.
         fraction: [..., E]: each expert's share of the slots. Gets no gradient.
         score_function: "softmax" or "sigmoid"; the scores are divided by their sum over the
-            experts.
+            experts, formed from logarithms where they underflow.
         token_mask: [..., T] bool, True = the token counts.
 
     Returns:

@@ -29,15 +29,29 @@ def _stack(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
 # --- decide -------------------------------------------------------------------------------------
 
 
+def _rank(value: float) -> tuple[bool, float]:
+    """The key that sorts larger numbers first and NaN last."""
+    return math.isnan(value), 0.0 if math.isnan(value) else -value
+
+
+def _by_rank(scores: Tensor, tie_break: Tensor | None) -> list[int]:
+    """The experts of one token, best first: by score, then by tie_break, then by id."""
+    ties = torch.zeros_like(scores) if tie_break is None else tie_break
+    return sorted(
+        range(len(scores)), key=lambda e: (_rank(float(scores[e])), _rank(float(ties[e])), e)
+    )
+
+
 def select_experts(
     scores: Tensor,
     top_k: int,
     *,
     selection_bias: Tensor | None = None,
     token_mask: Tensor | None = None,
+    tie_break: Tensor | None = None,
 ) -> Tensor:
-    """Sort each token's experts by (NaN last, score descending, id ascending), keep top_k."""
-    num_tokens, num_experts = scores.shape
+    """Sort each token's experts by score, then tie_break, both as _rank says, then id."""
+    num_tokens = scores.shape[0]
     ranked = scores.double()
     if selection_bias is not None:
         ranked = ranked + selection_bias.double()
@@ -45,11 +59,7 @@ def select_experts(
     for token in range(num_tokens):
         if token_mask is not None and not token_mask[token]:
             continue
-        row = ranked[token].tolist()
-        order = sorted(
-            range(num_experts),
-            key=lambda e: (math.isnan(row[e]), 0.0 if math.isnan(row[e]) else -row[e], e),
-        )
+        order = _by_rank(ranked[token], None if tie_break is None else tie_break[token])
         result[token] = torch.tensor(order[:top_k])
     return result
 
@@ -61,11 +71,6 @@ def slot_order(num_tokens: int, top_k: int, order: str) -> list[tuple[int, int]]
     return [(t, j) for t in range(num_tokens) for j in range(top_k)]
 
 
-def _rank(value: float) -> tuple[bool, float]:
-    """The key that sorts larger numbers first and NaN last."""
-    return math.isnan(value), 0.0 if math.isnan(value) else -value
-
-
 def limit_capacity(
     indices: Tensor,
     capacity: Tensor,
@@ -75,6 +80,7 @@ def limit_capacity(
     overflow: str = "drop",
     scores: Tensor | None = None,
     backup: Tensor | None = None,
+    tie_break: Tensor | None = None,
 ) -> Tensor:
     """Serve slots one after another, each with what is left at that moment."""
     num_experts = capacity.numel()
@@ -92,8 +98,7 @@ def limit_capacity(
         if overflow == "backup":
             wishes.append(int(backup[expert]))
         if overflow != "drop":
-            row = scores[token].tolist()
-            wishes += sorted(range(num_experts), key=lambda e: (_rank(row[e]), e))
+            wishes += _by_rank(scores[token], None if tie_break is None else tie_break[token])
         others = held[token][:choice] + held[token][choice + 1 :]
         # Its own expert a slot may share with another of its token: that is what was asked for.
         free = [e for e in wishes if left[e] > 0 and (e == expert or e not in others)]
@@ -112,6 +117,11 @@ def softmax(row: Tensor) -> Tensor:
         return row * 0.0 if row.numel() == 0 else torch.zeros_like(row)
     exponentials = torch.exp(row - row.max().detach())
     return exponentials / exponentials.sum()
+
+
+def log_sigmoid(logits: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-logit))) without its underflow."""
+    return -torch.log1p(torch.exp(-logits.abs())) + logits.clamp(max=0)
 
 
 def probabilities(row: Tensor, score_function: str) -> Tensor:

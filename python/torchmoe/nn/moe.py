@@ -366,7 +366,7 @@ class MoE(nn.Module):
         weighed = self._weighed(selected, indices, decision is not None)  # [T, K']
         weights = asking
         if weights is None or weighed is not selected:
-            weights = self.estimator.weigh(logits, weighed)  # [T, K']
+            weights = self._weigh(logits, weighed)  # [T, K']
 
         # 4. Dispatch and compute.
         combined = self.estimator.combine(
@@ -548,7 +548,20 @@ class MoE(nn.Module):
         """
         if self.capacity is None or self.capacity.priority != "weight":
             return None
-        return self.estimator.weigh(logits, selected)
+        return self._weigh(logits, selected)
+
+    def _weigh(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """The weights of the slots.
+
+        Constant ones would leave a router that could learn untrained, which gate_weights refuses
+        where the logits want a gradient. They may want one for the sake of x alone: to a router
+        that is frozen a gradient of zero is no loss.
+        """
+        if self.estimator.has_constant_weights(ids.shape[1]) and not any(
+            parameter.requires_grad for parameter in self.router.parameters()
+        ):
+            logits = logits.detach()
+        return self.estimator.weigh(logits, ids)
 
     def _limit(
         self, logits: Tensor, selected: Tensor, asking: Tensor | None, num_tokens: int | Tensor
@@ -564,9 +577,10 @@ class MoE(nn.Module):
             usage=cast(Tensor, self.router.usage) if capacity.dynamic else None,
         )
         priority = self._random_priority(selected) if asking is None else asking.detach()
-        scores = None
+        scores = tie_break = None
         if capacity.overflow != "drop":
             scores = self.estimator.rank(logits, selection_bias=self.selection_bias)
+            tie_break = self.estimator.tie_break(logits, selection_bias=self.selection_bias)
         return ops.limit_capacity(
             selected,
             slots.expand(self.num_experts) if isinstance(slots, Tensor) else slots,
@@ -575,6 +589,7 @@ class MoE(nn.Module):
             overflow=capacity.overflow,
             scores=scores,
             backup=self.capacity_backup,
+            tie_break=tie_break,
             num_experts=self.num_experts,
         )
 

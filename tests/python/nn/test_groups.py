@@ -265,7 +265,8 @@ def test_rerouting_stays_in_the_groups_while_they_have_room(overflow: str, order
         torch.full((E,), capacity),
         order=order,
         overflow=overflow,
-        scores=scores,
+        scores=scores,  # -inf outside the groups, where the logits decide
+        tie_break=routing.logits.detach(),
         **({"backup": torch.tensor(backup["backup"])} if backup else {}),
     )
     assert torch.equal(routing.indices, expected)

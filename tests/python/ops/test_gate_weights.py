@@ -22,7 +22,20 @@ from op_case import (
     tolerance,
     wide_dtype,
 )
+from reference import log_sigmoid
 from situations import SITUATIONS, Situation, normal
+
+# Where all sigmoids of a token are 0 or nearly, in each type that they are formed in.
+UNDERFLOWS = [
+    (torch.float32, -33.0),
+    (torch.float32, -88.0),
+    (torch.float32, -90.0),
+    (torch.float32, -1e4),
+    (torch.bfloat16, -128.0),
+    (torch.float16, -128.0),
+    (torch.float64, -90.0),
+    (torch.float64, -800.0),
+]
 
 SETTINGS = tuple(
     {"score_function": score, "normalize": normalize, "estimator": estimator}
@@ -134,18 +147,39 @@ class TestGateWeights(DifferentiableOpTests):
             assert bool((grad[0] == 0).all())
             assert grad[1, inputs["indices"][1, 0]] == 0
 
-    def test_sigmoid_of_nothing_but_zero_probabilities(self) -> None:
-        logits = torch.full((1, 3), -1e4, requires_grad=True)
+    @pytest.mark.parametrize(("stored", "low"), UNDERFLOWS)
+    def test_sigmoids_are_normalised_where_they_underflow(
+        self, stored: torch.dtype, low: float
+    ) -> None:
+        logits = torch.tensor([0.0, -0.5, 3.0, -0.25]).to(stored).add(low)[None].requires_grad_()
         weights = torchmoe.ops.gate_weights(
             logits,
-            torch.tensor([[0, 2]]),
+            torch.tensor([[0, 1, -1, 3]]),
             score_function="sigmoid",
             normalize="topk",
             estimator="exact",
         )
-        (grad,) = torch.autograd.grad(weights.sum(), logits)
-        assert weights.tolist() == [[0.0, 0.0]]
-        assert grad.tolist() == [[0.0, 0.0, 0.0]]
+        g = torch.tensor([[1.0, -2.0, 5.0, 0.5]], dtype=weights.dtype)
+        (grad,) = torch.autograd.grad(weights, logits, g)
+
+        exact = logits.detach().double().requires_grad_()
+        shares = log_sigmoid(exact)[:, [0, 1, 3]].softmax(dim=1)
+        (expected,) = torch.autograd.grad(shares, exact, g[:, [0, 1, 3]].double())
+        # A logit of this size is known to eps of itself, and exp carries that into the share.
+        atol = 8 * abs(low) * torch.finfo(weights.dtype).eps
+        assert_close(weights[:, [0, 1, 3]], shares, atol)
+        assert_close(grad, expected, atol + 4 * torch.finfo(stored).eps)
+        assert weights[0, 2] == grad[0, 2] == 0
+
+    def test_worked_by_hand_far_below_zero(self) -> None:
+        weights = torchmoe.ops.gate_weights(
+            torch.tensor([[-90.0, -90.5]]),
+            torch.tensor([[0, 1]]),
+            score_function="sigmoid",
+            normalize="topk",
+            estimator="exact",
+        )
+        torch.testing.assert_close(weights, torch.tensor([[0.62246, 0.37754]]), rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize(("normalize", "top_k"), [("uniform", 1), ("uniform", 2), ("topk", 1)])
     def test_a_gradient_of_zero_is_refused(self, normalize: str, top_k: int) -> None:

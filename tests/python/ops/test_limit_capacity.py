@@ -19,7 +19,14 @@ from situations import INT64_MAX, INT64_MIN, Situation, normal
 INF, NAN = math.inf, math.nan
 
 
-def make(s: Situation, dtype: torch.dtype, order: str, priority: bool, overflow: str) -> Inputs:
+def make(
+    s: Situation,
+    dtype: torch.dtype,
+    order: str,
+    priority: bool,
+    overflow: str,
+    tie_break: bool = False,
+) -> Inputs:
     capacity = torch.tensor([2, 0, 3, 0, 1, 20, 7, 40, 11]).repeat(s.E // 9 + 1)[: s.E]
     backup = (torch.arange(s.E) + 2) % s.E if s.E > 2 else torch.arange(s.E).flip(0)
     if overflow == "backup" and s.E == 1:
@@ -33,6 +40,7 @@ def make(s: Situation, dtype: torch.dtype, order: str, priority: bool, overflow:
         # Coarse, so that ties occur.
         "scores": None if overflow == "drop" else normal(s.T, s.E).mul(2).round().to(dtype),
         "backup": backup if overflow == "backup" else None,
+        "tie_break": normal(s.T, s.E).round().to(dtype) if tie_break else None,
     }
 
 
@@ -42,15 +50,17 @@ class TestLimitCapacity(OpTests):
         schema=(
             'limit_capacity(Tensor indices, Tensor capacity, *, str order="choice", '
             'Tensor? priority=None, str overflow="drop", Tensor? scores=None, '
-            "Tensor? backup=None) -> Tensor"
+            "Tensor? backup=None, Tensor? tie_break=None) -> Tensor"
         ),
         make=make,
         reference=reference.limit_capacity,
         wrapper=lambda inputs: torchmoe.ops.limit_capacity(**inputs),
         variants=(
+            {"order": "choice", "priority": True, "overflow": "backup", "tie_break": True},
             {"order": "choice", "priority": True, "overflow": "backup"},
             {"order": "token", "priority": False, "overflow": "backup"},
             {"order": "choice", "priority": False, "overflow": "next_best"},
+            {"order": "token", "priority": False, "overflow": "next_best", "tie_break": True},
             {"order": "token", "priority": True, "overflow": "next_best"},
             {"order": "choice", "priority": True, "overflow": "drop"},
             {"order": "choice", "priority": False, "overflow": "drop"},
@@ -73,6 +83,8 @@ class TestLimitCapacity(OpTests):
             ErrorCase("scores", altered("scores", lambda s: s.long()), "Long"),
             ErrorCase("scores", altered("scores", lambda s: None), "None", ValueError),
             ErrorCase("scores", altered("overflow", lambda o: "drop"), r"\[6, 4\]", ValueError),
+            ErrorCase("tie_break", altered("tie_break", lambda t: t[1:]), r"\[5, 4\]"),
+            ErrorCase("tie_break", altered("tie_break", lambda t: t.long()), "Long"),
             ErrorCase("backup", altered("backup", lambda b: b[1:]), r"\[3\]"),
             ErrorCase("backup", altered("backup", lambda b: b.int()), "Int"),
             ErrorCase("backup", altered("backup", lambda b: None), "None", ValueError),
@@ -135,6 +147,28 @@ class TestLimitCapacity(OpTests):
         ranked = sorted((1, 2, 3), key=lambda e: (math.isnan(scores[e]), e))
         assert kept[:, 0].tolist() == [*ranked, -1]
 
+    def test_ties_go_to_the_larger_tie_break(self) -> None:
+        """Sigmoids of these logits are 0 in float32."""
+        logits = torch.tensor([[-95.0, -100.0, -99.0, -98.0]]).expand(4, 4)
+        for overflow, backup in (("next_best", None), ("backup", torch.tensor([1, 0, 0, 0]))):
+            kept = torchmoe.ops.limit_capacity(
+                torch.zeros(4, 1, dtype=torch.int64),
+                torch.tensor([1, 0, 1, 1]),
+                overflow=overflow,
+                scores=logits.sigmoid(),
+                tie_break=logits,
+                backup=backup,
+            )
+            assert kept[:, 0].tolist() == [0, 3, 2, -1]
+
+    def test_a_tie_break_without_scores(self) -> None:
+        with pytest.raises(ValueError, match=r"^limit_capacity: tie_break must be None without"):
+            torchmoe.ops.limit_capacity(
+                torch.zeros(4, 1, dtype=torch.int64),
+                torch.tensor([1, 0]),
+                tie_break=torch.zeros(4, 2),
+            )
+
     @pytest.mark.cpu_only
     def test_errors_that_need_a_look_at_the_entries(self) -> None:
         good = make(Situation("any"), torch.float32, "choice", False, "backup")
@@ -191,7 +225,7 @@ class TestLimitCapacity(OpTests):
         def same(tokens: int) -> bool:
             first = {
                 name: inputs[name] if inputs[name] is None else inputs[name][:tokens]
-                for name in ("indices", "priority", "scores")
+                for name in ("indices", "priority", "scores", "tie_break")
             }
             return torch.equal(torchmoe.ops.limit_capacity(**(inputs | first)), whole[:tokens])
 
@@ -226,6 +260,8 @@ class TestLimitCapacity(OpTests):
         }
         if options["overflow"] != "drop":
             options["scores"] = matrix(number, torch.float32, num_experts)
+            if data.draw(st.booleans()):
+                options["tie_break"] = matrix(number, torch.float32, num_experts)
         if options["overflow"] == "backup":
             steps = table(st.integers(1, num_experts - 1))
             options["backup"] = (torch.arange(num_experts) + steps) % num_experts

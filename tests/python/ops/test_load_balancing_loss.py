@@ -10,7 +10,16 @@ import torch
 import reference
 import torchmoe
 from gradient_harness import DifferentiableOpTests
-from op_case import Autocast, ErrorCase, Inputs, OpCase, altered, run, wide_dtype
+from op_case import (
+    Autocast,
+    ErrorCase,
+    Inputs,
+    OpCase,
+    altered,
+    assert_close,
+    run,
+    wide_dtype,
+)
 from situations import SITUATIONS, Situation, normal
 
 
@@ -68,6 +77,33 @@ class TestLoadBalancingLoss(DifferentiableOpTests):
             ),
         ),
     )
+
+    @pytest.mark.parametrize(
+        ("stored", "low"),
+        [
+            (torch.float32, -33.0),
+            (torch.float32, -88.0),
+            (torch.float32, -90.0),
+            (torch.bfloat16, -128.0),
+            (torch.float64, -800.0),
+        ],
+    )
+    def test_sigmoids_that_underflow_are_no_floor(self, stored: torch.dtype, low: float) -> None:
+        """Else a router could leave the loss by pushing its logits down."""
+        logits = torch.tensor([[0.0, -1.0, 2.0, 0.5], [1.0, 0.0, 0.0, -2.0]]).to(stored).add(low)
+        logits.requires_grad_()
+        fraction = torch.tensor([0.5, 0.25, 0.25, 0.0], dtype=wide_dtype(stored))
+        loss = torchmoe.ops.load_balancing_loss(logits, fraction, score_function="sigmoid")
+        (grad,) = torch.autograd.grad(loss, logits)
+
+        exact = logits.detach().double().requires_grad_()
+        mean = reference.log_sigmoid(exact).softmax(dim=1).mean(dim=0)
+        expected = 4 * (fraction.double() * mean).sum()
+        (expected_grad,) = torch.autograd.grad(expected, exact)
+        # A logit of this size is known to eps of itself, and exp carries that into the share.
+        atol = 8 * abs(low) * torch.finfo(wide_dtype(stored)).eps
+        assert_close(loss, expected, atol)
+        assert_close(grad, expected_grad, atol + 4 * torch.finfo(stored).eps)
 
     @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
     def test_one_where_either_is_uniform(self, score_function: str) -> None:

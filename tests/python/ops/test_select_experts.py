@@ -21,12 +21,15 @@ def eighths(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randint(-16, 17, shape) / 8).to(dtype)
 
 
-def make(s: Situation, dtype: torch.dtype, bias: bool, mask: bool) -> Inputs:
+def make(
+    s: Situation, dtype: torch.dtype, bias: bool, mask: bool, tie_break: bool = False
+) -> Inputs:
     return {
         "scores": eighths(s.T, s.E, dtype=dtype),
         "top_k": s.K,
         "selection_bias": eighths(s.E, dtype=dtype) if bias else None,
         "token_mask": torch.rand(s.T) < 0.6 if mask else None,
+        "tie_break": eighths(s.T, s.E, dtype=dtype) if tie_break else None,
     }
 
 
@@ -35,7 +38,7 @@ class TestSelectExperts(OpTests):
         name="select_experts",
         schema=(
             "select_experts(Tensor scores, int top_k, *, Tensor? selection_bias=None, "
-            "Tensor? token_mask=None) -> Tensor"
+            "Tensor? token_mask=None, Tensor? tie_break=None) -> Tensor"
         ),
         make=make,
         reference=reference.select_experts,
@@ -45,10 +48,12 @@ class TestSelectExperts(OpTests):
             "large",
         ),
         variants=(
+            {"bias": True, "mask": True, "tie_break": True},
             {"bias": True, "mask": True},
             {"bias": True, "mask": False},
             {"bias": False, "mask": True},
             {"bias": False, "mask": False},
+            {"bias": False, "mask": False, "tie_break": True},
         ),
         errors=(
             ErrorCase("scores", altered("scores", lambda s: s[0]), r"\[4\]"),
@@ -60,6 +65,8 @@ class TestSelectExperts(OpTests):
             ErrorCase("selection_bias", altered("selection_bias", lambda b: b.long()), "Long"),
             ErrorCase("token_mask", altered("token_mask", lambda m: m[1:]), r"\[5\]"),
             ErrorCase("token_mask", altered("token_mask", lambda m: m.long()), "Long"),
+            ErrorCase("tie_break", altered("tie_break", lambda t: t[1:]), r"\[5, 4\]"),
+            ErrorCase("tie_break", altered("tie_break", lambda t: t.long()), "Long"),
         ),
     )  # fmt: skip
 
@@ -69,6 +76,27 @@ class TestSelectExperts(OpTests):
         scores[2, ::2] = -0.0
         expected = [list(range(300)), [*range(200, 300), *range(200)], list(range(300))]
         assert torchmoe.ops.select_experts(scores, 300).tolist() == expected
+
+    def test_ties_go_to_the_larger_tie_break(self) -> None:
+        """Sigmoids of these logits are 0 in float32, and a bias absorbs what is left of them."""
+        logits = torch.tensor([[-100.0, -99.0, -98.0, -95.0]])
+        for bias in (None, torch.zeros(4), torch.full((4,), 0.5)):
+            chosen = torchmoe.ops.select_experts(
+                logits.sigmoid(), 3, selection_bias=bias, tie_break=logits
+            )
+            assert chosen.tolist() == [[3, 2, 1]]
+        bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
+        chosen = torchmoe.ops.select_experts(
+            logits.sigmoid(), 4, selection_bias=bias, tie_break=logits
+        )
+        assert chosen.tolist() == [[0, 3, 2, 1]]
+
+    def test_nan_decides_last(self) -> None:
+        nan, inf = math.nan, math.inf
+        scores = torch.tensor([[nan, nan, 0.0, 0.0, 0.0, nan]])
+        tie_break = torch.tensor([[1.0, nan, nan, -inf, -inf, inf]])
+        chosen = torchmoe.ops.select_experts(scores, 6, tie_break=tie_break)
+        assert chosen.tolist() == [[3, 4, 2, 5, 0, 1]]
 
     def test_nan_ranks_after_minus_inf(self) -> None:
         nan, inf = math.nan, math.inf
@@ -104,11 +132,14 @@ class TestSelectExperts(OpTests):
         top_k = data.draw(st.integers(1, num_experts))
         number = st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 0.0, 1.0, -2.5, 1e-40])
         row = st.lists(number, min_size=num_experts, max_size=num_experts)
-        rows = data.draw(st.lists(row, min_size=num_tokens, max_size=num_tokens))
-        scores = torch.tensor(rows).reshape(num_tokens, num_experts)
-        actual = torchmoe.ops.select_experts(scores, top_k)
-        assert torch.equal(actual, reference.select_experts(scores, top_k))
-        everything = torchmoe.ops.select_experts(scores, num_experts)
+        matrix = st.lists(row, min_size=num_tokens, max_size=num_tokens)
+        scores = torch.tensor(data.draw(matrix)).reshape(num_tokens, num_experts)
+        tie_break = None
+        if data.draw(st.booleans()):
+            tie_break = torch.tensor(data.draw(matrix)).reshape(num_tokens, num_experts)
+        actual = torchmoe.ops.select_experts(scores, top_k, tie_break=tie_break)
+        assert torch.equal(actual, reference.select_experts(scores, top_k, tie_break=tie_break))
+        everything = torchmoe.ops.select_experts(scores, num_experts, tie_break=tie_break)
         assert torch.equal(actual, everything[:, :top_k])
         assert all(sorted(ids) == list(range(num_experts)) for ids in everything.tolist())
 

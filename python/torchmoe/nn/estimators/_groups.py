@@ -11,15 +11,17 @@ from torchmoe._slots import named
 _BEST_OF_GROUP = 2  # how many experts' scores make up a group's
 
 
-def limit_to_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
+def limit_to_groups(scores: Tensor, logits: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """The scores with -inf for experts outside a token's best groups (arXiv 2412.19437).
 
     A group's score is the sum of its two best experts' (of one where it has no more); ties go to
-    the lower group. A mask of 0 instead of -inf would let an expert outside the groups win over
-    negative scores.
+    the group whose two have the larger sum of exp(logit), what scores that have underflowed are
+    proportional to, then to the lower group. A mask of 0 instead of -inf would let an expert
+    outside the groups win over negative scores.
 
     Args:
         scores: [T, E].
+        logits: [T, E]; they decide between equal scores.
         num_groups: groups of E / num_groups neighbouring experts.
         top_groups: how many groups a token keeps.
 
@@ -28,8 +30,13 @@ def limit_to_groups(scores: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """
     num_tokens, num_experts = scores.shape
     size = num_experts // num_groups
-    by_group = scores.view(num_tokens, num_groups, size)
-    best = by_group.topk(min(_BEST_OF_GROUP, size), dim=-1).values  # [T, G, 2]
-    groups = ops.select_experts(best.sum(dim=-1), top_groups)  # [T, top_groups]
-    kept = named(groups, num_groups).unsqueeze(-1).expand(by_group.shape)  # [T, G, E / G]
+    shape = (num_tokens * num_groups, size)  # a row for each group of each token
+    of_group, logits_of_group = scores.reshape(shape), logits.reshape(shape)
+    best = ops.select_experts(of_group, min(_BEST_OF_GROUP, size), tie_break=logits_of_group)
+    groups = ops.select_experts(
+        of_group.gather(1, best).sum(dim=1).view(num_tokens, num_groups),
+        top_groups,
+        tie_break=logits_of_group.gather(1, best).logsumexp(dim=1).view(num_tokens, num_groups),
+    )  # [T, top_groups]
+    kept = named(groups, num_groups).unsqueeze(-1).expand(num_tokens, num_groups, size)
     return scores.masked_fill(~kept.reshape(scores.shape), -torch.inf)

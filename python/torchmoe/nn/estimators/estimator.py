@@ -171,8 +171,12 @@ class Estimator(nn.Module):
         Returns:
             indices [T, K] int64, best first; -1 = not routed.
         """
-        scores = self.rank(logits, selection_bias=selection_bias)
-        return ops.select_experts(scores, self.top_k, token_mask=token_mask)
+        return ops.select_experts(
+            self.rank(logits, selection_bias=selection_bias),
+            self.top_k,
+            token_mask=token_mask,
+            tie_break=self.tie_break(logits, selection_bias=selection_bias),
+        )
 
     def rank(self, logits: Tensor, *, selection_bias: Tensor | None = None) -> Tensor:
         """What the experts are ranked by, here and where a layer reroutes a slot.
@@ -187,14 +191,32 @@ class Estimator(nn.Module):
         Returns:
             scores [T, E], without a gradient.
         """
-        scores = logits.detach()
-        if selection_bias is not None or self.num_groups > 1:
-            scores = self.probs(scores)
+        tie_break = self.tie_break(logits, selection_bias=selection_bias)
+        if tie_break is None:
+            return logits.detach()
+        scores = self.probs(tie_break)
         if selection_bias is not None:
             scores = scores + selection_bias.to(scores.dtype)
         if self.num_groups > 1:
-            scores = limit_to_groups(scores, self.num_groups, self.top_groups)
+            scores = limit_to_groups(scores, tie_break, self.num_groups, self.top_groups)
         return scores
+
+    def tie_break(self, logits: Tensor, *, selection_bias: Tensor | None = None) -> Tensor | None:
+        """What decides between experts that `rank` equally: the logits.
+
+        Scores that have underflowed are equal, and so are those that a bias has absorbed; the
+        logits they were formed from are not.
+
+        Args:
+            logits: [T, E].
+            selection_bias: [E] or None.
+
+        Returns:
+            [T, E], without a gradient; None where the logits themselves rank.
+        """
+        if selection_bias is None and self.num_groups == 1:
+            return None
+        return logits.detach()
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         """The combine weight of each slot, differentiable in logits.
@@ -256,6 +278,17 @@ class Estimator(nn.Module):
 
     def reset_parameters(self) -> None:
         """Gives parameters and buffers their first values again; for subclasses that have some."""
+
+    def has_constant_weights(self, columns: int) -> bool:
+        """Whether `weigh` gives weights that do not depend on the logits, with their derivative.
+
+        An estimator of your own whose weights do depend on them overrides it with `weigh`.
+
+        Args:
+            columns: of the ids [T, columns] that weights are formed for.
+        """
+        is_alone = columns == 1 and self.normalize == "topk"
+        return self.gate_estimator == "exact" and (is_alone or self.normalize == "uniform")
 
     def probs(self, logits: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """score_function(logits) for every expert, with its exact derivative.

@@ -21,7 +21,8 @@ AMONG = ("batch", "sequence")
 class ExpertChoiceRouter(WrappingRouter):
     """Every expert picks the tokens that it scores highest, as many as any other expert.
 
-    An expert picks ceil(top_k T / E) tokens by score_function(logits), ties to the earlier token,
+    An expert picks ceil(top_k T / E) tokens by score_function(logits), ties to the earlier token
+    (logits decide where the scores underflow),
     so that the load is even by construction and a token gets top_k experts on average: none, some,
     or all (Zhou et al., arXiv 2202.09368). The weights are the scores themselves where the gate
     leaves the normalisation open.
@@ -113,8 +114,7 @@ class ExpertChoiceRouter(WrappingRouter):
         """Who picked each token of groups of `length` tokens: [T, K'] int64."""
         num_tokens = logits.shape[0]
         groups = num_tokens // length if length else 0
-        scores = wide(logits)
-        scores = scores.sigmoid() if self.score_function == "sigmoid" else scores.softmax(dim=-1)
+        scores = self._scores(wide(logits))
         # Every token asks every expert, which serves the best first and only so many: those are its
         # picks. Each group has experts of its own.
         asked = torch.arange(self.num_experts, device=logits.device).expand(logits.shape)
@@ -132,6 +132,19 @@ class ExpertChoiceRouter(WrappingRouter):
         picked = kept >= 0  # [T, E]
         best = ops.select_experts(scores.masked_fill(~picked, -torch.inf), self.most_per_token)
         return best.where(picked.gather(1, best), -1)
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What tokens are picked by: [T, E], finite unless NaN.
+
+        The scores; in place of one that underflows its logarithm, which is below every score and in
+        the same order.
+        """
+        if self.score_function == "sigmoid":
+            scores, logarithms = logits.sigmoid(), torch.nn.functional.logsigmoid(logits)
+        else:
+            scores, logarithms = logits.softmax(dim=-1), logits.log_softmax(dim=-1)
+        limits = torch.finfo(scores.dtype)
+        return torch.where(scores < limits.tiny, logarithms.clamp(min=limits.min), scores)
 
     def _capacity(
         self, mask: Tensor | None, groups: int, length: int, device: torch.device
