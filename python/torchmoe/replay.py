@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack
+from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from torchmoe._recomputation import Recomputation, surroundings
 from torchmoe.nn._layers import Hook, in_backward, moe_layers
 from torchmoe.nn.routing import Decision, MoEOutput
 
@@ -38,10 +42,17 @@ class RoutingReplay:
     The layers are followed by hooks, which copies of the model do not inherit, and go by their path
     in the model, without what torch.compile and DistributedDataParallel put into it. A layer that
     is called several times has several decisions; they are forced in the order they were recorded
-    in. What backward recomputes takes the decision of the last call that it has not recomputed yet.
-    So where a layer is called several times before backward runs, all of its calls must be
-    recomputed, each in a `torch.utils.checkpoint` of its own, and the last one first, as one
-    backward pass does.
+    in.
+
+    What backward recomputes takes the decision of the very call that it recomputes, whatever the
+    order of the backward passes: calls that were recorded or forced are known by the checkpoint
+    they were made in, `torch.utils.checkpoint.checkpoint` of either kind or another library's that
+    is a torch.autograd.Function, nested ones and several calls in one included. Of other forward
+    passes nothing is known: those that were neither recorded nor forced, as with decisions from a
+    file which are forced while backward runs, those followed by another `RoutingReplay`, and those
+    in a checkpoint of any other make. What is recomputed of them takes the decision of the last
+    call that was not recomputed yet, which is right where every call is in a checkpoint of its own
+    and the last one's is recomputed first, as one backward pass does.
 
     Under torch.compile each layer breaks the graph while it is recorded or forced, so that
     fullgraph=True refuses. Enter `record` or `force` before the compiled model runs for the first
@@ -82,35 +93,122 @@ class RoutingReplay:
             name: [(selected, indices) for selected, indices in calls]
             for name, calls in decisions.items()
         }
+        self._checkpoints = _Checkpoints()
 
-    @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self) -> AbstractContextManager[None]:
         """Forgets what was recorded, and records the calls inside, but no recomputation."""
-        self.decisions = {name: [] for name in self._layers}
-        with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                hook = _Recording(self.decisions[name])
-                # Before other hooks, which may replace the output by something else.
-                stack.callback(layer.register_forward_hook(hook, prepend=True).remove)
-            yield
+        return _Entered("record", self._record)
 
-    @contextmanager
-    def force(self) -> Iterator[None]:
+    def force(self) -> AbstractContextManager[None]:
         """Makes the calls inside take what was recorded, from the first call on.
 
         Raises:
             RuntimeError: a layer is called more often than it was recorded, or with another number
-                of tokens, or twice in what one checkpoint recomputes.
+                of tokens, or more often in a recomputation than in its forward pass.
         """
+        return _Entered("force", self._force)
+
+    def _record(self, stack: ExitStack) -> None:
+        self.decisions = {name: [] for name in self._layers}
+        for name, layer in self._layers.items():
+            hook = _Recording(name, self.decisions[name], self._checkpoints)
+            # Before other hooks, which may replace the output by something else.
+            stack.callback(layer.register_forward_hook(hook, prepend=True).remove)
+
+    def _force(self, stack: ExitStack) -> None:
+        for name, layer in self._layers.items():
+            queue = _Queue(name, self.decisions.get(name, ()))
+            hook = _Forcing(name, queue, self._checkpoints)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+class _Entered(ContextDecorator, AbstractContextManager[None]):
+    """Hooks that are there while it is entered, and a warning if it never was."""
+
+    def __init__(self, method: str, register: Callable[[ExitStack], None]) -> None:
+        self._method = method
+        self._register = register
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> None:
         with ExitStack() as stack:
-            for name, layer in self._layers.items():
-                hook = _Forcing(_Queue(name, self.decisions.get(name, ())))
-                stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
+            self._register(stack)
+            self._stack = stack.pop_all()
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._stack is not None:
+            self._stack.close()
+
+    def __del__(self) -> None:
+        if self._stack is None:
+            warnings.warn(
+                f"RoutingReplay: {self._method} must be entered, as in `with replay."
+                f"{self._method}():`, got a call without, which does nothing",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Checkpoint:
+    """The decisions of the calls inside one checkpoint, by layer."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, list[Decision]] = defaultdict(list)
+        self._run: Hashable = None
+        self._taken: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, decision: Decision) -> None:
+        self._calls[name].append(decision)
+
+    def next(self, name: str, run: Hashable) -> Decision:
+        """The decision of the layer's next call in this recomputation."""
+        if run != self._run:
+            self._run, self._taken = run, defaultdict(int)
+        calls, number = self._calls[name], self._taken[name]
+        if number == len(calls):
+            raise RuntimeError(
+                f"RoutingReplay: {name} must be called as often in a recomputation as in its "
+                f"forward pass, {number} times, got one call more"
+            )
+        self._taken[name] += 1
+        return calls[number]
+
+
+class _Checkpoints:
+    """What is known of the checkpoints in the graphs that are alive."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[object, _Checkpoint] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __reduce__(self) -> tuple[type[_Checkpoints], tuple[()]]:
+        # The copy of a replay has nothing to do with the graphs.
+        return _Checkpoints, ()
+
+    def add(self, around: Iterable[object], name: str, decision: Decision) -> None:
+        """Takes the decision of a call inside of these checkpoints' forward passes."""
+        for checkpoint in around:
+            self._of.setdefault(checkpoint, _Checkpoint()).add(name, decision)
+
+    def next(self, recomputation: Recomputation, name: str) -> Decision | None:
+        """The decision of the call that is recomputed; None if its forward pass is not known."""
+        known = self._of.get(recomputation.checkpoint)
+        return None if known is None else known.next(name, recomputation.run)
 
 
 class _Queue:
-    """The decisions of a layer in the order in which they are to be forced."""
+    """The decisions of a layer in the order in which they are to be forced.
+
+    What is recomputed, and not known otherwise, takes that of the last call that was not recomputed
+    yet.
+    """
 
     def __init__(self, name: str, decisions: Iterable[tuple[Tensor, Tensor]]) -> None:
         self._name = name
@@ -125,21 +223,20 @@ class _Queue:
 
     def next(self) -> Decision:
         """The decision of the call that is about to begin."""
-        if in_backward():
-            return self._recomputed()
         if not self._waiting:
             raise self._error()
         self._taken.append(self._waiting.popleft())
         return self._taken[-1]
 
-    def _recomputed(self) -> Decision:
+    def recomputed(self) -> Decision:
+        """That of the call that is about to be recomputed."""
         task, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
         if task != self._task:
             self._task, self._of_node_before, self._of_node = task, self._of_node, {}
         if node in self._of_node:
             raise RuntimeError(
-                f"RoutingReplay: {self._name} must be called once in a checkpoint, got a second "
-                "call in its recomputation"
+                f"RoutingReplay: {self._name} must be called once in a checkpoint whose forward "
+                "pass was neither recorded nor forced, got a second call in its recomputation"
             )
         decision = self._of_node_before.get(node)
         if decision is None:
@@ -159,26 +256,46 @@ class _Queue:
 class _Recording(Hook[Callable[[MoEOutput], None]]):
     """Appends the decision of each call, but of no recomputation."""
 
-    def __init__(self, decisions: list[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, name: str, decisions: list[tuple[Tensor, Tensor]], checkpoints: _Checkpoints
+    ) -> None:
         super().__init__(self._remember)
+        self._name = name
         self._decisions = decisions
+        self._checkpoints = checkpoints
 
     def __call__(self, moe: nn.Module, args: Any, output: MoEOutput) -> None:  # noqa: ANN401
         self.run(output)
 
     def _remember(self, output: MoEOutput) -> None:
-        if not in_backward():
-            selected, indices = output.routing.decision
-            self._decisions.append((selected, indices))
+        forward, recomputation = surroundings()
+        if recomputation is None and not in_backward():
+            decision = output.routing.decision
+            self._decisions.append((decision.selected, decision.indices))
+            self._checkpoints.add(forward, self._name, decision)
 
 
 class _Forcing(Hook[Callable[[], Decision]]):
     """Hands each call its decision."""
 
-    def __init__(self, queue: _Queue) -> None:
-        super().__init__(queue.next)
+    def __init__(self, name: str, queue: _Queue, checkpoints: _Checkpoints) -> None:
+        super().__init__(self._next)
+        self._name = name
+        self._queue = queue
+        self._checkpoints = checkpoints
 
     def __call__(
         self, moe: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "decision": self.run()}
+
+    def _next(self) -> Decision:
+        forward, recomputation = surroundings()
+        if recomputation is None and not in_backward():
+            decision = self._queue.next()
+        else:
+            known = recomputation and self._checkpoints.next(recomputation, self._name)
+            decision = known or self._queue.recomputed()
+        # A checkpoint inside of one that is recomputed is another than in the forward pass.
+        self._checkpoints.add(forward, self._name, decision)
+        return decision
