@@ -238,6 +238,8 @@ def new_job(settings: Settings, start: Checkpoint | None, resumes: bool, group: 
         checkpoint.restore_optimizer(start, optimizer)
         progress = start.progress
     watcher = torchmoe.watch(model) if model.moes else None
+    if watcher is not None:
+        watcher.close()  # until training begins
     return Job(settings, model, optimizer, progress, watcher)
 
 

@@ -37,6 +37,9 @@ def watch(
         watcher.summary()
         watcher.plot("load.png")
 
+    It follows from the call on, until it is left or closed, or until nobody holds it any longer:
+    without `with`, as in a notebook, `watcher = torchmoe.watch(model)` does the same.
+
     The layers are found wherever they are, inside WithAttachedLoss, DistributedDataParallel or a
     compiled model, and go by their path in the model ("moe" if the model is the layer), without
     what torch.compile puts into it. What is kept of a forward pass is some numbers per expert of
@@ -62,8 +65,8 @@ def watch(
             that neighbouring passes share one.
 
     Returns:
-        A context manager that gives itself. It keeps what it saw after it was left, and goes on
-        when it is entered again.
+        A context manager that gives itself. It keeps what it saw after it was left or closed, and
+        goes on when it is entered again.
 
     Raises:
         TypeError: every or max_records is not an int.
@@ -105,10 +108,20 @@ class Watcher:
         self._layers = layers
         self._intake = intake
         self._evaluation = evaluation
+        self._entered = False
+        self._follow()
+
+    def __del__(self) -> None:
+        # The model's hooks hold the layers and not the watcher.
+        self._leave()
 
     def __enter__(self) -> Watcher:
-        for layer in self._layers.values():
-            layer.follow()
+        if self._entered:
+            raise RuntimeError(
+                "watch: watcher must be left before it is entered, got entered twice"
+            )
+        self._entered = True
+        self._follow()
         return self
 
     def __exit__(
@@ -117,8 +130,12 @@ class Watcher:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for layer in self._layers.values():
-            layer.leave()
+        self.close()
+
+    def close(self) -> None:
+        """Stops following, as leaving does. What was seen stays."""
+        self._entered = False
+        self._leave()
         self._intake.complete()
 
     def collect(self) -> dict[str, RoutingStatistics]:
@@ -203,6 +220,14 @@ class Watcher:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
+    def _follow(self) -> None:
+        for layer in self._layers.values():
+            layer.follow()
+
+    def _leave(self) -> None:
+        for layer in self._layers.values():
+            layer.leave()
+
     def _read(self, reader: str) -> dict[str, Record]:
         read = {name: history.read(reader) for name, history in self._histories().items()}
         return {name: record for name, record in read.items() if record is not None}
@@ -233,13 +258,10 @@ class _Layer:
         self._handle: RemovableHandle | None = None
 
     def follow(self) -> None:
-        if self._handle is not None:
-            raise RuntimeError(
-                "watch: watcher must be left before it is entered, got entered twice"
-            )
-        # Before other hooks, which may replace the output by something else.
-        hook = _Hook(self.take, self._evaluation)
-        self._handle = self.moe.register_forward_hook(hook, prepend=True)
+        if self._handle is None:
+            # Before other hooks, which may replace the output by something else.
+            hook = _Hook(self.take, self._evaluation)
+            self._handle = self.moe.register_forward_hook(hook, prepend=True)
 
     def leave(self) -> None:
         if self._handle is not None:

@@ -324,13 +324,48 @@ def test_hooks_go_with_an_exception() -> None:
 def test_it_goes_on_when_entered_again() -> None:
     model = Model()
     watcher = watch(model)
-    step(model)
     for count in (1, 2):
         with watcher:
             step(model)
+        step(model)
         assert passes(watcher) == each(count)
     with watcher, pytest.raises(RuntimeError, match=r"watch: watcher must be left .* twice"):
         watcher.__enter__()
+
+
+def test_it_follows_from_the_call_on(capsys: pytest.CaptureFixture[str]) -> None:
+    model = Model()
+    watcher = watch(model)
+    step(model)
+    assert passes(watcher) == each(1)
+    with watcher:
+        step(model)
+    step(model)
+    assert passes(watcher) == each(2)
+    watcher.summary()
+    assert "no forward pass" not in capsys.readouterr().out
+
+
+def test_close_stops_it() -> None:
+    model = Model()
+    watcher = watch(model)
+    step(model)
+    for _ in range(2):
+        watcher.close()
+        assert all(not module._forward_hooks for module in model.modules())
+    step(model)
+    assert passes(watcher) == each(1)
+
+
+def test_it_stops_when_nobody_holds_it() -> None:
+    model = Model()
+    watcher = watch(model)
+    step(model)
+    assert sum(len(module._forward_hooks) for module in model.modules()) == len(LAYERS)
+    del watcher
+    assert all(not module._forward_hooks for module in model.modules())
+    watch(model)
+    assert all(not module._forward_hooks for module in model.modules())
 
 
 def test_copies_are_not_followed() -> None:
