@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -109,11 +110,10 @@ class Watcher:
         self._intake = intake
         self._evaluation = evaluation
         self._entered = False
+        self._handles: list[RemovableHandle] = []
         self._follow()
-
-    def __del__(self) -> None:
-        # The model's hooks hold the layers and not the watcher.
-        self._leave()
+        # The model's hooks hold the layers and not the watcher, and the handles hold no model.
+        weakref.finalize(self, _remove, self._handles).atexit = False
 
     def __enter__(self) -> Watcher:
         if self._entered:
@@ -135,7 +135,7 @@ class Watcher:
     def close(self) -> None:
         """Stops following, as leaving does. What was seen stays."""
         self._entered = False
-        self._leave()
+        _remove(self._handles)
         self._intake.complete()
 
     def collect(self) -> dict[str, RoutingStatistics]:
@@ -221,12 +221,8 @@ class Watcher:
         figure.savefig(path)
 
     def _follow(self) -> None:
-        for layer in self._layers.values():
-            layer.follow()
-
-    def _leave(self) -> None:
-        for layer in self._layers.values():
-            layer.leave()
+        if not self._handles:
+            self._handles.extend(layer.follow() for layer in self._layers.values())
 
     def _read(self, reader: str) -> dict[str, Record]:
         read = {name: history.read(reader) for name, history in self._histories().items()}
@@ -255,18 +251,11 @@ class _Layer:
         self._intake = intake
         self._evaluation = evaluation
         self._every = every
-        self._handle: RemovableHandle | None = None
 
-    def follow(self) -> None:
-        if self._handle is None:
-            # Before other hooks, which may replace the output by something else.
-            hook = _Hook(self.take, self._evaluation)
-            self._handle = self.moe.register_forward_hook(hook, prepend=True)
-
-    def leave(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+    def follow(self) -> RemovableHandle:
+        # Before other hooks, which may replace the output by something else.
+        hook = _Hook(self.take, self._evaluation)
+        return self.moe.register_forward_hook(hook, prepend=True)
 
     def take(self, routing: Routing) -> None:
         """Counts a pass and keeps what is wanted of it."""
@@ -276,6 +265,12 @@ class _Layer:
         if self.seen % self._every == 0:
             self._intake.add(self.history, self.seen, routing)
         self.seen += 1
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 class _Hook(Hook[Callable[[Routing], None]]):

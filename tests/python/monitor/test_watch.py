@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,12 @@ def test_it_stops_when_nobody_holds_it() -> None:
     assert all(not module._forward_hooks for module in model.modules())
     watch(model)
     assert all(not module._forward_hooks for module in model.modules())
+    # Nor does it keep the model, which may hold it.
+    model.blocks[0].moe.watcher = watch(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_copies_are_not_followed() -> None:
