@@ -37,6 +37,10 @@ class LossInputs(NamedTuple):
     """E."""
     top_k: int
     """K."""
+    clean_logits: Tensor
+    """[T, E], the logits before the router added noise to them, or the logits if it added none."""
+    noise_deviation: float | None
+    """That of the router's noise, above 0; None if it added none."""
 
 
 #: A term of a layer's auxiliary loss, unweighted: a scalar tensor.
@@ -87,7 +91,8 @@ def load_loss(
 
     is the probability that the token chooses expert i once the expert's noise is drawn anew.
     Shazeer et al., arXiv 1701.06538, appendix A, equations 8 to 11, with one deviation for all
-    experts as in V-MoE (arXiv 2106.05974).
+    experts as in V-MoE (arXiv 2106.05974). In a layer the deviation is that of the router's noise,
+    `Router(logit_noise=)`, and 1 / E while it adds none.
 
     Args:
         logits: [T, E], before noise.
@@ -108,7 +113,8 @@ def load_loss(
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"load_loss: top_k must be in [1, {num_experts}], got {top_k}")
     deviation = 1 / num_experts if deviation is None else deviation
-    if not math.isfinite(deviation) or deviation <= 0:
+    # In this form a compiler can ask it of a float that it takes for a variable.
+    if not 0 < deviation < math.inf:
         raise ValueError(f"load_loss: deviation must be a finite number > 0, got {deviation}")
     if top_k == num_experts:
         return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
@@ -261,7 +267,13 @@ LOSSES: dict[str, Loss] = {
     "importance_loss": lambda given: importance_loss(
         given.weights, given.indices, given.num_experts, token_mask=given.token_mask
     ),
-    "load_loss": lambda given: load_loss(given.logits, given.top_k, token_mask=given.token_mask),
+    "load_loss": lambda given: load_loss(
+        given.clean_logits,
+        given.top_k,
+        noisy_logits=given.logits,
+        deviation=given.noise_deviation,
+        token_mask=given.token_mask,
+    ),
     "local_entropy_loss": lambda given: local_entropy_loss(
         given.logits, score_function=given.score_function, token_mask=given.token_mask
     ),

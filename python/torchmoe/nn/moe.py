@@ -398,6 +398,8 @@ class MoE(nn.Module):
             score_function=self.estimator.score_function,
             num_experts=self.num_experts,
             top_k=self.top_k,
+            clean_logits=logits if given.clean_logits is None else given.clean_logits,
+            noise_deviation=given.noise_deviation,
         )
         for name, term, weight in self._weighted_losses():
             losses[name] = term(loss_inputs)

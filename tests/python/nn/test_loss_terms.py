@@ -107,8 +107,9 @@ def test_a_function_of_ones_own(masked: bool) -> None:
     assert torch.equal(given.indices, weighed)
     assert not torch.equal(weighed, routing.selected)
     assert given.token_mask is routing.token_mask
-    assert given._replace(logits=0, weights=0, indices=0, token_mask=0) == (
-        (0, 0, 0, 0, "sigmoid", E, K)
+    assert given.clean_logits is given.logits
+    assert given._replace(logits=0, weights=0, indices=0, token_mask=0, clean_logits=0) == (
+        (0, 0, 0, 0, "sigmoid", E, K, 0, None)
     )
     counted = routing.logits if mask is None else routing.logits[mask.flatten()]
     expected = counted.square().amax(1).mean()

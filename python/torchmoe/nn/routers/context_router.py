@@ -18,7 +18,7 @@ from torchmoe.nn._rows import wide
 
 
 class RouterOutput(NamedTuple):
-    """What a `ContextRouter` returns."""
+    """What a `ContextRouter` returns, and a router that tells its noise."""
 
     logits: Tensor
     """[..., E]: x's leading dimensions, one row for each token."""
@@ -26,6 +26,10 @@ class RouterOutput(NamedTuple):
     """[..., K'] int64, best first, where the router chooses itself; -1 = not routed."""
     details: Mapping[str, Tensor] | None = None
     """What there is to look at, by name; `Routing.details` passes it on."""
+    clean_logits: Tensor | None = None
+    """[..., E], the logits before Gaussian noise was added to them; None where none was."""
+    noise_deviation: float | None = None
+    """That of the noise, above 0; None where none was added."""
 
 
 class ContextRouter(nn.Module):
@@ -98,10 +102,12 @@ def route(
         token_mask: x's leading dimensions, bool.
 
     Returns:
-        logits [T, E], float32 or wider, indices [T, K'] or None, and details as they are.
+        logits and clean_logits [T, E], float32 or wider, indices [T, K'] or None, and the rest as
+        it is.
 
     Raises:
         RuntimeError: router_input or what the router returns has another shape or dtype.
+        ValueError: noise_deviation is no finite number above 0.
         TypeError: router_input is no tensor, a ContextRouter returns something else than a
             RouterOutput, another router something else than a tensor, or a router indices although
             it does not choose.
@@ -124,7 +130,7 @@ def route(
     else:
         read = x if router_input is None else router_input
         tokens = read.reshape(num_tokens, *read.shape[len(leading) :])
-        given = RouterOutput(cast(Tensor, router(tokens)))
+        given = score(router, tokens)
         logits, expected = given.logits, [num_tokens, num_experts]
         name = "[num_tokens, num_experts]"
     if not isinstance(logits, Tensor):
@@ -133,9 +139,47 @@ def route(
         raise RuntimeError(
             f"MoE: router must return {name} = {expected}, got shape {list(logits.shape)}"
         )
+    clean = given.clean_logits
+    if clean is not None and not (isinstance(clean, Tensor) and clean.shape == logits.shape):
+        got = f"shape {list(clean.shape)}" if isinstance(clean, Tensor) else type(clean).__name__
+        raise RuntimeError(
+            f"MoE: router must return clean_logits in the shape of logits {expected} or None, "
+            f"got {got}"
+        )
+    _check_deviation(given.noise_deviation)
     # A router of the user's own may return a 16-bit type, under autocast at the latest.
-    logits = wide(logits).reshape(num_tokens, num_experts)
-    return RouterOutput(logits, _flat_indices(given.indices, leading, num_tokens), given.details)
+    return cast(RouterOutput, given)._replace(
+        logits=wide(logits).reshape(num_tokens, num_experts),
+        indices=_flat_indices(given.indices, leading, num_tokens),
+        clean_logits=None if clean is None else wide(clean).reshape(num_tokens, num_experts),
+    )
+
+
+def score(router: nn.Module, x: Tensor) -> RouterOutput:
+    """Calls a router that scores each token alone.
+
+    Args:
+        router: a module from gate inputs [T, G] to logits [T, E]. One that has `tells_noise` set,
+            as `Router` has while it adds any, is asked for a RouterOutput by as_output=True.
+        x: [T, G].
+
+    Returns:
+        What it returned, unchecked.
+    """
+    if getattr(router, "tells_noise", False):
+        return cast(RouterOutput, router(x, as_output=True))
+    return RouterOutput(cast(Tensor, router(x)))
+
+
+def _check_deviation(deviation: object) -> None:
+    if deviation is None:
+        return
+    number = isinstance(deviation, int | float) and not isinstance(deviation, bool)
+    if not number or not 0 < cast(float, deviation) < math.inf:
+        raise ValueError(
+            "MoE: router must return noise_deviation, a finite number > 0 or None, "
+            f"got {deviation!r}"
+        )
 
 
 def _masked(router_input: Tensor, leading: torch.Size, token_mask: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from torchmoe.nn._checks import check_at_least, check_choice
 from torchmoe.nn._rows import wide
 from torchmoe.nn.estimators.estimator import SCORE_FUNCTIONS
 from torchmoe.nn.routers._wrapping import WrappingRouter
-from torchmoe.nn.routers.context_router import RouterOutput
+from torchmoe.nn.routers.context_router import RouterOutput, score
 
 AMONG = ("batch", "sequence")
 
@@ -102,12 +102,15 @@ class ExpertChoiceRouter(WrappingRouter):
                     f", got shape {list(scored.shape)}"
                 )
             length = leading[-1]
-        logits = self.router(scored.reshape(math.prod(leading), scored.shape[-1]))  # [T, E]
+        given = score(self.router, scored.reshape(math.prod(leading), scored.shape[-1]))  # [T, E]
+        logits, clean = given.logits, given.clean_logits
         mask = None if token_mask is None else token_mask.reshape(-1)
         indices = self._picked(logits.detach(), mask, length)
         return RouterOutput(
             logits.reshape(*leading, self.num_experts),
             indices.reshape(*leading, self.most_per_token),
+            clean_logits=None if clean is None else clean.reshape(*leading, self.num_experts),
+            noise_deviation=given.noise_deviation,
         )
 
     def _picked(self, logits: Tensor, mask: Tensor | None, length: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torchmoe import ops
 from torchmoe.nn._checks import Level, check_at_least
 from torchmoe.nn._rows import widened
 from torchmoe.nn.routers._usage import UsageTracking
+from torchmoe.nn.routers.context_router import RouterOutput
 
 
 class Router(UsageTracking):
@@ -27,7 +29,7 @@ class Router(UsageTracking):
             per entry (Switch Transformer, arXiv 2101.03961). The experts see x itself.
         logit_noise: standard deviation of Gaussian noise added to the logits (after Shazeer et al.,
             arXiv 1701.06538). The noisy logits are the layer's logits: they rank, weigh and enter
-            the losses.
+            the losses, of which `load_loss` takes the logits before noise as well.
         usage_scaling: multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that
             experts in frequent use learn to attract tokens more slowly. It needs `usage`.
         track_usage: keeps `usage`, which `MoE.update` moves, for whatever reads it: a dynamic
@@ -92,11 +94,25 @@ class Router(UsageTracking):
             nn.init.uniform_(self.bias, -bound, bound)
         self.reset_usage()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def tells_noise(self) -> bool:
+        """Whether noise is added to the logits, which `forward` tells by as_output=True."""
+        # The forward of a subclass may take x alone.
+        return (
+            self.training and self._logit_noise is not None and type(self).forward is Router.forward
+        )
+
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, *, as_output: bool) -> Tensor | RouterOutput: ...
+    def forward(self, x: Tensor, *, as_output: bool = False) -> Tensor | RouterOutput:
         """The logits of each token.
 
         Args:
             x: [T, H] in the dtype of weight, or a narrower one.
+            as_output: returns a `RouterOutput`, which also has the logits before noise and the
+                noise's deviation.
 
         Returns:
             logits [T, E], float32 (float64 for float64), also under autocast.
@@ -110,10 +126,13 @@ class Router(UsageTracking):
             jitter = torch.empty_like(x, dtype=wide)
             x = x * jitter.uniform_(1 - eps, 1 + eps)
             weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-        logits = ops.router_logits(widened(x, weight), weight, bias)
-        if self.training and (deviation := self._logit_noise) is not None:
-            logits = logits + deviation * torch.randn_like(logits)
-        return logits
+        clean = ops.router_logits(widened(x, weight), weight, bias)
+        if not self.training or (deviation := self._logit_noise) is None:
+            return RouterOutput(clean) if as_output else clean
+        logits = clean + deviation * torch.randn_like(clean)
+        if not as_output:
+            return logits
+        return RouterOutput(logits, clean_logits=clean, noise_deviation=deviation)
 
     def extra_repr(self) -> str:
         """The sizes and whatever differs from the defaults."""

@@ -11,7 +11,7 @@ from torchmoe import ops
 from torchmoe.nn._checks import check_choice
 from torchmoe.nn._rows import exponentials, in_slot_order, wide, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
-from torchmoe.nn.routers.context_router import RouterOutput
+from torchmoe.nn.routers.context_router import RouterOutput, score
 
 POOLINGS = ("attention", "given", "mean", "first")
 
@@ -122,9 +122,18 @@ class SequenceRouter(WrappingRouter):
         weights = _shares(values, mask, plan).view(*leading, length)
         gate_input = ops.unpermute(rows, weights.view(sequences, length), plan)  # [B, H]
         gate_input = gate_input.view(*leading, gate_input.shape[-1])
-        scored = self.router(gate_input.view(sequences, gate_input.shape[-1]))  # [B, E]
-        logits = ops.permute(scored, plan).view(*leading, length, self.num_experts)
-        return RouterOutput(logits, details={"pooling_weights": weights, "gate_input": gate_input})
+        scored = score(self.router, gate_input.view(sequences, gate_input.shape[-1]))  # [B, E]
+
+        def for_every_token(logits: Tensor) -> Tensor:
+            return ops.permute(logits, plan).view(*leading, length, self.num_experts)
+
+        clean = scored.clean_logits
+        return RouterOutput(
+            for_every_token(scored.logits),
+            details={"pooling_weights": weights, "gate_input": gate_input},
+            clean_logits=None if clean is None else for_every_token(clean),
+            noise_deviation=scored.noise_deviation,
+        )
 
     def _values(self, rows: Tensor, sequences: int, length: int, mask: Tensor | None) -> Tensor:
         """What the pooling weights [B, S] of the tokens [B * S, H] are proportional to."""
