@@ -112,10 +112,35 @@ def check_estimator(router: nn.Module, experts: object, estimator: Estimator) ->
         )
 
 
-def check_assistance(assistance: Assistance | None, estimator: Estimator) -> None:
-    """Raises ValueError where weights move only while somebody assists; the estimator is bound."""
+def least_experts(router: nn.Module, estimator: Estimator) -> int:
+    """How many experts every token is sure to get of the router or the bound estimator."""
+    # One of the user's own may leave slots empty.
+    own = type(estimator).select.__module__.partition(".")[0] == "torchmoe"
+    return estimator.top_k if own and not getattr(router, "chooses", False) else 1
+
+
+def check_assistance(
+    assistance: Assistance | None, router: nn.Module, estimator: Estimator
+) -> None:
+    """Raises ValueError where it could never begin, or weights move only while somebody assists.
+
+    The assistance and the estimator are bound.
+    """
+    if assistance is None:
+        return
+    num_experts, least = assistance.num_experts, least_experts(router, estimator)
+    if least == num_experts:
+        raise ValueError(
+            f"MoE: assistance must be None with top_k {num_experts}, where every token has every "
+            f"expert already, got {assistance!r}"
+        )
+    if assistance.threshold >= num_experts / least:
+        raise ValueError(
+            f"MoE: assistance.threshold must be below num_experts / top_k = {num_experts / least}, "
+            f"the load of an expert that every token chooses, got {assistance.threshold}"
+        )
     is_constant = estimator.top_k == 1 and estimator.normalize == "topk"
-    if assistance is not None and is_constant and estimator.gate_estimator == "exact":
+    if is_constant and estimator.gate_estimator == "exact":
         raise ValueError(
             'MoE: gate.normalize must be "none" for top_k 1 with assistance, without which the '
             'weights are constant and the router learns nothing, got "topk"'

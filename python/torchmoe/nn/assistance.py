@@ -29,11 +29,15 @@ class Assistance(nn.Module):
 
     Args:
         backup: for each expert another one.
-        threshold: in multiples of the even share 1 / E.
+        threshold: in multiples of the even share 1 / E; below E / K, the load of an expert that
+            every token chooses. None is 2, or halfway between 1 and E / K where that is at most 2.
         lower_threshold: the same; at most `threshold`. The gap keeps assistance from flickering.
+            None is 1.5, or halfway between 1 and threshold where that is None or below 1.5.
         patience: updates in a row.
 
     Attributes:
+        threshold: see above; a number, which the layer sets where it was None.
+        lower_threshold: the same.
         assisted: [E] bool buffer, the experts that are assisted.
         updates_above: [E] int64 buffer, updates in a row with usage above the threshold.
 
@@ -50,25 +54,47 @@ class Assistance(nn.Module):
         self,
         backup: Sequence[int],
         *,
-        threshold: float = 2.0,
-        lower_threshold: float = 1.5,
+        threshold: float | None = None,
+        lower_threshold: float | None = None,
         patience: int = 100,
     ) -> None:
         super().__init__()
         self._table = check_backup("Assistance", backup)
-        if not 0 < lower_threshold <= threshold:
+        self.num_experts = len(self._table)
+        if threshold is not None and not 0 < threshold < self.num_experts:
             raise ValueError(
-                f"Assistance: lower_threshold must be in (0, threshold] = (0, {threshold}], "
-                f"got {lower_threshold}"
+                f"Assistance: threshold must be in (0, {self.num_experts}), up to the load of an "
+                f"expert that gets every slot, got {threshold}"
             )
         check_at_least("Assistance", "patience", patience, 1)
-        self.num_experts = len(self._table)
-        self.threshold = threshold
-        self.lower_threshold = lower_threshold
+        self._given = threshold, lower_threshold
+        self.bind(1)
         self.patience = patience
         register_table(self, "backup", self._table)
         self.register_buffer("assisted", torch.zeros_like(self.backup, dtype=torch.bool))
         self.register_buffer("updates_above", torch.zeros_like(self.backup))
+
+    def bind(self, top_k: int) -> None:
+        """Sets the thresholds that were left open; `MoE` calls it.
+
+        Args:
+            top_k: how many experts every token has at least.
+
+        Raises:
+            ValueError: lower_threshold is out of range.
+        """
+        given, lower = self._given
+        most = self.num_experts / top_k
+        threshold = (2.0 if most > 2 else (1 + most) / 2) if given is None else given
+        if lower is None:
+            halfway = min((1 + threshold) / 2, threshold)
+            lower = halfway if given is None or threshold < 1.5 else 1.5
+        if not 0 < lower <= threshold:
+            raise ValueError(
+                f"Assistance: lower_threshold must be in (0, threshold] = (0, {threshold}], "
+                f"got {lower}"
+            )
+        self.threshold, self.lower_threshold = threshold, lower
 
     def reset_parameters(self) -> None:
         """Nobody is assisted."""

@@ -41,6 +41,7 @@ from torchmoe.nn._compatibility import (
     check_groups,
     check_part,
     check_usage,
+    least_experts,
 )
 from torchmoe.nn.assistance import Assistance
 from torchmoe.nn.capacity import Capacity
@@ -259,7 +260,9 @@ class MoE(nn.Module):
             dtype=dtype,
         )
         check_estimator(router, experts, self.estimator)
-        check_assistance(assistance, self.estimator)
+        if assistance is not None:
+            assistance.bind(least_experts(router, self.estimator))
+        check_assistance(assistance, router, self.estimator)
         self.assistance: Assistance | None = assistance
         if assistance is not None and device is not None:
             assistance.to(device)

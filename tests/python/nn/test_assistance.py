@@ -80,15 +80,15 @@ def test_a_patience_of_one_begins_at_once() -> None:
 
 def test_no_load_that_is_not_a_number_begins() -> None:
     assistance = Assistance((1, 0), patience=1)
-    assistance.update(torch.tensor([torch.nan, 1.0]), SLOTS)
+    assistance.update(torch.tensor([torch.nan, 0.75]), SLOTS)
     assert not assistance.assisted.any()
 
 
 def test_defaults() -> None:
-    assistance = Assistance((1, 0))
+    assistance = Assistance((1, 2, 0))
     assert (assistance.threshold, assistance.lower_threshold) == (2.0, 1.5)
     assert assistance.patience == 100
-    expected = "Assistance(backup=(1, 0), threshold=2.0, lower_threshold=1.5, patience=100)"
+    expected = "Assistance(backup=(1, 2, 0), threshold=2.0, lower_threshold=1.5, patience=100)"
     assert repr(assistance) == expected
 
 
@@ -461,23 +461,22 @@ def test_meta_device() -> None:
             ValueError,
             r"lower_threshold must be in \(0, threshold\] = \(0, 2.0\], got 0.0",
         ),
-        (
-            {"threshold": -1.0},
-            ValueError,
-            r"lower_threshold must be in \(0, threshold\] = \(0, -1.0\], got 1.5",
-        ),
-        (
-            {"threshold": float("nan")},
-            ValueError,
-            r"lower_threshold must be in \(0, threshold\] = \(0, nan\], got 1.5",
-        ),
+        *[
+            (
+                {"threshold": threshold},
+                ValueError,
+                r"threshold must be in \(0, 3\), up to the load of an expert that gets every slot, "
+                f"got {threshold}",
+            )
+            for threshold in (-1.0, 0.0, 3.0, 4, float("nan"), float("inf"))
+        ],
         ({"patience": 0}, ValueError, r"patience must be >= 1, got 0"),
         ({"patience": 2.5}, TypeError, r"patience must be an int, got 2.5"),
     ],
 )
 def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^Assistance: {message}$"):
-        Assistance(**({"backup": (1, 0)} | options))
+        Assistance(**({"backup": (1, 2, 0)} | options))
 
 
 class Logits(nn.Module):
