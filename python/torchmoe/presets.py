@@ -6,9 +6,11 @@
     moe = presets.st_moe.layer(512, 2048, 64, z_loss_weight=0.0, activation="geglu", bias=True)
     print(presets.st_moe)
 
-A preset says how tokens are routed and balanced; the experts stay the caller's. Printing one shows
-every argument it sets, where they come from, and in which ways the layer still differs from the
-original. Two things are converted throughout, so that the numbers come out the same:
+A preset says how tokens are routed and balanced, and how many shared experts there are; what the
+experts compute stays the caller's. Printing one shows every argument it sets, where they come from,
+and in which ways the layer still differs from the original. Logits are formed in float32, also
+where an original forms them in a 16-bit type. Two things are converted throughout, so that the
+numbers come out the same:
 
 - A capacity factor of which the original takes T / E is divided by top_k, as ours is a factor of
   top_k * T / E. Ours is exact besides: an original that multiplies floats can be one slot off.
@@ -22,14 +24,17 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from torchmoe.nn._checks import check_at_least
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
+from torchmoe.nn.shared_experts import SharedExperts
 
 _TEXTS = ("name", "description", "source", "differs")
 _ROUTER_OPTIONS = ("input_jitter", "logit_noise")
+_SHARED_OPTIONS = ("activation", "bias", "device", "dtype")
 _SIZES = ("hidden_size", "intermediate_size", "num_experts")
 _WIDTH = 88
 
@@ -52,6 +57,8 @@ class Preset:
         selection_bias_rate: see there.
         selection_bias_centred: see there.
         routed_scaling_factor: see there.
+        num_shared_experts: how many experts serve every token, each of the routed ones' width; they
+            are made as one `SharedExperts`.
         input_jitter: of the `Router`.
         logit_noise: of the `Router`.
         differs: the ways in which the layer is not the original, a sentence or two each.
@@ -70,6 +77,7 @@ class Preset:
     selection_bias_rate: float
     selection_bias_centred: bool
     routed_scaling_factor: float
+    num_shared_experts: int
     input_jitter: float
     logit_noise: float
     differs: tuple[str, ...]
@@ -81,24 +89,43 @@ class Preset:
 
         Args:
             hidden_size: H.
-            intermediate_size: the experts' inner width; may be None when `experts` are given.
+            intermediate_size: the experts' inner width; may be None when `experts` are given and no
+                shared ones are to be made.
             num_experts: E.
-            changes: arguments of `MoE`, and input_jitter and logit_noise of its router; each
-                replaces the preset's.
+            changes: arguments of `MoE`, num_shared_experts, and input_jitter and logit_noise of its
+                router; each replaces the preset's.
 
         Returns:
-            The layer. A `router` among the changes replaces the preset's together with its noise.
+            The layer. A `router` among the changes replaces the preset's together with its noise,
+            and `shared_experts`, None included, replaces those that the preset makes.
 
         Raises:
-            TypeError: a change is no argument of the layer, or noise is given along with a router.
+            TypeError: a change is no argument of the layer, noise is given along with a router, or
+                a number of shared experts along with them.
+            ValueError: num_shared_experts is below 0, or their width is not known.
         """
-        known = {*inspect.signature(MoE).parameters, *_ROUTER_OPTIONS} - {*_SIZES}
+        options = {*_ROUTER_OPTIONS, "num_shared_experts"}
+        known = ({*inspect.signature(MoE).parameters} | options) - {*_SIZES}
         if unknown := [name for name in changes if name not in known]:
             raise TypeError(
-                f"Preset: changes must be arguments of MoE, input_jitter or logit_noise, "
-                f'got "{unknown[0]}"'
+                "Preset: changes must be arguments of MoE, num_shared_experts, input_jitter or "
+                f'logit_noise, got "{unknown[0]}"'
             )
         arguments = self._arguments() | changes
+        num_shared = arguments.pop("num_shared_experts")
+        check_at_least("Preset", "num_shared_experts", num_shared, 0)
+        if "shared_experts" in changes:
+            if "num_shared_experts" in changes:
+                raise TypeError(
+                    "Preset: num_shared_experts must not be given along with shared_experts, "
+                    f"got {num_shared}"
+                )
+            num_shared = 0
+        if num_shared and intermediate_size is None:
+            raise ValueError(
+                "Preset: intermediate_size must be given for the shared experts' width, or "
+                "shared_experts=None, got None"
+            )
         noise = {option: arguments.pop(option) for option in _ROUTER_OPTIONS}
         replaced = arguments.get("router") is not None
         if replaced and (given := [option for option in _ROUTER_OPTIONS if option in changes]):
@@ -111,6 +138,11 @@ class Preset:
             # On the router that the layer makes, which knows whether it has to keep usage.
             for option, level in noise.items():
                 setattr(moe.router, option, level)
+        if num_shared and intermediate_size is not None:
+            # Behind the others, which are drawn as without them.
+            same = {name: changes[name] for name in _SHARED_OPTIONS if name in changes}
+            width = num_shared * intermediate_size
+            moe.shared_experts = SharedExperts(hidden_size, width, **cast(Any, same))
         return moe
 
     def __str__(self) -> str:
@@ -164,8 +196,8 @@ switch = Preset(
         "the rest. The router sees slightly perturbed tokens in training."
     ),
     source=(
-        "Fedus et al., arXiv 2101.03961; mesh_tensorflow/transformer/moe.py (MoE1D, "
-        "_rand_1_gating)."
+        "Fedus et al., arXiv 2101.03961; mesh_tensorflow/transformer/moe.py (MoE1D with "
+        'moe_gating="switch": _switch_gating).'
     ),
     top_k=1,
     gate=Gate(score_function="softmax", normalize="none"),
@@ -177,11 +209,13 @@ switch = Preset(
     selection_bias_rate=0.0,
     selection_bias_centred=False,
     routed_scaling_factor=1.0,
+    num_shared_experts=0,
     input_jitter=0.01,
     logit_noise=0.0,
     differs=(
         _WHOLE_CALL,
-        'The "switch" gating of Mesh TensorFlow offers an overflowing token to its next three '
+        "Padding counts in f there, and in the number of tokens of the loss's means.",
+        'Another gating of Mesh TensorFlow, "ntlb", offers an overflowing token to its next three '
         'choices, once all first choices are placed; Capacity(overflow="next_best") reroutes at '
         "once and tries all experts.",
         "The port in Transformers has a fixed capacity (64) for every sequence, also in "
@@ -212,10 +246,13 @@ gshard = Preset(
     selection_bias_rate=0.0,
     selection_bias_centred=False,
     routed_scaling_factor=1.0,
+    num_shared_experts=0,
     input_jitter=0.0,
     logit_noise=0.0,
     differs=(
         _WHOLE_CALL,
+        "Padding counts in the number of tokens of the loss's means in Lingvo, not with "
+        "legacy_mtf_behavior=False.",
         "A second expert is always used; the paper dispatches to it with probability "
         'min(1, 2 * weight), and Lingvo does with second_expert_policy="random" (its default is '
         '"all").',
@@ -233,8 +270,8 @@ st_moe = Preset(
         "dropping. The router z-loss keeps the logits small."
     ),
     source=(
-        "Zoph et al., arXiv 2202.08906; mesh_tensorflow/transformer/moe.py (MoE1D, _top_2_gating); "
-        "st-moe-pytorch (TopNGating)."
+        "Zoph et al., arXiv 2202.08906; mesh_tensorflow/transformer/moe.py (MoE1D with "
+        'moe_gating="top_2": _top_2_gating); st-moe-pytorch (TopNGating).'
     ),
     top_k=2,
     gate=Gate(score_function="softmax", normalize="topk"),
@@ -249,10 +286,13 @@ st_moe = Preset(
     selection_bias_rate=0.0,
     selection_bias_centred=False,
     routed_scaling_factor=1.0,
+    num_shared_experts=0,
     input_jitter=0.0,
     logit_noise=0.0,
     differs=(
         _WHOLE_CALL,
+        "Padding counts in the number of tokens of the loss's means in Mesh TensorFlow, which has "
+        "the router z-loss in its switch gating only.",
         "A second expert is always used; the original dispatches to it with probability "
         "min(1, weight / 0.2).",
         "The capacity factors hold for top_k=2: with another top_k they are 1.25 / top_k and "
@@ -284,6 +324,7 @@ megatron = Preset(
     selection_bias_rate=0.0,
     selection_bias_centred=False,
     routed_scaling_factor=1.0,
+    num_shared_experts=0,
     input_jitter=0.0,
     logit_noise=0.0,
     differs=(
@@ -323,6 +364,7 @@ deepspeed = Preset(
     selection_bias_rate=0.0,
     selection_bias_centred=False,
     routed_scaling_factor=1.0,
+    num_shared_experts=0,
     input_jitter=0.0,
     logit_noise=0.0,
     differs=(
@@ -361,12 +403,14 @@ mixtral_hf = Preset(
     selection_bias_rate=0.0,
     selection_bias_centred=False,
     routed_scaling_factor=1.0,
+    num_shared_experts=0,
     input_jitter=0.0,
     logit_noise=0.0,
     differs=(
         "One loss per layer, to be added up; Transformers pools the tokens of all layers into one "
         "f and one P, where layers that collapse onto different experts look balanced.",
-        "balance_weight holds for top_k=2: with another top_k it is 0.001 * top_k.",
+        "balance_weight holds for top_k=2: with another top_k it is 0.001 * top_k. Transformers "
+        "adds its loss only with output_router_logits=True, which is not its default.",
         "Transformers' router_jitter_noise (0 by default) also perturbs what the experts see, in "
         "place; input_jitter concerns the router alone.",
     ),
@@ -377,11 +421,12 @@ deepseek_v3 = Preset(
     description=(
         "DeepSeek-V3: eight of the experts in the best four of eight groups, chosen by sigmoid "
         "scores plus a bias that moves against the load, weighted by the scores over their sum "
-        "times 2.5; no capacity. A small balancing loss looks at each sequence."
+        "times 2.5; no capacity. One more of the same width serves every token, unscaled. A small "
+        "balancing loss looks at each sequence."
     ),
     source=(
-        "DeepSeek-AI, arXiv 2412.19437; transformers/models/deepseek_v3/modeling_deepseek_v3.py "
-        "(DeepseekV3TopkRouter)."
+        "DeepSeek-AI, arXiv 2412.19437; inference/model.py of DeepSeek-V3 (Gate, MoE) and "
+        "config_671B.json; transformers/models/deepseek_v3/modeling_deepseek_v3.py (DeepseekV3MoE)."
     ),
     top_k=8,
     gate=Gate(score_function="sigmoid", normalize="topk", num_groups=8, top_groups=4),
@@ -393,11 +438,10 @@ deepseek_v3 = Preset(
     selection_bias_rate=0.001,
     selection_bias_centred=False,
     routed_scaling_factor=2.5,
+    num_shared_experts=1,
     input_jitter=0.0,
     logit_noise=0.0,
     differs=(
-        "No shared expert is made: pass one as shared_experts=; the original adds a gated network "
-        "of an expert's shape.",
         "f counts the experts that a token uses; the paper's balancing loss counts the top_k of "
         "its scores without bias and groups.",
         "The bias moves when moe.update is called and the rate stays; the paper sets it to 0 for "

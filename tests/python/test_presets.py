@@ -8,10 +8,11 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from op_case import C
 from torchmoe import expert_capacity, presets
-from torchmoe.nn import Capacity, Gate, MoE, Router
+from torchmoe.nn import Capacity, Experts, Gate, MoE, Router, SharedExperts
 from torchmoe.presets import PRESETS, Preset
 
 H, INNER, E = 6, 8, 16
@@ -47,6 +48,7 @@ def test_has_the_arguments_it_shows(preset: Preset) -> None:
     assert moe.router.input_jitter == preset.input_jitter
     assert moe.router.logit_noise == preset.logit_noise
     assert (moe.selection_bias is not None) == (preset.selection_bias_rate > 0)
+    assert (moe.shared_experts is not None) == (preset.num_shared_experts > 0)
     losses = moe(torch.randn(10, H)).routing.losses
     assert ("router_z_loss" in losses) == (preset.z_loss_weight > 0)
 
@@ -60,7 +62,7 @@ def test_sets_every_argument_of_the_layer_that_routes() -> None:
     }
     arguments = {f.name for f in dataclasses.fields(Preset)} - TEXTS
     expected = set(inspect.signature(MoE).parameters) - of_the_caller
-    assert arguments == expected | {"input_jitter", "logit_noise"}
+    assert arguments == expected | {"input_jitter", "logit_noise", "num_shared_experts"}
 
 
 @EVERY
@@ -188,6 +190,55 @@ def test_deepseek_moves_its_bias_against_the_load() -> None:
     torch.testing.assert_close(moe.selection_bias, expected, rtol=0.0, atol=0.0)
 
 
+def plain_shared(x: torch.Tensor, shared: SharedExperts) -> torch.Tensor:
+    """w2(silu(w1 x) * w3 x), DeepSeek-V3's MLP."""
+    gate, up = (x @ shared.experts.gate_up_proj[0].T).chunk(2, dim=-1)
+    return (silu(gate) * up) @ shared.experts.down_proj[0].T
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_deepseek_v3_adds_its_shared_experts_unscaled(number: int) -> None:
+    """Shared experts of one width are one of the sum of their widths."""
+    options = {"dtype": torch.float64, "num_shared_experts": number}
+    moe = presets.deepseek_v3.layer(H, INNER, E, **options)
+    shared = moe.shared_experts
+    assert shared.experts.intermediate_size == number * INNER
+    x = torch.randn(20, H, dtype=torch.float64)
+    moe.shared_experts = None
+    routed = moe(x).hidden_states
+    moe.shared_experts = shared
+    atol = C * 2 * (H + number * INNER) * EPS
+    torch.testing.assert_close(
+        moe(x).hidden_states, routed + plain_shared(x, shared), rtol=0.0, atol=atol
+    )
+    moe.reset_parameters()
+    bound = (number * INNER) ** -0.5
+    assert 0.9 * bound < shared.experts.down_proj.abs().max() <= bound
+
+
+def test_shared_experts_of_ones_own_or_none() -> None:
+    own = torch.nn.Linear(H, H)
+    assert presets.deepseek_v3.layer(H, INNER, E, shared_experts=own).shared_experts is own
+    for changes in ({"shared_experts": None}, {"num_shared_experts": 0}):
+        assert presets.deepseek_v3.layer(H, INNER, E, **changes).shared_experts is None
+    moe = presets.mixtral_hf.layer(H, INNER, E, num_shared_experts=2, activation="relu", bias=True)
+    assert moe.shared_experts.experts.activation == "relu"
+    assert moe.shared_experts.experts.down_proj_bias is not None
+    # The other parts are drawn as without them.
+    layers = []
+    for changes in ({}, {"shared_experts": None}):
+        torch.manual_seed(3)
+        layers.append(presets.deepseek_v3.layer(H, INNER, E, **changes))
+    for name, value in layers[1].state_dict().items():
+        assert torch.equal(layers[0].state_dict()[name], value)
+    experts = Experts(H, INNER, E)
+    message = r"^Preset: intermediate_size must be given for the shared experts' width, or shared_"
+    with pytest.raises(ValueError, match=message):
+        presets.deepseek_v3.layer(H, None, E, experts=experts)
+    assert presets.deepseek_v3.layer(H, None, E, experts=experts, shared_experts=None)
+    assert presets.deepseek_v3.layer(H, INNER, E, experts=experts).shared_experts is not None
+
+
 def test_changes_replace_arguments() -> None:
     capacity = Capacity(Fraction(1, 3))
     moe = presets.st_moe.layer(
@@ -233,8 +284,8 @@ def test_a_preset_of_ones_own() -> None:
         (
             {"capcity": None},
             TypeError,
-            r"Preset: changes must be arguments of MoE, input_jitter or logit_noise, "
-            r'got "capcity"$',
+            r"Preset: changes must be arguments of MoE, num_shared_experts, input_jitter or "
+            r'logit_noise, got "capcity"$',
         ),
         ({"name": "x"}, TypeError, r'Preset: changes must be .*, got "name"$'),
         (
@@ -244,6 +295,13 @@ def test_a_preset_of_ones_own() -> None:
         ),
         ({"top_k": 17}, ValueError, r"MoE: top_k must be in \[1, 16\], got 17"),
         ({"input_jitter": -1.0}, ValueError, r"Router: input_jitter must be .*, got -1.0"),
+        ({"num_shared_experts": -1}, ValueError, r"^Preset: num_shared_experts must be >= 0, got"),
+        ({"num_shared_experts": 0.5}, TypeError, r"^Preset: num_shared_experts must be an int"),
+        (
+            {"num_shared_experts": 2, "shared_experts": None},
+            TypeError,
+            r"^Preset: num_shared_experts must not be given along with shared_experts, got 2$",
+        ),
     ],
     ids=str,
 )

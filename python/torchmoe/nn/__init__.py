@@ -23,6 +23,7 @@ from torchmoe.nn.routers.hash_router import HashRouter
 from torchmoe.nn.routers.router import Router
 from torchmoe.nn.routers.sequence_router import SequenceRouter
 from torchmoe.nn.routing import Decision, MoEOutput, Routing
+from torchmoe.nn.shared_experts import SharedExperts
 
 __all__ = [
     "Assistance",
@@ -46,6 +47,7 @@ __all__ = [
     "RouterOutput",
     "Routing",
     "SequenceRouter",
+    "SharedExperts",
     "SparseMixer",
     "StraightThrough",
     "StraightThroughDense",

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from plain_moe import gradients, plain_balance, plain_moe, tensors_of
-from torchmoe.nn import Capacity, Experts, Gate, MoE, WithAttachedLoss
+from torchmoe.nn import Capacity, Experts, Gate, MoE, SharedExperts, WithAttachedLoss
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -311,3 +311,50 @@ def test_what_is_no_module_is_refused() -> None:
     ):
         make(shared_experts=torch.relu)
     assert MoE(H, INNER, E, K).shared_experts is None
+
+
+# ---- SharedExperts
+
+ACTIVATIONS = {"swiglu": nn.functional.silu, "geglu": nn.functional.gelu, "relu": torch.relu}
+
+
+def plain_shared(shared: SharedExperts, x: Tensor) -> Tensor:
+    part = shared.experts
+    inner = nn.functional.linear(x, *(weight[0] for weight in part._weights[:2]))
+    act = ACTIVATIONS[part.activation]
+    if part.activation == "relu":
+        inner = act(inner)
+    else:
+        gate, up = inner.chunk(2, dim=-1)
+        inner = act(gate) * up
+    return nn.functional.linear(inner, part.down_proj[0], part.down_proj_bias[0])
+
+
+@pytest.mark.parametrize("tokens", [T, 0])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_shared_experts_by_their_formula(activation: str, tokens: int) -> None:
+    shared = SharedExperts(H, INNER, activation=activation, bias=True, dtype=F64)
+    x = torch.randn(tokens, H, dtype=F64, requires_grad=True)
+    direction = torch.randn(tokens, H, dtype=F64)
+    y, expected = shared(x), plain_shared(shared, x)
+    assert_close(y, expected)
+    wanted = [x, *shared.parameters()]
+    found = torch.autograd.grad((y * direction).sum(), wanted)
+    assert_close(found, torch.autograd.grad((expected * direction).sum(), wanted))
+
+
+def test_shared_experts_compiled_in_bfloat16_and_from_the_meta_device() -> None:
+    with torch.device("meta"):
+        moe = make(dtype=torch.float32, shared_experts=SharedExperts(H, INNER))
+    moe = moe.to_empty(device="cpu")
+    moe.reset_parameters()
+    moe.bfloat16()
+    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (T, 11):
+        x = torch.randn(tokens, H, dtype=torch.bfloat16)
+        y = compiled(x).hidden_states
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, moe(x).hidden_states)
+    y.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in moe.shared_experts.parameters())
+    assert isinstance(copy.deepcopy(moe).shared_experts, SharedExperts)
