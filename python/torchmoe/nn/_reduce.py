@@ -7,6 +7,7 @@ from functools import reduce
 from operator import add
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -51,3 +52,29 @@ def total(parts: Sequence[Statistics], group: ProcessGroup | None) -> Statistics
 
     result: Statistics = pytree.tree_map(total_leaf, parts[0], *parts[1:])
     return result
+
+
+def counts_and_part(
+    counts: Tensor, num_tokens: int | Tensor, group: ProcessGroup | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Counts of all processes, and this one's part in a mean over the tokens of all.
+
+    With n_r tokens here, n in all and W processes the part is n_r W / n: the average over the
+    processes of part * mean over the process's own tokens is the mean over all tokens, however
+    unequal the n_r are. It is exactly 1 where they are equal, and 0 without a token.
+
+    Args:
+        counts: integers [E] of this process.
+        num_tokens: n_r.
+        group: the processes; None is all.
+        dtype: of the part.
+
+    Returns:
+        Counts [E], and the part: a scalar, without gradient.
+    """
+    tokens = counts.new_ones(1) * num_tokens
+    mine = torch.cat([counts, tokens, torch.ones_like(tokens)])
+    # One reduction: whatever is reduced apart is waited for apart.
+    counts, in_all, processes = total([mine], group).split([len(counts), 1, 1])
+    part = (tokens * processes).to(dtype) / in_all.clamp(min=1).to(dtype)
+    return counts, part.squeeze(0)

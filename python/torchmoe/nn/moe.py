@@ -93,10 +93,13 @@ class MoE(nn.Module):
             losses averaged (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv
             2412.19437, equation 17). "global_batch": the calls of all processes, summed by an
             all-reduce in forward, in training mode only, which every process must reach (Qiu et
-            al., arXiv 2501.11873); each process's mean scores are its own, so that averaging
-            gradients gives the loss of the whole. "history": the router's `usage`. With "history"
-            and, for equal numbers of sequences, "sequence", accumulating the gradients of
-            micro-batches gives exactly that of one batch; see `earlier_counts` for the others.
+            al., arXiv 2501.11873), also one without tokens; each process's mean scores are its own.
+            With n_r counted tokens here, n in all and W processes, the term is n_r W / n times the
+            process's own, so that the mean over the processes of terms and of gradients is that of
+            one batch of all tokens, whatever each holds. The other terms of aux_loss are means over
+            the process's own tokens. "history": the router's `usage`. With "history" and, for equal
+            numbers of sequences, "sequence", accumulating the gradients of micro-batches gives
+            exactly that of one batch; see `earlier_counts` for the others.
         fraction_choices: "all" choices of a token count in the fractions, or the "first" only
             (GShard, arXiv 2006.16668). History knows all choices only.
         process_group: the processes of "global_batch" and of `update`; None is all.
@@ -389,7 +392,7 @@ class MoE(nn.Module):
         sequence_shape = x.shape[:-1] if self.fraction_from == "sequence" else None
         losses = {
             "load_balancing_loss": self._balancing_loss(
-                logits, chosen, counts, mask, sequence_shape, earlier_counts
+                logits, chosen, counts, num_tokens, mask, sequence_shape, earlier_counts
             )
         }
         aux_loss = self.balance_weight * losses["load_balancing_loss"]
@@ -637,17 +640,20 @@ class MoE(nn.Module):
         logits: Tensor,
         chosen: Tensor,
         counts: Tensor,
+        num_tokens: int | Tensor,
         mask: Tensor | None,
         sequence_shape: torch.Size | None,
         earlier_counts: Tensor | None,
     ) -> Tensor:
+        part = None
         if earlier_counts is not None:
             self._check_earlier(earlier_counts)
             counts = counts + earlier_counts
         if self.fraction_from == "history":
             counts = cast(Tensor, self.router.usage)
         elif self.fraction_from == "global_batch" and self.training:
-            counts = _reduce.total([counts], self.process_group)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            counts, part = _reduce.counts_and_part(counts, num_tokens, self.process_group, wide)
         elif sequence_shape is not None:
             length = sequence_shape[-1] if len(sequence_shape) else 1
             sequences = math.prod(sequence_shape[:-1])
@@ -655,12 +661,13 @@ class MoE(nn.Module):
             mask = None if mask is None else mask.view(sequences, length)
             choices = chosen[:, : 1 if self.fraction_choices == "first" else None]
             counts = count_by_sequence(choices, sequences, length, self.num_experts)
-        return ops.load_balancing_loss(
+        loss = ops.load_balancing_loss(
             logits,
             shares(counts, logits.dtype),
             score_function=self.estimator.score_function,
             token_mask=mask,
         )
+        return loss if part is None else part * loss
 
     def _check_earlier(self, earlier_counts: Tensor) -> None:
         if self.fraction_from not in ("batch", "global_batch"):

@@ -43,7 +43,8 @@ class Routing(NamedTuple):
     """The unweighted terms of aux_loss by name.
 
     "load_balancing_loss" always, "router_z_loss" when z_loss_weight is above 0, and those of the
-    layer's `losses`.
+    layer's `losses`. With fraction_from "global_batch", in training, the first one is this
+    process's share, whose mean over the processes is the loss of all tokens.
     """
     statistics: Any
     """What the estimator's combine returned next to the output, or None."""
