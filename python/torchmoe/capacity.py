@@ -9,13 +9,20 @@ of tokens.
 from __future__ import annotations
 
 import math
-import numbers
 from decimal import Decimal
 from fractions import Fraction
 from typing import overload
 
 import torch
 from torch import Tensor
+
+from torchmoe._checks import (
+    check_at_least,
+    check_choice,
+    check_number,
+    readable,
+    shown,
+)
 
 # Slots, top_k times tokens, up to which arithmetic in int64 is exact: tensors compute in it, and so
 # does compiled code. With a numerator of at most factor * 2^28 the product of both stays below 2^63
@@ -52,13 +59,15 @@ def capacity_ratio(
         TypeError: factor is not a real number.
         ValueError: factor is negative, NaN or infinite.
     """
-    if isinstance(factor, bool) or not isinstance(factor, numbers.Real | Decimal):
-        raise TypeError(f"{op}: {argument} must be a number, got {factor!r}")
+    if not isinstance(factor, Decimal):
+        check_number(op, argument, factor)
     is_finite = isinstance(factor, int | Fraction) or math.isfinite(factor)
     if not is_finite or factor < 0:
         raise ValueError(f"{op}: {argument} must be a finite number >= 0, got {factor}")
-    exact = isinstance(factor, int | Fraction | Decimal)
-    ratio = Fraction(factor) if exact else Fraction(str(factor))
+    if isinstance(factor, int | Fraction | Decimal):
+        ratio = Fraction(factor)
+    else:
+        ratio = Fraction(str(factor))
     return ratio.numerator, ratio.denominator
 
 
@@ -110,18 +119,15 @@ def expert_capacity(
         The capacity, 0 for no tokens.
 
     Raises:
-        TypeError: capacity_factor is not a number.
+        TypeError: a number has another type.
         ValueError: an argument is out of range or unknown, or num_tokens is a tensor that is not of
-            an integer dtype.
+            an integer dtype, or on the CPU holds a negative number.
     """
-    if not isinstance(num_tokens, int | torch.SymInt | Tensor):
-        raise TypeError(f"expert_capacity: num_tokens must be an int or tensor, got {num_tokens!r}")
-    if num_experts < 1:
-        raise ValueError(f"expert_capacity: num_experts must be >= 1, got {num_experts}")
-    if top_k < 1:
-        raise ValueError(f"expert_capacity: top_k must be >= 1, got {top_k}")
-    if rounding not in ROUNDINGS:
-        raise ValueError(f'expert_capacity: rounding must be "up" or "down", got "{rounding}"')
+    check_at_least("expert_capacity", "num_experts", num_experts, 1)
+    check_at_least("expert_capacity", "top_k", top_k, 1)
+    check_at_least("expert_capacity", "min_capacity", min_capacity, 0)
+    check_choice("expert_capacity", "rounding", rounding, ROUNDINGS)
+    check_amount("expert_capacity", "num_tokens", num_tokens)
     ratio = capacity_ratio(capacity_factor)
     if computes_in_int64(num_tokens):
         ratio = int64_ratio(ratio, rounding)
@@ -136,9 +142,7 @@ def capacity_from_ratio(
     min_capacity: int,
     rounding: str,
 ) -> int | Tensor:
-    """`expert_capacity` for a factor that is two integers already; see there."""
-    if min_capacity < 0:
-        raise ValueError(f"expert_capacity: min_capacity must be >= 0, got {min_capacity}")
+    """`expert_capacity` for checked arguments and a factor that is two integers; see there."""
     numerator, denominator = ratio[0] * top_k, ratio[1] * num_experts
     # A capacity above num_tokens means nothing, so a larger factor is cut here, before it can
     # overflow an int64 tensor.
@@ -146,22 +150,40 @@ def capacity_from_ratio(
     excess = denominator - 1 if rounding == "up" else 0
 
     if isinstance(num_tokens, Tensor):
-        if num_tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "expert_capacity: num_tokens must be an int or an int64 tensor, "
-                f"got a tensor of {num_tokens.dtype}"
-            )
         tokens = num_tokens.to(torch.int64)
         slots = (tokens * numerator + excess) // denominator
         return torch.minimum(slots.clamp(min=min_capacity), tokens)
 
-    if isinstance(num_tokens, int) and num_tokens < 0:
-        raise ValueError(f"expert_capacity: num_tokens must be >= 0, got {num_tokens}")
     slots_int = (num_tokens * numerator + excess) // denominator
     # torch.sym_max and sym_min, unlike max and min, put no guard on a symbolic number of tokens.
     at_least = torch.sym_max(slots_int, min_capacity)  # type: ignore[no-untyped-call]
     capacity: int = torch.sym_min(at_least, num_tokens)  # type: ignore[no-untyped-call]
     return capacity
+
+
+def check_usage(op: str, usage: Tensor | None) -> None:
+    """Raises unless usage is a tensor (TypeError) [E] and floating (RuntimeError)."""
+    if not isinstance(usage, Tensor):
+        raise TypeError(f"{op}: usage must be a tensor, got {shown(usage)}")
+    if usage.dim() != 1 or not usage.is_floating_point():
+        raise RuntimeError(
+            f"{op}: usage must be [num_experts] and floating, "
+            f"got {usage.dtype} of shape {list(usage.shape)}"
+        )
+
+
+def check_amount(op: str, argument: str, number: int | Tensor) -> None:
+    """Raises unless the number is an int or an integer tensor, and, where that is seen, >= 0."""
+    if not isinstance(number, Tensor):
+        if isinstance(number, bool) or not isinstance(number, int | torch.SymInt):
+            raise TypeError(f"{op}: {argument} must be an int or tensor, got {shown(number)}")
+        check_at_least(op, argument, number, 0)
+    elif number.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"{op}: {argument} must be an int or an int64 tensor, got a tensor of {number.dtype}"
+        )
+    elif readable(number) and (number < 0).any():
+        raise ValueError(f"{op}: {argument} must be >= 0, got {number.min().item()}")
 
 
 def computes_in_int64(num_tokens: int | Tensor) -> bool:
@@ -231,25 +253,25 @@ def dynamic_capacity(
         [E] int64 on usage's device, computed without a sync.
 
     Raises:
-        TypeError: factor is not a number, or num_slots neither an int nor a tensor.
-        ValueError: factor is negative, NaN or infinite, or num_slots is a negative int.
-        RuntimeError: usage has another shape or is not floating.
+        TypeError: usage is not a tensor, factor not a number, or num_slots neither an int nor a
+            tensor.
+        ValueError: factor is negative, NaN or infinite, num_slots is negative (of a tensor seen on
+            the CPU only), or a tensor that is not of an integer dtype.
+        RuntimeError: usage has another shape or is not floating, or num_slots is no scalar.
     """
+    check_usage("dynamic_capacity", usage)
+    check_amount("dynamic_capacity", "num_slots", num_slots)
+    if isinstance(num_slots, Tensor) and num_slots.dim() != 0:
+        raise RuntimeError(
+            "dynamic_capacity: num_slots must be an int or a scalar, "
+            f"got shape {list(num_slots.shape)}"
+        )
     ratio = capacity_ratio(factor, op="dynamic_capacity", argument="factor")
     return dynamic_from_ratio(usage, num_slots, ratio)
 
 
 def dynamic_from_ratio(usage: Tensor, num_slots: int | Tensor, ratio: tuple[int, int]) -> Tensor:
-    """`dynamic_capacity` for a factor that is two integers already; see there."""
-    if usage.dim() != 1 or not usage.is_floating_point():
-        raise RuntimeError(
-            "dynamic_capacity: usage must be [num_experts] and floating, "
-            f"got {usage.dtype} of shape {list(usage.shape)}"
-        )
-    if not isinstance(num_slots, int | torch.SymInt | Tensor) or isinstance(num_slots, bool):
-        raise TypeError(f"dynamic_capacity: num_slots must be an int or tensor, got {num_slots!r}")
-    if isinstance(num_slots, int) and num_slots < 0:
-        raise ValueError(f"dynamic_capacity: num_slots must be >= 0, got {num_slots}")
+    """`dynamic_capacity` for checked arguments and a factor that is two integers; see there."""
     num_experts = usage.shape[0]
     # A larger factor gives no expert more, and might not fit a float.
     factor = ratio[0] / ratio[1] if ratio[0] < num_experts * ratio[1] else num_experts

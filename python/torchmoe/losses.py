@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
+from torchmoe._checks import (
+    check_among,
+    check_at_least,
+    check_choice,
+    check_positive,
+    check_tensor,
+    check_token_mask,
+)
 from torchmoe._slots import by_expert
+from torchmoe.ops import SCORE_FUNCTIONS
 
 
 class LossInputs(NamedTuple):
@@ -65,13 +74,26 @@ def importance_loss(
         A scalar >= 0, differentiable in weights.
 
     Raises:
+        TypeError: an argument has another type.
+        ValueError: num_experts is below 1.
         RuntimeError: a shape or dtype does not fit.
     """
+    check_at_least("importance_loss", "num_experts", num_experts, 1)
+    check_tensor("importance_loss", "weights", weights)
+    check_tensor("importance_loss", "indices", indices)
     if weights.dim() != 2 or weights.shape != indices.shape:
         raise RuntimeError(
             "importance_loss: weights must be [num_tokens, top_k], as indices are, "
             f"got shapes {list(weights.shape)} and {list(indices.shape)}"
         )
+    if not weights.is_floating_point():
+        raise RuntimeError(f"importance_loss: weights must be floating, got {weights.dtype}")
+    if indices.dtype != torch.int64 or indices.device != weights.device:
+        raise RuntimeError(
+            f"importance_loss: indices must be int64 on {weights.device}, as weights are, "
+            f"got {indices.dtype} on {indices.device}"
+        )
+    check_token_mask("importance_loss", token_mask, weights, 1)
     by_token = by_expert(weights, indices, num_experts)  # [T, E]
     return _cv_squared(ops.mean_over_tokens(by_token, token_mask=token_mask))
 
@@ -105,17 +127,24 @@ def load_loss(
         A scalar >= 0, differentiable in both logits.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: top_k or deviation is out of range.
         RuntimeError: a shape or dtype does not fit.
     """
     _check("load_loss", logits, token_mask)
     num_experts = logits.shape[1]
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"load_loss: top_k must be in [1, {num_experts}], got {top_k}")
-    deviation = 1 / num_experts if deviation is None else deviation
-    # In this form a compiler can ask it of a float that it takes for a variable.
-    if not 0 < deviation < math.inf:
-        raise ValueError(f"load_loss: deviation must be a finite number > 0, got {deviation}")
+    check_among("load_loss", "top_k", top_k, num_experts)
+    if deviation is None:
+        deviation = 1 / num_experts
+    else:
+        deviation = check_positive("load_loss", "deviation", deviation)
+    if noisy_logits is not None:
+        check_tensor("load_loss", "noisy_logits", noisy_logits)
+        if (noisy_logits.shape, noisy_logits.dtype) != (logits.shape, logits.dtype):
+            raise RuntimeError(
+                f"load_loss: noisy_logits must be {logits.dtype} of shape {list(logits.shape)}, as "
+                f"logits are, got {noisy_logits.dtype} of shape {list(noisy_logits.shape)}"
+            )
     if top_k == num_experts:
         return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
     noisy = logits if noisy_logits is None else noisy_logits
@@ -148,6 +177,7 @@ def local_entropy_loss(
         A scalar in [0, log E], differentiable in logits.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: an unknown score function.
         RuntimeError: a shape or dtype does not fit.
     """
@@ -172,6 +202,7 @@ def global_entropy_loss(
         A scalar in [0, log E], differentiable in logits.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: an unknown score function.
         RuntimeError: a shape or dtype does not fit.
     """
@@ -199,6 +230,7 @@ def mutual_information_loss(
         A scalar in [-log E, 0], differentiable in logits.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: an unknown score function.
         RuntimeError: a shape or dtype does not fit.
     """
@@ -211,18 +243,17 @@ def mutual_information_loss(
 
 def _check(name: str, logits: Tensor, token_mask: Tensor | None) -> None:
     """Raises RuntimeError where the arguments that the terms share do not fit."""
+    check_tensor(name, "logits", logits)
     if logits.dim() != 2 or not logits.is_floating_point():
         raise RuntimeError(
             f"{name}: logits must be [num_tokens, num_experts] and floating, "
             f"got {logits.dtype} of shape {list(logits.shape)}"
         )
-    if token_mask is not None and (
-        token_mask.dtype != torch.bool or token_mask.shape != logits.shape[:1]
-    ):
+    if logits.shape[1] < 1:
         raise RuntimeError(
-            f"{name}: token_mask must be bool of shape {list(logits.shape[:1])}, "
-            f"got {token_mask.dtype} of shape {list(token_mask.shape)}"
+            f"{name}: logits must be of at least one expert, got shape {list(logits.shape)}"
         )
+    check_token_mask(name, token_mask, logits, 1)
 
 
 def _shares(name: str, logits: Tensor, score_function: str, token_mask: Tensor | None) -> Tensor:
@@ -231,6 +262,7 @@ def _shares(name: str, logits: Tensor, score_function: str, token_mask: Tensor |
     The arguments are checked on behalf of the term `name`.
     """
     _check(name, logits, token_mask)
+    check_choice(name, "score_function", score_function, SCORE_FUNCTIONS)
     ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
     if token_mask is not None:
         ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)

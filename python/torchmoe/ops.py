@@ -12,12 +12,17 @@ An id outside [0, E) means "not routed": no output, its weight is ignored, its g
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from torchmoe._checks import check_at_least, check_tensor, shown
+
 _ops = torch.ops.torchmoe
+
+#: What probabilities are formed from logits by.
+SCORE_FUNCTIONS = ("softmax", "sigmoid")
 
 
 class DispatchPlan(NamedTuple):
@@ -29,6 +34,67 @@ class DispatchPlan(NamedTuple):
     """[N] int64: routed slots by expert, in slot order within one, then the unrouted ones."""
     slot_to_row: Tensor
     """[T, K] int64: the inverse of row_to_slot."""
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (whatever the op takes)
+    """Calls the op; where torch refuses an argument without a name, the error gets one."""
+    try:
+        return op(*args, **kwargs)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        if (explained := _explain(op, args, kwargs)) is None:
+            raise
+        raise explained from error
+
+
+def _explain(
+    op: Any,  # noqa: ANN401 (torch's own)
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> TypeError | None:
+    """What is wrong with the type of an argument, or None where nothing is."""
+    schema = op._schema
+    given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    for argument in schema.arguments:
+        if argument.name not in given:
+            continue
+        value = given[argument.name]
+        kind = str(argument.type)
+        if kind.startswith("Optional[") and value is None:
+            continue
+        fits, requirement = _FITS[kind.removeprefix("Optional[").removesuffix("]")]
+        if not isinstance(value, fits) or (isinstance(value, bool) and bool not in fits):
+            or_none = " or None" if kind.startswith("Optional[") else ""
+            return TypeError(
+                f"{_name(op)}: {argument.name} must be {requirement}{or_none}, got {shown(value)}"
+            )
+        if type(value).__name__ == "DTensor":
+            return TypeError(
+                f"{_name(op)}: {argument.name} must be a tensor of this process alone, such as "
+                f"{argument.name}.to_local() or {argument.name}.full_tensor(), got a DTensor"
+            )
+    return None
+
+
+def _name(op: Any) -> str:  # noqa: ANN401 (torch's own)
+    """What the op is called here."""
+    return str(op._schema.name).partition("::")[2]
+
+
+# The types that a schema knows, in words.
+_FITS: dict[str, tuple[tuple[type, ...], str]] = {
+    "Tensor": ((Tensor,), "a tensor"),
+    "str": ((str,), "a string"),
+    "int": ((int, torch.SymInt), "an int"),
+    "SymInt": ((int, torch.SymInt), "an int"),
+    "float": ((int, float, torch.SymFloat), "a number"),
+}
+
+
+def _parts(op: str, plan: DispatchPlan) -> DispatchPlan:
+    """The plan; raises TypeError where something else is given, such as the tensor it is for."""
+    if not isinstance(plan, tuple) or len(plan) != len(DispatchPlan._fields):
+        raise TypeError(f"{op}: plan must be a DispatchPlan, got {shown(plan)}")
+    return plan
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,7 +114,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.router_logits.default(x, weight, bias))
+    return cast(Tensor, _call(_ops.router_logits.default, x, weight, bias))
 
 
 def select_experts(
@@ -83,7 +149,8 @@ def select_experts(
     """
     return cast(
         Tensor,
-        _ops.select_experts.default(
+        _call(
+            _ops.select_experts.default,
             scores,
             top_k,
             selection_bias=selection_bias,
@@ -165,15 +232,17 @@ def limit_capacity(
                 "limit_capacity: num_experts must be given when capacity is an int, got None"
             )
         if not isinstance(capacity, int | torch.SymInt) or isinstance(capacity, bool):
-            raise TypeError(f"limit_capacity: capacity must be an int or tensor, got {capacity!r}")
-        if num_experts < 0:
-            raise ValueError(f"limit_capacity: num_experts must be >= 0, got {num_experts}")
-        if isinstance(capacity, int) and capacity < 0:
-            raise ValueError(f"limit_capacity: capacity must be >= 0, got {capacity}")
+            raise TypeError(
+                f"limit_capacity: capacity must be an int or tensor, got {shown(capacity)}"
+            )
+        check_at_least("limit_capacity", "num_experts", num_experts, 0)
+        check_at_least("limit_capacity", "capacity", capacity, 0)
+        check_tensor("limit_capacity", "indices", indices)
         capacity = torch.full((num_experts,), capacity, dtype=torch.int64, device=indices.device)
     return cast(
         Tensor,
-        _ops.limit_capacity.default(
+        _call(
+            _ops.limit_capacity.default,
             indices,
             capacity,
             order=order,
@@ -221,7 +290,8 @@ def gate_weights(
     """
     return cast(
         Tensor,
-        _ops.gate_weights.default(
+        _call(
+            _ops.gate_weights.default,
             logits,
             indices,
             score_function=score_function,
@@ -247,7 +317,7 @@ def dispatch_plan(indices: Tensor, num_experts: int) -> DispatchPlan:
         ValueError: num_experts is negative.
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return DispatchPlan(*_ops.dispatch_plan.default(indices, num_experts))
+    return DispatchPlan(*_call(_ops.dispatch_plan.default, indices, num_experts))
 
 
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
@@ -265,7 +335,7 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.permute.default(x, *plan))
+    return cast(Tensor, _call(_ops.permute.default, x, *_parts("permute", plan)))
 
 
 def unpermute(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
@@ -287,7 +357,7 @@ def unpermute(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.unpermute.default(rows, weights, *plan))
+    return cast(Tensor, _call(_ops.unpermute.default, rows, weights, *_parts("unpermute", plan)))
 
 
 def grouped_linear(
@@ -313,7 +383,7 @@ def grouped_linear(
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.grouped_linear.default(rows, weight, bias, expert_offsets))
+    return cast(Tensor, _call(_ops.grouped_linear.default, rows, weight, bias, expert_offsets))
 
 
 def expert_mlp(
@@ -359,7 +429,7 @@ def expert_mlp(
     """
     return cast(
         Tensor,
-        _ops.expert_mlp.default(x, indices, weights, w_in, b_in, w_out, b_out, activation),
+        _call(_ops.expert_mlp.default, x, indices, weights, w_in, b_in, w_out, b_out, activation),
     )
 
 
@@ -395,8 +465,12 @@ def load_balancing_loss(
     """
     return cast(
         Tensor,
-        _ops.load_balancing_loss.default(
-            logits, fraction, score_function=score_function, token_mask=token_mask
+        _call(
+            _ops.load_balancing_loss.default,
+            logits,
+            fraction,
+            score_function=score_function,
+            token_mask=token_mask,
         ),
     )
 
@@ -419,7 +493,7 @@ def mean_over_tokens(values: Tensor, *, token_mask: Tensor | None = None) -> Ten
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.mean_over_tokens.default(values, token_mask=token_mask))
+    return cast(Tensor, _call(_ops.mean_over_tokens.default, values, token_mask=token_mask))
 
 
 def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
@@ -437,7 +511,7 @@ def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.router_z_loss.default(logits, token_mask=token_mask))
+    return cast(Tensor, _call(_ops.router_z_loss.default, logits, token_mask=token_mask))
 
 
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
@@ -453,7 +527,7 @@ def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    return cast(Tensor, _ops.scale_gradient.default(x, scale))
+    return cast(Tensor, _call(_ops.scale_gradient.default, x, scale))
 
 
 def attach_dense_gradient(
@@ -498,7 +572,9 @@ def attach_dense_gradient(
     """
     return cast(
         Tensor,
-        _ops.attach_dense_gradient.default(y, probs, x, w_in, b_in, w_out, b_out, activation),
+        _call(
+            _ops.attach_dense_gradient.default, y, probs, x, w_in, b_in, w_out, b_out, activation
+        ),
     )
 
 
@@ -522,4 +598,4 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
     Raises:
         RuntimeError: a shape or dtype does not fit.
     """
-    return cast(Tensor, _ops.attach_loss.default(x, loss, scale))
+    return cast(Tensor, _call(_ops.attach_loss.default, x, loss, scale))

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torchmoe.nn._checks import check_at_least
+from torchmoe._checks import check_at_least
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from torchmoe._checks import check_counts, check_flag, check_not_negative, check_tensor
 
 
 def update_selection_bias(
@@ -30,21 +30,21 @@ def update_selection_bias(
         The new bias [E] in the dtype of bias; without a counted token a copy of bias.
 
     Raises:
-        ValueError: rate is negative or not finite.
+        TypeError: an argument has another type.
+        ValueError: rate is negative or not finite, or a count is, which is seen on the CPU only.
         RuntimeError: a shape or dtype does not fit.
     """
-    if not math.isfinite(rate) or rate < 0:
-        raise ValueError(f"update_selection_bias: rate must be a finite number >= 0, got {rate}")
+    rate = check_not_negative("update_selection_bias", "rate", rate)
+    check_flag("update_selection_bias", "centred", centred)
+    check_tensor("update_selection_bias", "bias", bias)
     if bias.dim() != 1 or not bias.is_floating_point():
         raise RuntimeError(
             "update_selection_bias: bias must be [num_experts] and floating, "
             f"got {bias.dtype} of shape {list(bias.shape)}"
         )
-    if tokens_per_expert.shape != bias.shape:
-        raise RuntimeError(
-            f"update_selection_bias: tokens_per_expert must be [num_experts] = {list(bias.shape)}, "
-            f"got shape {list(tokens_per_expert.shape)}"
-        )
+    check_counts(
+        "update_selection_bias", "tokens_per_expert", tokens_per_expert, bias.shape[0], bias.device
+    )
     counts = tokens_per_expert.double()
     move = torch.sign(counts.mean() - counts)
     if centred:

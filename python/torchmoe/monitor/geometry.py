@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_integer
 from torchmoe._directions import percent, unit
 from torchmoe.monitor._extras import missing
-from torchmoe.nn._checks import check_integer
 from torchmoe.nn.routers.context_router import ContextRouter
 
 _BLOCK = 1 << 21  # pairs of experts that are looked at together: 16 MiB in float64

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import torchmoe.losses
 from torchmoe import ops
+from torchmoe._checks import check_choice, check_not_negative, shown
 from torchmoe.losses import LOSSES, Loss
-from torchmoe.nn._checks import check_choice, check_not_negative
 
 FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")
 FRACTION_CHOICES = ("all", "first")
@@ -42,6 +42,9 @@ def check_losses(
     losses: Sequence[tuple[str | Loss, float]], z_loss_weight: float
 ) -> tuple[tuple[tuple[str | Loss, float], ...], float]:
     """The terms without router_z_loss, and the weight of that one, wherever it is given."""
+    check_not_negative("MoE", "z_loss_weight", z_loss_weight)
+    if not isinstance(losses, Sequence) or isinstance(losses, str):
+        raise TypeError(f"MoE: losses must be pairs of a term and its weight, got {shown(losses)}")
     weights = {} if z_loss_weight == 0 else {"router_z_loss": z_loss_weight}
     rest = []
     for pair in losses:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchmoe._checks import check_at_least, check_backup, check_number
 from torchmoe.nn._buffers import fill_table, register_table
-from torchmoe.nn._checks import check_at_least, check_backup
 
 
 class Assistance(nn.Module):
@@ -61,6 +61,9 @@ class Assistance(nn.Module):
         super().__init__()
         self._table = check_backup("Assistance", backup)
         self.num_experts = len(self._table)
+        for name, value in (("threshold", threshold), ("lower_threshold", lower_threshold)):
+            if value is not None:
+                check_number("Assistance", name, value)
         if threshold is not None and not 0 < threshold < self.num_experts:
             raise ValueError(
                 f"Assistance: threshold must be in (0, {self.num_experts}), up to the load of an "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import Checked, check_finite, shown
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routing import Decision, MoEOutput
 
@@ -25,10 +26,18 @@ class WithAttachedLoss(nn.Module):
     Attributes:
         moe: the layer.
         scale: see above.
+
+    Raises:
+        TypeError: moe is no MoE, or scale no number.
+        ValueError: scale is not finite.
     """
+
+    scale = Checked(check_finite)
 
     def __init__(self, moe: MoE, *, scale: float = 1.0) -> None:
         super().__init__()
+        if not isinstance(moe, MoE):
+            raise TypeError(f"WithAttachedLoss: moe must be a MoE, got {shown(moe)}")
         self.moe = moe
         self.scale = scale
 

@@ -11,15 +11,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from torchmoe._checks import check_at_least, check_backup, check_choice, check_flag
 from torchmoe.capacity import (
     ROUNDINGS,
     capacity_from_ratio,
     capacity_ratio,
+    check_amount,
+    check_usage,
     computes_in_int64,
     dynamic_from_ratio,
     int64_ratio,
 )
-from torchmoe.nn._checks import check_at_least, check_backup, check_choice
 
 ORDERS = ("choice", "token")
 OVERFLOWS = ("drop", "next_best", "backup")
@@ -72,7 +74,7 @@ class Capacity:
             router's `usage`: history decides which expert may take more.
 
     Raises:
-        TypeError: a factor is not a number, or an entry of backup not an int.
+        TypeError: a value has another type.
         ValueError: a value is out of range or unknown, or does not go with another.
     """
 
@@ -98,14 +100,15 @@ class Capacity:
             check_choice("Capacity", "priority", self.priority, _PRIORITIES)
         check_choice("Capacity", "overflow", self.overflow, OVERFLOWS)
         check_choice("Capacity", "normalize", self.normalize, _NORMALIZES)
+        check_flag("Capacity", "dynamic", self.dynamic)
+        if self.backup is not None:
+            object.__setattr__(self, "backup", check_backup("Capacity", self.backup))
         if (self.backup is not None) != (self.overflow == "backup"):
             requirement = "given" if self.backup is None else "None"
             raise ValueError(
                 f'Capacity: backup must be {requirement} with overflow "{self.overflow}", '
                 f"got {self.backup}"
             )
-        if self.backup is not None:
-            object.__setattr__(self, "backup", check_backup("Capacity", self.backup))
         if self.dynamic and self.rounding != "up":
             raise ValueError(
                 f'Capacity: rounding must be "up" with dynamic=True, got "{self.rounding}"'
@@ -142,13 +145,23 @@ class Capacity:
 
         Returns:
             One number for all, a scalar tensor if num_tokens is one; if dynamic [E].
+
+        Raises:
+            TypeError: an argument has another type.
+            ValueError: a number is out of range, or num_tokens no integer tensor.
+            RuntimeError: usage has another shape or dtype.
         """
+        check_amount("Capacity", "num_tokens", num_tokens)
+        check_at_least("Capacity", "num_experts", num_experts, 1)
+        check_at_least("Capacity", "top_k", top_k, 1)
+        check_flag("Capacity", "training", training)
         if not self.dynamic:
             ratio = self._ratios[training, computes_in_int64(num_tokens)]
             return capacity_from_ratio(
                 num_tokens, num_experts, top_k, ratio, self.minimum, self.rounding
             )
         ratio = self._ratios[training, False]
+        check_usage("Capacity", usage)
         slots = dynamic_from_ratio(cast(Tensor, usage), top_k * num_tokens, ratio)
         slots = slots.clamp(min=self.minimum)
         if isinstance(num_tokens, Tensor):

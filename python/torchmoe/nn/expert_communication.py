@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.nn._checks import check_at_least
+from torchmoe._checks import check_at_least, check_device, check_dtype, check_experts, check_output
 from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
 from torchmoe.nn.estimators.estimator import ExpertFunction
 
@@ -77,6 +77,9 @@ class ExpertCommunication(nn.Module):
             raise ValueError(
                 f"ExpertCommunication: num_heads must divide size {size}, got {num_heads}"
             )
+        check_device("ExpertCommunication", device)
+        check_dtype("ExpertCommunication", dtype)
+        check_experts("ExpertCommunication", experts)
         if getattr(experts, "mixes_slots", False):
             raise ValueError(
                 "ExpertCommunication: experts must not mix a token's slots themselves, "
@@ -126,7 +129,13 @@ class ExpertCommunication(nn.Module):
         plan = in_slot_order(indices.shape[0], indices.shape[1], indices.device)
         # 1. Each slot's output: the experts see it as a token of its own with weight 1.
         alone = indices.reshape(-1, 1)  # [N, 1]
-        outputs = self.experts(ops.permute(x, plan), alone, weights.new_ones(alone.shape))  # [N, H]
+        outputs = check_output(
+            "ExpertCommunication",
+            "experts",
+            self.experts(ops.permute(x, plan), alone, weights.new_ones(alone.shape)),
+            (alone.shape[0], x.shape[1]),
+            "[num_slots, hidden_size]",
+        )  # [N, H]
         # 2. What the slots of a token say to each other.
         said = self._exchange(outputs, routed)  # [N, S]
         # 3. Add up. The last projection is the same for all slots, so that it comes after the sum.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_module, check_output, shown
 
 
 class ExpertList(nn.Module):
@@ -28,11 +29,17 @@ class ExpertList(nn.Module):
         experts: the nn.ModuleList of them.
 
     Raises:
+        TypeError: an expert is no module.
         ValueError: there is none.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         super().__init__()
+        if not isinstance(modules, Iterable) or isinstance(modules, str):
+            raise TypeError(f"ExpertList: modules must be modules, got {shown(modules)}")
+        modules = list(modules)
+        for module in modules:
+            check_module("ExpertList", "modules", module)
         self.experts = nn.ModuleList(modules)
         if not self.experts:
             raise ValueError("ExpertList: modules must hold at least one module, got none")
@@ -65,9 +72,15 @@ class ExpertList(nn.Module):
         # 2. Each expert on its own rows.
         offsets = plan.expert_offsets.tolist()
         outputs = [
-            expert(rows[begin:end])
+            check_output(
+                "ExpertList",
+                "modules",
+                expert(rows[begin:end]),
+                (end - begin, rows.shape[1]),
+                "[num_rows, hidden_size]",
+            )
             for expert, (begin, end) in zip(self.experts, pairwise(offsets), strict=True)
         ]
-        rest = outputs[0].new_zeros(rows.shape[0] - offsets[-1], *outputs[0].shape[1:])
+        rest = outputs[0].new_zeros(rows.shape[0] - offsets[-1], rows.shape[1])
         # 3. Bring the rows back and add them up.
         return ops.unpermute(torch.cat([*outputs, rest]), weights, plan)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.nn._checks import check_at_least, check_choice
+from torchmoe._checks import check_at_least, check_choice, check_device, check_dtype, check_flag
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 PLAIN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
@@ -61,6 +61,9 @@ class Experts(nn.Module):
         check_at_least("Experts", "intermediate_size", intermediate_size, 1)
         check_at_least("Experts", "num_experts", num_experts, 1)
         check_choice("Experts", "activation", activation, GATED_ACTIVATIONS + PLAIN_ACTIVATIONS)
+        check_flag("Experts", "bias", bias)
+        check_device("Experts", device)
+        check_dtype("Experts", dtype)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts

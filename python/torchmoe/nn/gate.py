@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchmoe.nn._checks import check_at_least, check_choice
-from torchmoe.nn.estimators.estimator import NORMALIZES, SCORE_FUNCTIONS, Estimator
+from torchmoe._checks import check_at_least, check_choice
+from torchmoe.nn.estimators.estimator import NORMALIZES, Estimator
 from torchmoe.nn.estimators.registry import known_estimators
+from torchmoe.ops import SCORE_FUNCTIONS
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import (
+    Checked,
+    Level,
+    check_among,
+    check_at_least,
+    check_choice,
+    check_counts,
+    check_device,
+    check_dtype,
+    check_experts,
+    check_flag,
+    check_module,
+    check_not_negative,
+    check_output,
+    check_process_group,
+    check_tensor,
+    check_token_mask,
+    shown,
+)
 from torchmoe.losses import Loss, LossInputs
 from torchmoe.nn import _reduce
 from torchmoe.nn._balance import (
@@ -26,13 +45,6 @@ from torchmoe.nn._balance import (
     shares,
 )
 from torchmoe.nn._buffers import fill_table, keep_wide, register_table
-from torchmoe.nn._checks import (
-    Level,
-    check_at_least,
-    check_choice,
-    check_integer,
-    check_not_negative,
-)
 from torchmoe.nn._compatibility import (
     check_assistance,
     check_backup_size,
@@ -51,7 +63,7 @@ from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput, route
 from torchmoe.nn.routers.router import Router
-from torchmoe.nn.routing import Decision, MoEOutput, Routing, before_drop, ids_of
+from torchmoe.nn.routing import ADVICE, Decision, MoEOutput, Routing, before_drop, ids_of
 from torchmoe.selection_bias import update_selection_bias
 
 if TYPE_CHECKING:
@@ -135,6 +147,9 @@ class MoE(nn.Module):
 
     selection_bias: Tensor | None
     capacity_backup: Tensor | None
+    balance_weight = Checked(check_not_negative)
+    selection_bias_rate = Checked(check_not_negative)
+    selection_bias_centred = Checked(check_flag)
     z_loss_weight = Level()
     _z_loss_weight: float | None
     routed_scaling_factor = Level(neutral=1.0)
@@ -170,21 +185,33 @@ class MoE(nn.Module):
         super().__init__()
         check_at_least("MoE", "hidden_size", hidden_size, 1)
         check_at_least("MoE", "num_experts", num_experts, 1)
-        check_integer("MoE", "top_k", top_k)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"MoE: top_k must be in [1, {num_experts}], got {top_k}")
-        check_not_negative("MoE", "balance_weight", balance_weight)
+        check_among("MoE", "top_k", top_k, num_experts)
+        check_flag("MoE", "bias", bias)
+        check_device("MoE", device)
+        check_dtype("MoE", dtype)
         if not isinstance(gate, Gate):
-            raise TypeError(f"MoE: gate must be a Gate, got {gate!r}")
+            raise TypeError(
+                f'MoE: gate must be a Gate, such as Gate(estimator="exact"), got {shown(gate)}'
+            )
         check_groups(gate, num_experts, top_k)
         if capacity is not None and not isinstance(capacity, Capacity):
-            raise TypeError(f"MoE: capacity must be a Capacity or None, got {capacity!r}")
+            raise TypeError(
+                "MoE: capacity must be a Capacity or None, such as Capacity(1.25), "
+                f"got {shown(capacity)}"
+            )
         backup = None if capacity is None else capacity.backup
         check_backup_size(backup, num_experts)
         if assistance is not None and not isinstance(assistance, Assistance):
-            raise TypeError(f"MoE: assistance must be an Assistance or None, got {assistance!r}")
-        if shared_experts is not None and not isinstance(shared_experts, nn.Module):
-            raise TypeError(f"MoE: shared_experts must be a module or None, got {shared_experts!r}")
+            raise TypeError(
+                f"MoE: assistance must be an Assistance or None, got {shown(assistance)}"
+            )
+        if shared_experts is not None:
+            check_module("MoE", "shared_experts", shared_experts)
+        if router is not None:
+            check_module("MoE", "router", router)
+        if experts is not None:
+            check_experts("MoE", experts)
+        check_process_group("MoE", "process_group", process_group)
         check_choice("MoE", "fraction_from", fraction_from, FRACTIONS_FROM)
         check_choice("MoE", "fraction_choices", fraction_choices, FRACTION_CHOICES)
         if fraction_from == "history" and fraction_choices != "all":
@@ -192,7 +219,6 @@ class MoE(nn.Module):
                 'MoE: fraction_choices must be "all" with fraction_from "history", '
                 f'got "{fraction_choices}"'
             )
-        check_not_negative("MoE", "selection_bias_rate", selection_bias_rate)
         check_part("router", router, num_experts=num_experts)
         check_part("experts", experts, num_experts=num_experts, hidden_size=hidden_size)
         check_part("assistance", assistance, num_experts=num_experts)
@@ -237,6 +263,7 @@ class MoE(nn.Module):
         if experts is None:
             if intermediate_size is None:
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
+            check_at_least("MoE", "intermediate_size", intermediate_size, 1)
             experts = Experts(
                 hidden_size,
                 intermediate_size,
@@ -379,6 +406,7 @@ class MoE(nn.Module):
             tokens, logits, indices, weights, self.experts, token_mask=mask
         )
         y, statistics = combined if isinstance(combined, tuple) else (combined, None)  # [T, H]
+        check_output("MoE", "gate.estimator.combine", y, tokens.shape, "[num_tokens, hidden_size]")
         y = self._add_shared(y, tokens, mask)
 
         # 5. Account: counts, the losses, and everything above for whoever wants to look.
@@ -408,7 +436,9 @@ class MoE(nn.Module):
             noise_deviation=given.noise_deviation,
         )
         for name, term, weight in self._weighted_losses():
-            losses[name] = term(loss_inputs)
+            losses[name] = check_output(
+                "MoE", f'the term "{name}" of losses', term(loss_inputs), (), "a scalar"
+            )
             aux_loss = aux_loss + weight * losses[name]
 
         routing = Routing(
@@ -502,6 +532,9 @@ class MoE(nn.Module):
         return self
 
     def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if isinstance(x, MoEOutput):
+            raise TypeError(f"MoE: x must be a tensor, got a MoEOutput; {ADVICE}")
+        check_tensor("MoE", "x", x)
         if x.dim() < 1 or x.shape[-1] != self.hidden_size:
             raise RuntimeError(
                 f"MoE: x must be [..., hidden_size] = [..., {self.hidden_size}], "
@@ -510,11 +543,7 @@ class MoE(nn.Module):
         tokens = x.reshape(-1, self.hidden_size)
         if token_mask is None:
             return tokens, None
-        if token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]:
-            raise RuntimeError(
-                f"MoE: token_mask must be bool of shape {list(x.shape[:-1])}, "
-                f"got {token_mask.dtype} of shape {list(token_mask.shape)}"
-            )
+        check_token_mask("MoE", token_mask, x, x.dim() - 1)
         mask = token_mask.reshape(-1)
         # Attention leaves NaN at positions that see nothing; 0 * NaN would carry it into the
         # router's gradient.
@@ -523,9 +552,20 @@ class MoE(nn.Module):
     def _choose(self, given: RouterOutput, mask: Tensor | None) -> Tensor:
         """The choice of the router where it makes one, else the estimator's."""
         if given.indices is None:
-            return self.estimator.select(
+            chosen = self.estimator.select(
                 given.logits, selection_bias=self.selection_bias, token_mask=mask
             )
+            expected = (given.logits.shape[0], self.top_k)
+            if not isinstance(chosen, Tensor):
+                raise TypeError(
+                    f"MoE: gate.estimator.select must return a tensor, got {shown(chosen)}"
+                )
+            if chosen.dtype != torch.int64 or chosen.shape != expected:
+                raise RuntimeError(
+                    "MoE: gate.estimator.select must return int64 [num_tokens, top_k] = "
+                    f"{list(expected)}, got {chosen.dtype} of shape {list(chosen.shape)}"
+                )
+            return chosen
         return given.indices if mask is None else given.indices.masked_fill(~mask[:, None], -1)
 
     def _draw_as_if_deciding(self, logits: Tensor, selected: Tensor, mask: Tensor | None) -> None:
@@ -569,7 +609,13 @@ class MoE(nn.Module):
             parameter.requires_grad for parameter in self.router.parameters()
         ):
             logits = logits.detach()
-        return self.estimator.weigh(logits, ids)
+        return check_output(
+            "MoE",
+            "gate.estimator.weigh",
+            self.estimator.weigh(logits, ids),
+            ids.shape,
+            "[num_tokens, top_k]",
+        )
 
     def _limit(
         self, logits: Tensor, selected: Tensor, asking: Tensor | None, num_tokens: int | Tensor
@@ -616,12 +662,13 @@ class MoE(nn.Module):
             y = self._routed_scaling_factor * y
         if self.shared_experts is None:
             return y
-        shared: Tensor = self.shared_experts(tokens)
-        if shared.shape != y.shape:
-            raise RuntimeError(
-                f"MoE: shared_experts must return [num_tokens, hidden_size] = {list(y.shape)}, "
-                f"got shape {list(shared.shape)}"
-            )
+        shared = check_output(
+            "MoE",
+            "shared_experts",
+            self.shared_experts(tokens),
+            y.shape,
+            "[num_tokens, hidden_size]",
+        )
         if mask is not None:
             shared = shared.masked_fill(~mask.unsqueeze(-1), 0)
         return y + shared.to(y.dtype)
@@ -647,7 +694,7 @@ class MoE(nn.Module):
     ) -> Tensor:
         part = None
         if earlier_counts is not None:
-            self._check_earlier(earlier_counts)
+            self._check_earlier(earlier_counts, counts)
             counts = counts + earlier_counts
         if self.fraction_from == "history":
             counts = cast(Tensor, self.router.usage)
@@ -669,14 +716,17 @@ class MoE(nn.Module):
         )
         return loss if part is None else part * loss
 
-    def _check_earlier(self, earlier_counts: Tensor) -> None:
+    def _check_earlier(self, earlier_counts: Tensor, counts: Tensor) -> None:
         if self.fraction_from not in ("batch", "global_batch"):
             raise ValueError(
                 f'MoE: earlier_counts must be None with fraction_from "{self.fraction_from}", '
-                f"got a tensor of shape {list(earlier_counts.shape)}"
+                f"got {shown(earlier_counts)}"
             )
-        if earlier_counts.shape != (self.num_experts,) or earlier_counts.is_floating_point():
-            raise RuntimeError(
-                f"MoE: earlier_counts must be integers [num_experts] = [{self.num_experts}], "
-                f"got {earlier_counts.dtype} of shape {list(earlier_counts.shape)}"
-            )
+        check_counts(
+            "MoE",
+            "earlier_counts",
+            earlier_counts,
+            self.num_experts,
+            counts.device,
+            whole=True,
+        )

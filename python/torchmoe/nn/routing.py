@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Routing(NamedTuple):
 
 
 class MoEOutput(NamedTuple):
-    """The result of a layer."""
+    """The result of a layer: a tuple, which nothing that expects a tensor takes."""
 
     hidden_states: Tensor
     """The shape of the layer's input and its dtype (under autocast, the autocast dtype)."""
@@ -66,6 +67,43 @@ class MoEOutput(NamedTuple):
     """Weighted sum of the losses: a scalar, float32 or wider, ready to add to the task loss."""
     routing: Routing
     """Decisions, counts and unweighted losses."""
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: object = None,
+    ) -> NoReturn:
+        """Says what to do where the output is given to a function of torch."""
+        raise _not_a_tensor(f"an argument of {func.__name__}")
+
+    def __add__(self, other: object) -> tuple[Any, ...]:
+        """Joins tuples, as ever; for a summand of another kind it says what to do."""
+        if isinstance(other, tuple):
+            return tuple(self) + other
+        raise _not_a_tensor("a summand")
+
+    def __radd__(self, other: object) -> NoReturn:
+        """Says what to do."""
+        raise _not_a_tensor("a summand")
+
+    def __mul__(self, other: object) -> NoReturn:
+        """Says what to do."""
+        raise _not_a_tensor("a factor")
+
+    def __rmul__(self, other: object) -> NoReturn:
+        """Says what to do."""
+        raise _not_a_tensor("a factor")
+
+
+def _not_a_tensor(role: str) -> TypeError:
+    return TypeError(f"MoE: {role} must be a tensor, got the layer's MoEOutput; {ADVICE}")
+
+
+#: What to do where a layer's output stands in a tensor's place.
+ADVICE = "take its hidden_states, or let WithAttachedLoss(moe) return them alone"
 
 
 def before_drop(selected: Tensor, indices: Tensor) -> Tensor:

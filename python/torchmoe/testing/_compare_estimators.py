@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchmoe._checks import check_at_least
 from torchmoe.nn import MoE
-from torchmoe.nn._checks import check_at_least
 from torchmoe.nn._compatibility import check_estimator
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators

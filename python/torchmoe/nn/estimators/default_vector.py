@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_share
 from torchmoe._slots import named
 from torchmoe.nn._buffers import keep_wide
-from torchmoe.nn._checks import check_share
 from torchmoe.nn._rows import linear
-from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
+from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts
 
 
 class DefaultVector(Estimator):
@@ -89,7 +89,7 @@ class DefaultVector(Estimator):
         plan = ops.dispatch_plan(indices, self.num_experts)
         rows = ops.permute(x, plan)  # [N, H]
         chosen = indices.flatten()[plan.row_to_slot].unsqueeze(1)  # [N, 1]
-        outputs = experts(rows, chosen, weights.new_ones(chosen.shape))  # [N, H]
+        outputs = call_experts(experts, rows, chosen, weights.new_ones(chosen.shape))  # [N, H]
         y = ops.unpermute(outputs, weights, plan)
 
         served = named(indices, self.num_experts)  # [T, E]

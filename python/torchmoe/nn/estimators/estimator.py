@@ -19,13 +19,25 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_output
 from torchmoe.nn.estimators._groups import limit_to_groups
+from torchmoe.ops import SCORE_FUNCTIONS
 
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
 NORMALIZES = ("none", "topk", "uniform")
 
 #: What a layer computes its experts with: (x [T, H], indices [T, K], weights [T, K]) -> y [T, H].
 ExpertFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def call_experts(experts: ExpertFunction, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """What the experts return, which must be like x; see `torchmoe._checks.check_output`."""
+    return check_output(
+        "MoE",
+        "experts",
+        experts(x, indices, weights),
+        (x.shape[0], x.shape[1]),
+        "[num_tokens, hidden_size]",
+    )
 
 
 class Estimator(nn.Module):
@@ -264,7 +276,7 @@ class Estimator(nn.Module):
             tensors, that add up over micro-batches and processes (sums and counts, not means).
         """
         del logits, token_mask  # for subclasses
-        return experts(x, indices, weights)
+        return call_experts(experts, x, indices, weights)
 
     def update(self, statistics: Any) -> None:  # noqa: ANN401 (subclasses say which)
         """Changes the estimator's buffers, once per optimizer step.

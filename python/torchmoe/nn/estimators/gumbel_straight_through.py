@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchmoe.nn._checks import check_not_negative
+from torchmoe._checks import check_not_negative
 from torchmoe.nn.estimators._noise import gumbel_like
 from torchmoe.nn.estimators.straight_through import StraightThrough
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torchmoe.nn._checks import check_choice
+from torchmoe._checks import check_choice
 from torchmoe.nn.estimators.default_vector import DefaultVector
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.exact import Exact

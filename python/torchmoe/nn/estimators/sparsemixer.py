@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
+from torchmoe._checks import check_not_negative
 from torchmoe._slots import by_expert, named
-from torchmoe.nn._checks import check_not_negative
 from torchmoe.nn.estimators._noise import gumbel_like
 from torchmoe.nn.estimators.estimator import Estimator
 

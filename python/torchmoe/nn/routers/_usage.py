@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_flag
 from torchmoe.nn._buffers import keep_wide
 
 # Weight of the past in the running average: a memory of about a hundred steps.
@@ -48,7 +49,9 @@ class UsageTracking(nn.Module):
             device: where the parameters are.
             dtype: their dtype.
         """
-        self.usage_scaling = usage_scaling
+        owner = type(self).__name__
+        self.usage_scaling = check_flag(owner, "usage_scaling", usage_scaling)
+        check_flag(owner, "track_usage", track_usage)
         self.usage_decay = _USAGE_DECAY
         usage = None
         if usage_scaling or track_usage:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_at_least, check_device, check_dtype, check_number
 from torchmoe._directions import percent, unit
-from torchmoe.nn._checks import check_at_least
 from torchmoe.nn._rows import wide, widened
 from torchmoe.nn.routers._usage import UsageTracking
 
@@ -66,6 +66,10 @@ class CosineRouter(UsageTracking):
         if projection_size is None:
             projection_size = max(2, num_experts // 2)
         check_at_least("CosineRouter", "projection_size", projection_size, 1)
+        check_number("CosineRouter", "temperature", temperature)
+        check_number("CosineRouter", "min_temperature", min_temperature)
+        check_device("CosineRouter", device)
+        check_dtype("CosineRouter", dtype)
         if not 0 < min_temperature <= temperature < math.inf:
             raise ValueError(
                 "CosineRouter: temperature must be finite and at least min_temperature > 0, "

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_among, check_choice
 from torchmoe.capacity import expert_capacity
-from torchmoe.nn._checks import check_at_least, check_choice
 from torchmoe.nn._rows import wide
-from torchmoe.nn.estimators.estimator import SCORE_FUNCTIONS
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput, score
+from torchmoe.ops import SCORE_FUNCTIONS
 
 AMONG = ("batch", "sequence")
 
@@ -65,11 +65,7 @@ class ExpertChoiceRouter(WrappingRouter):
         check_choice("ExpertChoiceRouter", "score_function", score_function, SCORE_FUNCTIONS)
         most = self.num_experts if most_per_token is None else most_per_token
         for name, value in (("top_k", top_k), ("most_per_token", most)):
-            check_at_least("ExpertChoiceRouter", name, value, 1)
-            if value > self.num_experts:
-                raise ValueError(
-                    f"ExpertChoiceRouter: {name} must be in [1, {self.num_experts}], got {value}"
-                )
+            check_among("ExpertChoiceRouter", name, value, self.num_experts)
         self.top_k = top_k
         self.among = among
         self.most_per_token = most

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._checks import check_among, check_at_least, check_integer
 from torchmoe.nn._buffers import fill_table, register_table
-from torchmoe.nn._checks import check_at_least, check_integer
 
 # Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
 # -inf into NaN. An int, since torch.compile takes a float from outside for a variable at first and
@@ -47,9 +47,7 @@ class HashRouter(nn.Module):
     def __init__(self, num_experts: int, top_k: int = 1, *, seed: int = 0) -> None:
         super().__init__()
         check_at_least("HashRouter", "num_experts", num_experts, 1)
-        check_integer("HashRouter", "top_k", top_k)
-        if not 1 <= top_k <= num_experts:
-            raise ValueError(f"HashRouter: top_k must be in [1, {num_experts}], got {top_k}")
+        check_among("HashRouter", "top_k", top_k, num_experts)
         check_integer("HashRouter", "seed", seed)
         self.num_experts = num_experts
         self.top_k = top_k

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.nn._checks import Level, check_at_least
+from torchmoe._checks import Level, check_at_least, check_device, check_dtype, check_flag
 from torchmoe.nn._rows import widened
 from torchmoe.nn.routers._usage import UsageTracking
 from torchmoe.nn.routers.context_router import RouterOutput
@@ -69,6 +69,9 @@ class Router(UsageTracking):
         super().__init__()
         check_at_least("Router", "hidden_size", hidden_size, 1)
         check_at_least("Router", "num_experts", num_experts, 1)
+        check_flag("Router", "bias", bias)
+        check_device("Router", device)
+        check_dtype("Router", dtype)
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.input_jitter = input_jitter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe.nn._checks import check_choice
+from torchmoe._checks import check_choice
 from torchmoe.nn._rows import exponentials, in_slot_order, wide, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput, score
