@@ -31,6 +31,10 @@ def shown(value: object) -> str:
     """A value as messages show it: itself where that is short, else its type."""
     if value is None or isinstance(value, _SHORT):
         return repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} of shape {list(value.shape)}"
+    if isinstance(value, list | tuple) and all(isinstance(item, _SHORT) for item in value):
+        return repr(value)
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
@@ -178,11 +182,11 @@ def check_output(
     """
     if not isinstance(output, Tensor):
         raise TypeError(f"{owner}: {part} must return a tensor {names}, got {shown(output)}")
-    if output.shape != shape or not output.is_floating_point():
-        raise RuntimeError(
-            f"{owner}: {part} must return {names} = {list(shape)}, floating, "
-            f"got {output.dtype} of shape {list(output.shape)}"
-        )
+    if output.shape != shape:
+        sizes = f"{names} = {list(shape)}" if shape else names
+        raise RuntimeError(f"{owner}: {part} must return {sizes}, got shape {list(output.shape)}")
+    if not output.is_floating_point():
+        raise RuntimeError(f"{owner}: {part} must return floating numbers, got {output.dtype}")
     return output
 
 

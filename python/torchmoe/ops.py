@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torchmoe._checks import check_at_least, check_tensor, shown
+from torchmoe._checks import check_at_least, check_integer, check_tensor, shown
 
 _ops = torch.ops.torchmoe
 
@@ -147,6 +147,7 @@ def select_experts(
         ValueError: top_k is out of range.
         RuntimeError: a shape, dtype or device does not fit.
     """
+    check_integer("select_experts", "top_k", top_k)
     return cast(
         Tensor,
         _call(
@@ -227,13 +228,13 @@ def limit_capacity(
                 f"got shape {list(capacity.shape)}"
             )
     else:
-        if num_experts is None:
-            raise ValueError(
-                "limit_capacity: num_experts must be given when capacity is an int, got None"
-            )
         if not isinstance(capacity, int | torch.SymInt) or isinstance(capacity, bool):
             raise TypeError(
                 f"limit_capacity: capacity must be an int or tensor, got {shown(capacity)}"
+            )
+        if num_experts is None:
+            raise ValueError(
+                "limit_capacity: num_experts must be given when capacity is an int, got None"
             )
         check_at_least("limit_capacity", "num_experts", num_experts, 0)
         check_at_least("limit_capacity", "capacity", capacity, 0)
@@ -317,6 +318,7 @@ def dispatch_plan(indices: Tensor, num_experts: int) -> DispatchPlan:
         ValueError: num_experts is negative.
         RuntimeError: a shape, dtype or device does not fit.
     """
+    check_integer("dispatch_plan", "num_experts", num_experts)
     return DispatchPlan(*_call(_ops.dispatch_plan.default, indices, num_experts))
 
 

@@ -36,10 +36,9 @@ def _rank(value: float) -> tuple[bool, float]:
 
 def _by_rank(scores: Tensor, tie_break: Tensor | None) -> list[int]:
     """The experts of one token, best first: by score, then by tie_break, then by id."""
-    ties = torch.zeros_like(scores) if tie_break is None else tie_break
-    return sorted(
-        range(len(scores)), key=lambda e: (_rank(float(scores[e])), _rank(float(ties[e])), e)
-    )
+    row = scores.tolist()
+    ties = [0.0] * len(row) if tie_break is None else tie_break.tolist()
+    return sorted(range(len(row)), key=lambda e: (_rank(row[e]), _rank(ties[e]), e))
 
 
 def select_experts(

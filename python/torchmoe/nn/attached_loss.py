@@ -39,7 +39,7 @@ class WithAttachedLoss(nn.Module):
         if not isinstance(moe, MoE):
             raise TypeError(f"WithAttachedLoss: moe must be a MoE, got {shown(moe)}")
         self.moe = moe
-        self.scale = scale
+        self.scale = check_finite("WithAttachedLoss", "scale", scale)
 
     def forward(
         self,

@@ -187,11 +187,16 @@ class MoE(nn.Module):
         check_at_least("MoE", "num_experts", num_experts, 1)
         check_among("MoE", "top_k", top_k, num_experts)
         check_flag("MoE", "bias", bias)
+        # Before they are set: a module in their place would become a part of this one.
+        check_not_negative("MoE", "balance_weight", balance_weight)
+        check_not_negative("MoE", "selection_bias_rate", selection_bias_rate)
+        check_not_negative("MoE", "routed_scaling_factor", routed_scaling_factor)
         check_device("MoE", device)
         check_dtype("MoE", dtype)
         if not isinstance(gate, Gate):
+            name = gate if isinstance(gate, str) else "exact"
             raise TypeError(
-                f'MoE: gate must be a Gate, such as Gate(estimator="exact"), got {shown(gate)}'
+                f'MoE: gate must be a Gate, such as Gate(estimator="{name}"), got {shown(gate)}'
             )
         check_groups(gate, num_experts, top_k)
         if capacity is not None and not isinstance(capacity, Capacity):
@@ -263,7 +268,6 @@ class MoE(nn.Module):
         if experts is None:
             if intermediate_size is None:
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
-            check_at_least("MoE", "intermediate_size", intermediate_size, 1)
             experts = Experts(
                 hidden_size,
                 intermediate_size,

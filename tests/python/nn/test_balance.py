@@ -753,7 +753,7 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
 def test_earlier_counts_have_no_meaning_there(fraction_from: str) -> None:
     message = (
         rf'^MoE: earlier_counts must be None with fraction_from "{fraction_from}", '
-        r"got a tensor of shape \[8\]$"
+        r"got a tensor of torch.int64 of shape \[8\]$"
     )
     with pytest.raises(ValueError, match=message):
         make(fraction_from=fraction_from)(

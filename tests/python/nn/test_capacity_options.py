@@ -563,7 +563,11 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"capacity": 1.25}, TypeError, r"capacity must be a Capacity or None, got 1.25"),
+        (
+            {"capacity": 1.25},
+            TypeError,
+            r"capacity must be a Capacity or None, such as Capacity\(1.25\), got 1.25",
+        ),
         (
             {"capacity": Capacity(1, overflow="backup", backup=(1, 0))},
             ValueError,

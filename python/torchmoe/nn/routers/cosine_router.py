@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_at_least, check_device, check_dtype, check_number
+from torchmoe._checks import check_at_least, check_device, check_dtype, check_positive
 from torchmoe._directions import percent, unit
 from torchmoe.nn._rows import wide, widened
 from torchmoe.nn.routers._usage import UsageTracking
@@ -66,14 +66,14 @@ class CosineRouter(UsageTracking):
         if projection_size is None:
             projection_size = max(2, num_experts // 2)
         check_at_least("CosineRouter", "projection_size", projection_size, 1)
-        check_number("CosineRouter", "temperature", temperature)
-        check_number("CosineRouter", "min_temperature", min_temperature)
+        check_positive("CosineRouter", "temperature", temperature)
+        check_positive("CosineRouter", "min_temperature", min_temperature)
         check_device("CosineRouter", device)
         check_dtype("CosineRouter", dtype)
-        if not 0 < min_temperature <= temperature < math.inf:
+        if temperature < min_temperature:
             raise ValueError(
-                "CosineRouter: temperature must be finite and at least min_temperature > 0, "
-                f"got {temperature} and min_temperature {min_temperature}"
+                f"CosineRouter: temperature must be at least min_temperature {min_temperature}, "
+                f"got {temperature}"
             )
         self.hidden_size = hidden_size
         self.num_experts = num_experts

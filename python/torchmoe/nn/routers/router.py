@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import Level, check_at_least, check_device, check_dtype, check_flag
+from torchmoe._checks import (
+    Level,
+    check_at_least,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_not_negative,
+)
 from torchmoe.nn._rows import widened
 from torchmoe.nn.routers._usage import UsageTracking
 from torchmoe.nn.routers.context_router import RouterOutput
@@ -70,6 +77,9 @@ class Router(UsageTracking):
         check_at_least("Router", "hidden_size", hidden_size, 1)
         check_at_least("Router", "num_experts", num_experts, 1)
         check_flag("Router", "bias", bias)
+        # Before they are set: a module in their place would become a part of this one.
+        check_not_negative("Router", "input_jitter", input_jitter)
+        check_not_negative("Router", "logit_noise", logit_noise)
         check_device("Router", device)
         check_dtype("Router", dtype)
         self.hidden_size = hidden_size
