@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from torchmoe.nn.estimators._dense_gradient import attach_dense_gradient
-from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
+from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts
 
 
 class StraightThroughDense(Estimator):
@@ -40,7 +40,7 @@ class StraightThroughDense(Estimator):
         token_mask: Tensor | None = None,
     ) -> Tensor:
         """The chosen experts' weighted outputs, with the dense gradient attached."""
-        y = experts(x, indices, weights.detach())
+        y = call_experts(experts, x, indices, weights.detach())
         return attach_dense_gradient(y, self.probs(logits, token_mask), x, experts)
 
     def surrogate(self, logits: Tensor, selected: Tensor, indices: Tensor) -> Tensor:
