@@ -119,7 +119,9 @@ void check_expert_weights(std::string_view op,
               {num_experts, x.sym_size(1), intermediate},
               "[num_experts, hidden_size, intermediate_size]");
   check_shape(op, "w_in", w_in, {num_experts, pre_width, x.sym_size(1)}, w_in_layout);
-  check_same_dtype(op, "w_in", w_in, "x", x);
+  // The matrices are the layer's and x the caller's, so that x is what is of another type.
+  check_floating(op, "w_in", w_in);
+  check_same_dtype(op, "x", x, "w_in", w_in);
   check_same_dtype(op, "w_out", w_out, "x", x);
   check_same_device(op, "w_in", w_in, "x", x);
   check_same_device(op, "w_out", w_out, "x", x);

@@ -80,7 +80,7 @@ void check_limit_capacity(const at::Tensor& indices,
                 "[num_tokens, num_experts]");
     check_floating(op, "scores", *scores);
     check_same_device(op, "scores", *scores, "indices", indices);
-    check_tie_break(op, tie_break, *scores);
+    check_tie_break(op, tie_break, *scores, "indices");
   }
   TORCH_CHECK_VALUE(!tie_break || scores,
                     op,

@@ -20,7 +20,8 @@ at::Tensor select_experts(const at::Tensor& scores,
 
 void check_tie_break(std::string_view op,
                      const std::optional<at::Tensor>& tie_break,
-                     const at::Tensor& scores) {
+                     const at::Tensor& scores,
+                     std::string_view like_name) {
   if (tie_break) {
     check_floating(op, "tie_break", *tie_break);
     check_shape(op,
@@ -28,7 +29,7 @@ void check_tie_break(std::string_view op,
                 *tie_break,
                 {scores.sym_size(0), scores.sym_size(1)},
                 "[num_tokens, num_experts]");
-    check_same_device(op, "tie_break", *tie_break, "scores", scores);
+    check_same_device(op, "tie_break", *tie_break, like_name, scores);
   }
 }
 
@@ -52,7 +53,7 @@ void check_select_experts(const at::Tensor& scores,
     check_same_device(op, "selection_bias", *selection_bias, "scores", scores);
   }
   check_token_mask(op, token_mask, "scores", scores);
-  check_tie_break(op, tie_break, scores);
+  check_tie_break(op, tie_break, scores, "scores");
 }
 
 namespace {

@@ -21,10 +21,11 @@ at::Tensor select_experts(const at::Tensor& scores,
                           const std::optional<at::Tensor>& token_mask = std::nullopt,
                           const std::optional<at::Tensor>& tie_break = std::nullopt);
 
-/// What decides between equal scores has their shape and device.
+/// What decides between equal scores has their shape and device, that of the argument `like_name`.
 void check_tie_break(std::string_view op,
                      const std::optional<at::Tensor>& tie_break,
-                     const at::Tensor& scores);
+                     const at::Tensor& scores,
+                     std::string_view like_name);
 
 void check_select_experts(const at::Tensor& scores,
                           int64_t top_k,

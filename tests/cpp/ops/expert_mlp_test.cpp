@@ -231,7 +231,7 @@ TEST_CASE("expert_mlp: errors", "[expert_mlp]") {
                     contains("expert_mlp: w_in must be [num_experts, 2 * intermediate_size, ") &&
                         contains("got shape [4, 2, 3]"));
   CHECK_THROWS_WITH(with(&Layer::w_in, l.w_in.to(torch::kDouble)),
-                    contains("expert_mlp: w_in must have the dtype of x"));
+                    contains("expert_mlp: x must have the dtype of w_in"));
   CHECK_THROWS_WITH(with(&Layer::b_in, torch::zeros({4, 3})),
                     contains("expert_mlp: b_in must be [") && contains("got shape [4, 3]"));
   CHECK_THROWS_WITH(with(&Layer::b_in, l.b_in.to(torch::kDouble)),

@@ -67,7 +67,7 @@ class TestAttachDenseGradient(DifferentiableOpTests):
             ErrorCase("x", altered("x", lambda x: x[0]), r"\[5\]"),
             ErrorCase("x", altered("x", lambda x: x.int()), "Int"),
             ErrorCase("w_in", altered("w_in", lambda w: w[:, 1:]), r"\[4, 5, 5\]"),
-            ErrorCase("w_in", altered("w_in", lambda w: w.double()), "Double"),
+            ErrorCase("x", altered("w_in", lambda w: w.double()), "Float"),
             ErrorCase("b_in", altered("b_in", lambda b: b[:, 1:]), r"\[4, 5\]"),
             ErrorCase("w_out", altered("w_out", lambda w: w[0]), r"\[5, 3\]"),
             ErrorCase("b_out", altered("b_out", lambda b: b.double()), "Double"),

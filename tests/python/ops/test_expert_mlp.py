@@ -98,7 +98,7 @@ class TestExpertMlp(DifferentiableOpTests):
             ErrorCase("w_in", altered("w_in", lambda w: w[:, 1:]), r"\[4, 5, 5\]"),
             ErrorCase("w_in", altered("w_in", lambda w: w[:, :3]), r"\[4, 3, 5\]"),
             ErrorCase("w_in", altered("w_in", lambda w: w[1:]), r"\[3, 6, 5\]"),
-            ErrorCase("w_in", altered("w_in", lambda w: w.double()), "Double"),
+            ErrorCase("x", altered("w_in", lambda w: w.double()), "Float"),
             ErrorCase("b_in", altered("b_in", lambda b: b[:, 1:]), r"\[4, 5\]"),
             ErrorCase("b_in", altered("b_in", lambda b: b.double()), "Double"),
             ErrorCase("w_out", altered("w_out", lambda w: w[0]), r"\[5, 3\]"),
