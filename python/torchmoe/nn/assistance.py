@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from torchmoe._checks import check_at_least, check_backup, check_number
-from torchmoe.nn._buffers import fill_table, register_table
+from torchmoe.nn._table import Table
 
 
 class Assistance(nn.Module):
@@ -46,7 +46,6 @@ class Assistance(nn.Module):
         ValueError: a value is out of range.
     """
 
-    backup: Tensor
     assisted: Tensor
     updates_above: Tensor
 
@@ -59,8 +58,8 @@ class Assistance(nn.Module):
         patience: int = 100,
     ) -> None:
         super().__init__()
-        self._table = check_backup("Assistance", backup)
-        self.num_experts = len(self._table)
+        self._table = Table(check_backup("Assistance", backup))
+        self.num_experts = len(self.backup)
         for name, value in (("threshold", threshold), ("lower_threshold", lower_threshold)):
             if value is not None:
                 check_number("Assistance", name, value)
@@ -73,9 +72,13 @@ class Assistance(nn.Module):
         self._given = threshold, lower_threshold
         self.bind(1)
         self.patience = patience
-        register_table(self, "backup", self._table)
-        self.register_buffer("assisted", torch.zeros_like(self.backup, dtype=torch.bool))
-        self.register_buffer("updates_above", torch.zeros_like(self.backup))
+        self.register_buffer("assisted", torch.zeros(self.num_experts, dtype=torch.bool))
+        self.register_buffer("updates_above", torch.zeros(self.num_experts, dtype=torch.int64))
+
+    @property
+    def backup(self) -> tuple[int, ...]:
+        """For each expert another one."""
+        return self._table.entries
 
     def bind(self, top_k: int) -> None:
         """Sets the thresholds that were left open; `MoE` calls it.
@@ -101,7 +104,6 @@ class Assistance(nn.Module):
 
     def reset_parameters(self) -> None:
         """Nobody is assisted."""
-        fill_table(self, "backup", self._table)
         nn.init.zeros_(self.assisted)
         nn.init.zeros_(self.updates_above)
 
@@ -119,7 +121,7 @@ class Assistance(nn.Module):
         # argmax gives the first of equal values, so the best choice.
         best = is_assisted.to(torch.uint8).argmax(dim=1, keepdim=True)  # [T, 1]
         expert = selected.gather(1, best).clamp(0, self.num_experts - 1)
-        helper = self.backup[expert]  # [T, 1]
+        helper = self._table.on(selected.device)[expert]  # [T, 1]
         is_new = (selected != helper).all(dim=1, keepdim=True)
         joins = is_assisted.any(dim=1, keepdim=True) & is_new
         return torch.cat([selected, helper.where(joins, -1)], dim=1)
@@ -139,9 +141,14 @@ class Assistance(nn.Module):
         self.updates_above.copy_(above.where(counts, self.updates_above))
         self.assisted.copy_(assisted.where(counts, self.assisted))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Assistance:
+        self._table.follow(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def extra_repr(self) -> str:
         """The settings."""
         return (
-            f"backup={self._table}, threshold={self.threshold}, "
+            f"backup={self.backup}, threshold={self.threshold}, "
             f"lower_threshold={self.lower_threshold}, patience={self.patience}"
         )

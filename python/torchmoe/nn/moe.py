@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from torchmoe.nn._balance import (
     name_of,
     shares,
 )
-from torchmoe.nn._buffers import fill_table, keep_wide, register_table
+from torchmoe.nn._buffers import keep_wide, move, widen_entry
 from torchmoe.nn._compatibility import (
     check_assistance,
     check_backup_size,
@@ -55,9 +55,12 @@ from torchmoe.nn._compatibility import (
     check_usage,
     least_experts,
 )
+from torchmoe.nn._reminder import UpdateReminder
+from torchmoe.nn._rows import wide
+from torchmoe.nn._table import Table
 from torchmoe.nn.assistance import Assistance
 from torchmoe.nn.capacity import Capacity
-from torchmoe.nn.estimators.estimator import ExpertFunction
+from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.experts import Experts
 from torchmoe.nn.gate import Gate
@@ -114,7 +117,8 @@ class MoE(nn.Module):
             exactly that of one batch; see `earlier_counts` for the others.
         fraction_choices: "all" choices of a token count in the fractions, or the "first" only
             (GShard, arXiv 2006.16668). History knows all choices only.
-        process_group: the processes of "global_batch" and of `update`; None is all.
+        process_group: the processes of "global_batch" and of `update`; None is all. It cannot be
+            pickled: a layer that was must be given one before it is asked for its group.
         selection_bias_rate: above 0 the layer has a selection bias that `update` moves by this much
             against the load, see `torchmoe.update_selection_bias`.
         selection_bias_centred: keeps the mean of the selection bias where it is.
@@ -128,7 +132,7 @@ class MoE(nn.Module):
         dtype: their dtype.
 
     Attributes:
-        balance_weight: see above; may be changed at any time, as z_loss_weight and
+        balance_weight: see above; may be changed at any time, as process_group, z_loss_weight and
             routed_scaling_factor, and selection_bias_rate where the layer has a selection bias.
         z_loss_weight: see above.
         router: the router.
@@ -146,7 +150,6 @@ class MoE(nn.Module):
     """
 
     selection_bias: Tensor | None
-    capacity_backup: Tensor | None
     balance_weight = Checked(check_not_negative)
     selection_bias_rate = Checked(check_not_negative)
     selection_bias_centred = Checked(check_flag)
@@ -257,6 +260,10 @@ class MoE(nn.Module):
                 dtype=dtype,
             )
         check_usage(router, reader)
+        readers["a selection bias"] = selection_bias_rate > 0
+        readers["usage_scaling"] = any(
+            getattr(module, "usage_scaling", False) for module in router.modules()
+        )
         check_choosing(
             router,
             top_k=top_k,
@@ -293,6 +300,10 @@ class MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
+        readers[f"the estimator {type(self.estimator).__name__}"] = (
+            type(self.estimator).update is not Estimator.update
+        )
+        self._reminder = UpdateReminder(name for name, reads in readers.items() if reads)
         check_estimator(router, experts, self.estimator)
         if assistance is not None:
             assistance.bind(least_experts(router, self.estimator))
@@ -304,18 +315,23 @@ class MoE(nn.Module):
         self.shared_experts: nn.Module | None = shared_experts
         selection_bias = None
         if selection_bias_rate > 0:
-            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-            selection_bias = torch.zeros(num_experts, device=device, dtype=wide)
+            kept = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+            selection_bias = torch.zeros(num_experts, device=device, dtype=kept)
         self.register_buffer("selection_bias", selection_bias)
-        if backup is None:
-            self.register_buffer("capacity_backup", None)
-        else:
-            register_table(self, "capacity_backup", backup, device)
+        self._backup = None if backup is None else Table(backup, device)
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The processes of "global_batch" and of `update`; None is all."""
+        """The processes of "global_batch" and of `update`; None is all.
+
+        Copies share it; one that was pickled must be given its own.
+        """
         return self._process_group.group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        check_process_group("MoE", "process_group", group)
+        self._process_group = _reduce.SharedGroup(group)
 
     def reset_parameters(self) -> None:
         """Gives the parameters and buffers of every part their first values again."""
@@ -325,8 +341,6 @@ class MoE(nn.Module):
                 reset()
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
-        if self.capacity is not None and self.capacity.backup is not None:
-            fill_table(self, "capacity_backup", self.capacity.backup)
 
     def forward(
         self,
@@ -371,6 +385,8 @@ class MoE(nn.Module):
                 "topk", or normalize "uniform"), or earlier_counts have no meaning here.
         """
         tokens, mask = self._flatten(x, token_mask)  # [T, H], [T]
+        if self.training:
+            self._reminder.count()
         num_tokens = tokens.shape[0] if mask is None else mask.sum()
 
         # 1. Logits: one per token and expert.
@@ -488,6 +504,7 @@ class MoE(nn.Module):
                 )
         if not routings:
             raise ValueError("MoE: routing must hold at least one Routing, got an empty list")
+        self._reminder.stop()
         group = self.process_group if group is None else group
         keeps_usage = getattr(self.router, "usage", None) is not None
         moves_bias = self.selection_bias is not None and self.selection_bias_rate > 0
@@ -498,14 +515,13 @@ class MoE(nn.Module):
             if self.assistance is not None:
                 self.assistance.update(cast(Tensor, self.router.usage), counts.sum())
             if self.selection_bias is not None and moves_bias:
-                self.selection_bias.copy_(
-                    update_selection_bias(
-                        self.selection_bias,
-                        counts,
-                        self.selection_bias_rate,
-                        self.selection_bias_centred,
-                    )
+                moved = update_selection_bias(
+                    wide(self.selection_bias),
+                    counts,
+                    self.selection_bias_rate,
+                    self.selection_bias_centred,
                 )
+                move(self, "selection_bias", moved)
         self.estimator.update(_reduce.total([r.statistics for r in routings], group))
 
     def extra_repr(self) -> str:
@@ -530,7 +546,18 @@ class MoE(nn.Module):
                 text += f", {name}={value!r}"
         return text
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 (torch's own)
+    ) -> None:
+        widen_entry(state_dict, prefix + "selection_bias")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        if self._backup is not None:
+            self._backup.follow(fn)
         with keep_wide(self, "selection_bias"):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -646,7 +673,7 @@ class MoE(nn.Module):
             priority=priority,
             overflow=capacity.overflow,
             scores=scores,
-            backup=self.capacity_backup,
+            backup=None if self._backup is None else self._backup.on(selected.device),
             tie_break=tie_break,
             num_experts=self.num_experts,
         )
@@ -703,8 +730,9 @@ class MoE(nn.Module):
         if self.fraction_from == "history":
             counts = cast(Tensor, self.router.usage)
         elif self.fraction_from == "global_batch" and self.training:
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            counts, part = _reduce.counts_and_part(counts, num_tokens, self.process_group, wide)
+            counts, part = _reduce.counts_and_part(
+                counts, num_tokens, self.process_group, wide(logits[:0]).dtype
+            )
         elif sequence_shape is not None:
             length = sequence_shape[-1] if len(sequence_shape) else 1
             sequences = math.prod(sequence_shape[:-1])

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._checks import check_share
 from torchmoe._slots import named
-from torchmoe.nn._buffers import keep_wide
-from torchmoe.nn._rows import linear
+from torchmoe.nn._buffers import keep_wide, move, widen_entry
+from torchmoe.nn._rows import linear, wide
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts
 
 
@@ -63,8 +63,8 @@ class DefaultVector(Estimator):
     ) -> None:
         """Makes the buffer."""
         super().bind(**layer, device=device, dtype=dtype)
-        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        vectors = torch.zeros(self.num_experts, self.hidden_size, device=device, dtype=wide)
+        kept = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        vectors = torch.zeros(self.num_experts, self.hidden_size, device=device, dtype=kept)
         self.register_buffer("default_vectors", vectors)
 
     def reset_parameters(self) -> None:
@@ -96,8 +96,8 @@ class DefaultVector(Estimator):
         others = self.probs(logits, token_mask).masked_fill(served, 0)
         y = y + linear(others, self.default_vectors.to(others.dtype).t()).to(y.dtype)
 
-        wide = outputs.detach().to(self.default_vectors.dtype)
-        sums = _sum_by_expert(wide, plan.expert_offsets, self.num_experts)
+        rows = outputs.detach().to(wide(self.default_vectors[:0]).dtype)
+        sums = _sum_by_expert(rows, plan.expert_offsets, self.num_experts)
         return y, (sums, plan.expert_offsets.diff())
 
     @torch.no_grad()
@@ -105,9 +105,19 @@ class DefaultVector(Estimator):
         """Moves the default vectors of the experts that served a token."""
         sums, counts = statistics
         counts = counts.unsqueeze(1)
-        means = sums.to(self.default_vectors.dtype) / counts.clamp(min=1)
-        moved = self.decay * self.default_vectors + (1 - self.decay) * means
-        self.default_vectors.copy_(torch.where(counts > 0, moved, self.default_vectors))
+        vectors = wide(self.default_vectors)
+        means = sums.to(vectors.dtype) / counts.clamp(min=1)
+        moved = self.decay * vectors + (1 - self.decay) * means
+        move(self, "default_vectors", torch.where(counts > 0, moved, vectors))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 (torch's own)
+    ) -> None:
+        widen_entry(state_dict, prefix + "default_vectors")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DefaultVector:
         with keep_wide(self, "default_vectors"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_flag
-from torchmoe.nn._buffers import keep_wide
+from torchmoe.nn._buffers import keep_wide, move, widen_entry
+from torchmoe.nn._rows import wide
 
 # Weight of the past in the running average: a memory of about a hundred steps.
 _USAGE_DECAY = 0.99
@@ -83,15 +84,25 @@ class UsageTracking(nn.Module):
         """
         if self.usage is None:
             return
-        share = tokens_per_expert.to(self.usage.dtype) / num_slots.clamp(min=1)
-        moved = self.usage_decay * self.usage + (1 - self.usage_decay) * share
-        self.usage.copy_(torch.where(num_slots > 0, moved, self.usage))
+        usage = wide(self.usage)
+        share = tokens_per_expert.to(usage.dtype) / num_slots.clamp(min=1)
+        moved = self.usage_decay * usage + (1 - self.usage_decay) * share
+        move(self, "usage", torch.where(num_slots > 0, moved, usage))
 
     def usage_repr(self) -> list[str]:
         """What extra_repr says of it."""
         if self.usage_scaling:
             return ["usage_scaling=True"]
         return [] if self.usage is None else ["track_usage=True"]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 (torch's own)
+    ) -> None:
+        widen_entry(state_dict, prefix + "usage")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with keep_wide(self, "usage"):

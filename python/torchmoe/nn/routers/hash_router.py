@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_among, check_at_least, check_integer
-from torchmoe.nn._buffers import fill_table, register_table
+from torchmoe.nn._table import Table
 
 # Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
 # -inf into NaN. An int, since torch.compile takes a float from outside for a variable at first and
@@ -42,7 +44,6 @@ class HashRouter(nn.Module):
     # whose score is 0.
     chooses = True
     scores_all = False
-    salt: Tensor
 
     def __init__(self, num_experts: int, top_k: int = 1, *, seed: int = 0) -> None:
         super().__init__()
@@ -52,12 +53,8 @@ class HashRouter(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.seed = seed
-        # A number for each expert, as a buffer: one compiled graph then serves every seed.
-        register_table(self, "salt", self._salt())
-
-    def reset_parameters(self) -> None:
-        """There are none; fills what a module that was made on the meta device is computed with."""
-        fill_table(self, "salt", self._salt())
+        # A number for each expert, as a tensor: one compiled graph then serves every seed.
+        self._salt_table = Table(self._salt())
 
     def _salt(self) -> list[int]:
         first = _wrapped(self.seed * self.num_experts * _STEP)
@@ -82,13 +79,19 @@ class HashRouter(nn.Module):
                 "HashRouter: router_input must be token ids, integers with x's leading dimensions, "
                 f"got {token_ids.dtype} of shape {list(token_ids.shape)}"
             )
-        numbers = _mix(token_ids.to(torch.int64).unsqueeze(1) * _STEP ^ self.salt)  # [T, E]
+        salt = self._salt_table.on(token_ids.device)
+        numbers = _mix(token_ids.to(torch.int64).unsqueeze(1) * _STEP ^ salt)  # [T, E]
         # 53 bits, which float64 holds exactly.
         chosen = ops.select_experts((numbers >> 11).to(torch.float64), self.top_k)
         logits = torch.full(
             numbers.shape, _NOT_CHOSEN, dtype=torch.float32, device=token_ids.device
         )
         return logits.scatter(1, chosen, 0.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashRouter:
+        self._salt_table.follow(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """The settings."""

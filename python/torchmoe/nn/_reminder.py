@@ -1,0 +1,44 @@
+"""A word to whoever never calls `MoE.update`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+_PASSES = 100
+
+
+class UpdateReminder:
+    """Says once that nothing moves what parts of the layer read.
+
+    It counts forward passes in training until `update` is called for the first time, but no
+    recomputations and nothing under a compiler. It is no part of the layer's state.
+
+    Args:
+        readers: what reads something that `update` moves; without any nothing is counted.
+    """
+
+    def __init__(self, readers: Iterable[str]) -> None:
+        self._readers = tuple(readers)
+        self._left = _PASSES if self._readers else 0
+
+    def count(self) -> None:
+        """Counts a forward pass in training mode."""
+        if torch.compiler.is_compiling():
+            return  # a number that is looked at compiles the graph anew
+        is_recomputed = torch._C._current_graph_task_id() != -1
+        if not self._left or is_recomputed or not torch.is_grad_enabled():
+            return
+        self._left -= 1
+        if not self._left:
+            warnings.warn(
+                f"MoE: update must be called once per optimizer step for {self._readers[0]}, got "
+                f"{_PASSES} forward passes in training without: moe.update(moe(x).routing)",
+                stacklevel=2,
+            )
+
+    def stop(self) -> None:
+        """Nothing more is said."""
+        self._left = 0
