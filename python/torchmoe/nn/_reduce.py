@@ -19,13 +19,38 @@ Statistics = TypeVar("Statistics")
 
 
 class SharedGroup:
-    """Holds a process group that copies of a module share, since it cannot be copied."""
+    """Holds a process group that copies of a module share, since it cannot be copied.
 
-    def __init__(self, group: ProcessGroup | None) -> None:
-        self.group = group
+    Pickled, it is lost, and that is said when it is asked for: None in its place would mean all
+    processes.
+
+    Args:
+        group: None is all processes.
+        lost: the ranks of the group that was pickled.
+    """
+
+    def __init__(self, group: ProcessGroup | None, lost: tuple[int, ...] | None = None) -> None:
+        self._group = group
+        self._lost = lost
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The group; raises RuntimeError where it was lost."""
+        if self._lost is not None:
+            raise RuntimeError(
+                "MoE: process_group must be set on a layer that was pickled with one, got none in "
+                f"place of the group of ranks {list(self._lost)}"
+            )
+        return self._group
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedGroup:
         return self
+
+    def __reduce__(self) -> tuple[type[SharedGroup], tuple[None, tuple[int, ...] | None]]:
+        lost = self._lost
+        if self._group is not None:
+            lost = tuple(dist.get_process_group_ranks(self._group))
+        return SharedGroup, (None, lost)
 
 
 def total(parts: Sequence[Statistics], group: ProcessGroup | None) -> Statistics:
@@ -75,6 +100,7 @@ def counts_and_part(
     tokens = counts.new_ones(1) * num_tokens
     mine = torch.cat([counts, tokens, torch.ones_like(tokens)])
     # One reduction: whatever is reduced apart is waited for apart.
-    counts, in_all, processes = total([mine], group).split([len(counts), 1, 1])
-    part = (tokens * processes).to(dtype) / in_all.clamp(min=1).to(dtype)
-    return counts, part.squeeze(0)
+    summed = total([mine], group)
+    in_all, processes = summed[-2], summed[-1]
+    part = (tokens[0] * processes).to(dtype) / in_all.clamp(min=1).to(dtype)
+    return summed[:-2], part

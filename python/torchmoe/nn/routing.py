@@ -82,11 +82,13 @@ class MoEOutput(NamedTuple):
     def __add__(self, other: object) -> tuple[Any, ...]:
         """Joins tuples, as ever; for a summand of another kind it says what to do."""
         if isinstance(other, tuple):
-            return tuple(self) + other
+            return (*self, *other)
         raise _not_a_tensor("a summand")
 
-    def __radd__(self, other: object) -> NoReturn:
-        """Says what to do."""
+    def __radd__(self, other: object) -> tuple[Any, ...]:
+        """As `__add__`."""
+        if isinstance(other, tuple):
+            return (*other, *self)
         raise _not_a_tensor("a summand")
 
     def __mul__(self, other: object) -> NoReturn:

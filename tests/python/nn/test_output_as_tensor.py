@@ -55,10 +55,12 @@ def test_in_a_sequence(after: nn.Module) -> None:
 
 def test_it_is_a_tuple_as_ever() -> None:
     output = layer()(X)
-    y, aux_loss, routing = output
+    y, *rest = output
+    assert len(rest) == 2
     assert output[0] is y
     assert len(output) == 3
     assert (output + output)[3] is y
+    assert (*output, 1)[0] is y
     leaves, spec = pytree.tree_flatten(output)
     assert isinstance(pytree.tree_unflatten(leaves, spec), MoEOutput)
     detached = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output)
