@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from torchmoe import ops
@@ -16,6 +18,12 @@ class WithAttachedLoss(nn.Module):
     For nn.Sequential, and for models one does not want to edit. The parameters get the gradients
     that adding aux_loss to the task loss would give them. A forward hook on `moe` sees the whole
     `MoEOutput`, for `moe.update` and for logs.
+
+    As `linear1` of nn.TransformerEncoderLayer, with nn.Identity as `linear2`, it works in training
+    and in evaluation. torch's fused way, which reads the weights of `linear1` instead of calling
+    it, passes over layers with hooks; a hook here that does nothing sees to that. What
+    nn.TransformerEncoder does with a padding mask in evaluation, nested tensors, it does not know:
+    there pass enable_nested_tensor=False.
 
     Args:
         moe: the layer.
@@ -40,6 +48,7 @@ class WithAttachedLoss(nn.Module):
             raise TypeError(f"WithAttachedLoss: moe must be a MoE, got {shown(moe)}")
         self.moe = moe
         self.scale = check_finite("WithAttachedLoss", "scale", scale)
+        self.register_forward_pre_hook(_do_nothing)
 
     def forward(
         self,
@@ -60,3 +69,16 @@ class WithAttachedLoss(nn.Module):
         )
         # As a factor of the loss, not as the op's argument: a changed scale then compiles nothing.
         return ops.attach_loss(output.hidden_states, self.scale * output.aux_loss)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"WithAttachedLoss: {name} must be read from the parts of moe, there is none here; "
+                "nn.TransformerEncoder reads it to make nested tensors, which "
+                "enable_nested_tensor=False turns off"
+            )
+        return super().__getattr__(name)
+
+
+def _do_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook whose presence alone keeps nn.TransformerEncoderLayer from its fused way."""
