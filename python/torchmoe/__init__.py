@@ -8,9 +8,10 @@ gradient check for routers and estimators of your own. `python -m torchmoe` prin
 needs.
 """
 
-from torchmoe import _library
+from torchmoe import _flop_formulas, _library
 
 _BUILD_INFO = _library.load()
+_flop_formulas.register()
 
 # The ops must be registered before any module that names them is imported.
 from torchmoe import losses, nn, ops, presets, testing  # noqa: E402

@@ -70,7 +70,7 @@ class WithAttachedLoss(nn.Module):
         # As a factor of the loss, not as the op's argument: a changed scale then compiles nothing.
         return ops.attach_loss(output.hidden_states, self.scale * output.aux_loss)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name in ("weight", "bias"):
             raise AttributeError(
                 f"WithAttachedLoss: {name} must be read from the parts of moe, there is none here; "
