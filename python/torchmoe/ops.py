@@ -411,6 +411,10 @@ def expert_mlp(
     use permute, grouped_linear and unpermute for it. Under autocast x and the four parameters are
     cast to the autocast type.
 
+    Where there is a gradient to come, a policy of selective activation checkpointing is asked about
+    torch.ops.torchmoe._expert_mlp.default instead, which keeps y and the pre-activation, and about
+    dispatch_plan before it; about every other op by its own name.
+
     Args:
         x: [T, H] floating.
         indices: [T, K] int64.
