@@ -87,6 +87,10 @@ class MoE(nn.Module):
         optimizer.step()
         moe.update(output.routing)
 
+    torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=True) turns the result into a plain
+    tuple, of which hidden_states and aux_loss train the layer as ever and nothing in routing
+    carries a gradient; with use_reentrant=False it is as without checkpointing.
+
     Args:
         hidden_size: H.
         intermediate_size: the experts' inner width; may be None when `experts` are given.
