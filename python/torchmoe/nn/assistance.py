@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe._checks import check_at_least, check_backup, check_number
+from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn._table import Table
 
 
-class Assistance(nn.Module):
+class Assistance(Unscriptable):
     """A backup that joins an expert under sustained load, in a slot of its own beside the top_k.
 
         usage_i > threshold / E for `patience` updates in a row   backup[i] begins to assist i

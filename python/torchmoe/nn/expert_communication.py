@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._checks import check_at_least, check_device, check_dtype, check_experts, check_output
 from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
+from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.estimators.estimator import ExpertFunction
 
 
-class ExpertCommunication(nn.Module):
+class ExpertCommunication(Unscriptable):
     """Experts of any kind whose outputs exchange information between the slots of a token.
 
         o_j = E_{i_j}(x), the output of slot j

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_module, check_output, shown
+from torchmoe.nn._scripting import Unscriptable
 
 
-class ExpertList(nn.Module):
+class ExpertList(Unscriptable):
     """Any modules as experts, one each, called on their own tokens [n, H] and returning [n, H].
 
     Every expert runs in every forward pass, on no rows if it must, so that each parameter always

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchmoe import ops
 from torchmoe._checks import check_output
+from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.estimators._groups import limit_to_groups
 from torchmoe.ops import SCORE_FUNCTIONS
 
@@ -40,7 +41,7 @@ def call_experts(experts: ExpertFunction, x: Tensor, indices: Tensor, weights: T
     )
 
 
-class Estimator(nn.Module):
+class Estimator(Unscriptable):
     """Base class of the gradient estimators; as it stands, the exact derivative of the weights.
 
     A layer sets the attributes below through `bind` before it first calls one of the methods. An

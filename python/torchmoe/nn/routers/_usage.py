@@ -12,6 +12,7 @@ from torchmoe import ops
 from torchmoe._checks import check_flag
 from torchmoe.nn._buffers import keep_wide, move, widen_entry
 from torchmoe.nn._rows import wide
+from torchmoe.nn._scripting import Unscriptable
 
 # Weight of the past in the running average: a memory of about a hundred steps.
 _USAGE_DECAY = 0.99
@@ -19,7 +20,7 @@ _USAGE_DECAY = 0.99
 Self = TypeVar("Self", bound="UsageTracking")
 
 
-class UsageTracking(nn.Module):
+class UsageTracking(Unscriptable):
     """Keeps the running share of the slots of each expert where that is wanted.
 
     Attributes:

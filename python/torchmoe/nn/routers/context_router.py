@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe.nn._rows import wide
+from torchmoe.nn._scripting import Unscriptable
 
 
 class RouterOutput(NamedTuple):
@@ -32,7 +33,7 @@ class RouterOutput(NamedTuple):
     """That of the noise, above 0; None where none was added."""
 
 
-class ContextRouter(nn.Module):
+class ContextRouter(Unscriptable):
     """Base class of routers that see x as the layer got it, with its sequences.
 
     One of your own overrides `forward`:

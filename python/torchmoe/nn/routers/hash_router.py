@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchmoe import ops
 from torchmoe._checks import check_among, check_at_least, check_integer
+from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn._table import Table
 
 # Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
@@ -21,7 +22,7 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 
 
-class HashRouter(nn.Module):
+class HashRouter(Unscriptable):
     """The experts are a fixed hash of the token's id (Roller et al., arXiv 2106.04426).
 
     Each pair of an id and an expert has a random number that never changes, and an id goes to the
