@@ -186,7 +186,20 @@ def load(path: Path, option: str = "--load") -> Checkpoint:
         origin = dict(json.loads(content["origin"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{option}: {path} has damaged settings: {error}") from error
-    return Checkpoint(path, tensors, settings, progress, origin)
+    return Checkpoint(path, with_temperature_vectors(tensors), settings, progress, origin)
+
+
+def with_temperature_vectors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with a CosineRouter's temperature and its moments as vectors of one number.
+
+    They are scalars in older files; the optimizer's step is one still.
+    """
+    return {
+        name: tensor.reshape(1)
+        if ".log_temperature" in name and not name.endswith(".step")
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def read_progress(values: object) -> Progress:

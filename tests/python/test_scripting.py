@@ -24,6 +24,7 @@ from torchmoe.nn import (
     MoE,
     Router,
     SequenceRouter,
+    SharedExperts,
     WithAttachedLoss,
     known_estimators,
 )
@@ -58,6 +59,7 @@ MODULES = {
     "MoE": lambda: MoE(H, INNER, E, K, capacity=Capacity(1.25)),
     "Experts": lambda: Experts(H, INNER, E),
     "ExpertList": lambda: ExpertList([nn.Linear(H, H) for _ in range(E)]),
+    "SharedExperts": lambda: SharedExperts(H, INNER),
     "ExpertCommunication": lambda: ExpertCommunication(
         Experts(H, INNER, E), hidden_size=H, num_experts=E
     ),

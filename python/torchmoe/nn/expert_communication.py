@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_at_least, check_device, check_dtype, check_experts, check_output
+from torchmoe.nn._first_values import reset, whole_tensors
 from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
 from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.estimators.estimator import ExpertFunction
@@ -107,13 +108,13 @@ class ExpertCommunication(Unscriptable):
     def reset_parameters(self) -> None:
         """Draws the projections as nn.Linear does, but for W_out, 0; and the experts' anew."""
         self._reset_own()
-        if callable(reset := getattr(self.experts, "reset_parameters", None)):
-            reset()
+        reset(self.experts)
 
     def _reset_own(self) -> None:
         bound = 1.0 / math.sqrt(self.hidden_size)
-        nn.init.uniform_(self.qkv_proj, -bound, bound)
-        nn.init.zeros_(self.out_proj)
+        with whole_tensors(self):
+            nn.init.uniform_(self.qkv_proj, -bound, bound)
+            nn.init.zeros_(self.out_proj)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts, after they have talked.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_module, check_output, shown
+from torchmoe.nn._first_values import reset_all
 from torchmoe.nn._scripting import Unscriptable
 
 
@@ -52,9 +53,7 @@ class ExpertList(Unscriptable):
 
     def reset_parameters(self) -> None:
         """Calls reset_parameters of every module inside that has one."""
-        for module in self.experts.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        reset_all(self.experts)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.

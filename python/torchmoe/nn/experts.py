@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_at_least, check_choice, check_device, check_dtype, check_flag
+from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._scripting import Unscriptable
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
@@ -91,10 +92,13 @@ class Experts(Unscriptable):
 
     def reset_parameters(self) -> None:
         """Draws every expert as nn.Linear does: uniform within 1 / sqrt(fan_in)."""
-        for name, parameter in self.named_parameters():
-            fan_in = self.intermediate_size if name.startswith("down_proj") else self.hidden_size
-            bound = 1.0 / math.sqrt(fan_in)
-            nn.init.uniform_(parameter, -bound, bound)
+        fan_ins = {self._in_name: self.hidden_size, "down_proj": self.intermediate_size}
+        with whole_tensors(self):
+            for name, fan_in in fan_ins.items():
+                bound = 1.0 / math.sqrt(fan_in)
+                for tensor in (getattr(self, name), getattr(self, name + "_bias")):
+                    if tensor is not None:
+                        nn.init.uniform_(tensor, -bound, bound)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.

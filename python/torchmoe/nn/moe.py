@@ -55,6 +55,7 @@ from torchmoe.nn._compatibility import (
     check_usage,
     least_experts,
 )
+from torchmoe.nn._first_values import reset, reset_all
 from torchmoe.nn._reminder import UpdateReminder
 from torchmoe.nn._rows import wide
 from torchmoe.nn._table import Table
@@ -339,10 +340,10 @@ class MoE(nn.Module):
 
     def reset_parameters(self) -> None:
         """Gives the parameters and buffers of every part their first values again."""
-        shared = () if self.shared_experts is None else self.shared_experts.modules()
-        for part in (self.router, self.estimator, self.assistance, self.experts, *shared):
-            if callable(reset := getattr(part, "reset_parameters", None)):
-                reset()
+        for part in (self.router, self.estimator, self.assistance, self.experts):
+            reset(part)
+        if self.shared_experts is not None:
+            reset_all(self.shared_experts)
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from torchmoe.nn._first_values import reset
 from torchmoe.nn.routers.context_router import ContextRouter
 
 
@@ -50,5 +51,4 @@ class WrappingRouter(ContextRouter):
 
     def reset_parameters(self) -> None:
         """Gives the router inside its first values again."""
-        if callable(reset := getattr(self.router, "reset_parameters", None)):
-            reset()
+        reset(self.router)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._checks import check_at_least, check_device, check_dtype, check_positive
 from torchmoe._directions import percent, unit
+from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import wide, widened
+from torchmoe.nn._sharding import full
 from torchmoe.nn.routers._usage import UsageTracking
 
 
@@ -39,7 +42,8 @@ class CosineRouter(UsageTracking):
     Attributes:
         projection: [P, H] parameter, P = projection_size.
         embeddings: [E, P] parameter.
-        log_temperature: scalar parameter.
+        log_temperature: [1] parameter; `fully_shard` takes none without a dimension, which it was
+            once and may still be in a state dict.
         usage: [E] buffer or None, see `Router`.
         usage_decay: weight of the past in it, 0.99.
 
@@ -86,7 +90,7 @@ class CosineRouter(UsageTracking):
 
         self.projection = parameter(projection_size, hidden_size)
         self.embeddings = parameter(num_experts, projection_size)
-        self.log_temperature = parameter()
+        self.log_temperature = parameter(1)
         self.register_usage(
             usage_scaling=usage_scaling, track_usage=track_usage, device=device, dtype=dtype
         )
@@ -95,15 +99,17 @@ class CosineRouter(UsageTracking):
     def reset_parameters(self) -> None:
         """Draws the projection as nn.Linear does, embeddings in any direction; sets tau, usage."""
         bound = 1.0 / math.sqrt(self.hidden_size)
-        nn.init.uniform_(self.projection, -bound, bound)
-        nn.init.normal_(self.embeddings)
-        nn.init.constant_(self.log_temperature, math.log(self._first_temperature))
+        with whole_tensors(self):
+            nn.init.uniform_(self.projection, -bound, bound)
+            nn.init.normal_(self.embeddings)
+            nn.init.constant_(self.log_temperature, math.log(self._first_temperature))
         self.reset_usage()
 
     @property
     def temperature(self) -> Tensor:
         """Tau, a scalar, float32 or wider."""
-        return wide(self.log_temperature).exp().clamp(min=self.min_temperature)
+        log_temperature = wide(full(self.log_temperature)).squeeze(0)
+        return log_temperature.exp().clamp(min=self.min_temperature)
 
     def project(self, x: Tensor) -> Tensor:
         """The tokens' directions.
@@ -114,12 +120,13 @@ class CosineRouter(UsageTracking):
         Returns:
             [T, P], float32 or wider, each of length 1 (0 for a token that projects to 0).
         """
-        return unit(ops.router_logits(widened(x, self.projection), self.projection))
+        projection = full(self.projection)
+        return unit(ops.router_logits(widened(x, projection), projection))
 
     @property
     def directions(self) -> Tensor:
         """The experts' embeddings at length 1: [E, P], float32 or wider."""
-        return unit(wide(self.scale_by_usage(self.embeddings)))
+        return unit(wide(self.scale_by_usage(full(self.embeddings))))
 
     @property
     def rows(self) -> Tensor:
@@ -151,6 +158,17 @@ class CosineRouter(UsageTracking):
             [T, E], 50 (1 + cosine): 100 % the same direction, 50 % unrelated, 0 % the opposite one.
         """
         return percent(ops.router_logits(self.project(x), self.directions))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *args: Any,  # noqa: ANN401 (torch's own)
+    ) -> None:
+        given = state_dict.get(name := prefix + "log_temperature")
+        if isinstance(given, Tensor) and given.dim() == 0:
+            state_dict[name] = given.detach().reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The sizes and whatever differs from the defaults."""

@@ -17,6 +17,7 @@ from torchmoe._checks import (
     check_flag,
     check_not_negative,
 )
+from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import widened
 from torchmoe.nn.routers._usage import UsageTracking
 from torchmoe.nn.routers.context_router import RouterOutput
@@ -102,9 +103,10 @@ class Router(UsageTracking):
     def reset_parameters(self) -> None:
         """Draws weight and bias as nn.Linear does, within 1 / sqrt(H); sets usage to 1 / E."""
         bound = 1.0 / math.sqrt(self.hidden_size)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        with whole_tensors(self):
+            nn.init.uniform_(self.weight, -bound, bound)
+            if self.bias is not None:
+                nn.init.uniform_(self.bias, -bound, bound)
         self.reset_usage()
 
     @property

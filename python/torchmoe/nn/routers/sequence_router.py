@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_choice
+from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import exponentials, in_slot_order, wide, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput, score
@@ -66,8 +67,9 @@ class SequenceRouter(WrappingRouter):
 
     def reset_parameters(self) -> None:
         """Sets the query to 0, and gives the router inside its first values again."""
-        if self.query is not None:
-            nn.init.zeros_(self.query)
+        with whole_tensors(self):
+            if self.query is not None:
+                nn.init.zeros_(self.query)
         super().reset_parameters()
 
     def forward(

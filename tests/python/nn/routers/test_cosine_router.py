@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from torchmoe.nn import CosineRouter, MoE
@@ -139,7 +139,7 @@ def test_the_gradient_of_the_temperature() -> None:
     direction = torch.randn(T, E, dtype=F64)
     logits = router(x)
     (logits * direction).sum().backward()
-    assert_close(router.log_temperature.grad, -(logits.detach() * direction).sum())
+    assert_close(router.log_temperature.grad[0], -(logits.detach() * direction).sum())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -228,7 +228,8 @@ def test_the_projection_is_half_as_large_as_the_experts_are_many(
     assert router.projection_size == size
     assert router.projection.shape == (size, H)
     assert router.embeddings.shape == (num_experts, size)
-    assert router.log_temperature.shape == ()
+    assert router.log_temperature.shape == (1,)
+    assert router.temperature.shape == ()
 
 
 def test_initial_values() -> None:
@@ -242,6 +243,27 @@ def test_initial_values() -> None:
     router.reset_parameters()
     assert not torch.equal(router.embeddings, before["embeddings"])
     assert torch.equal(router.log_temperature, before["log_temperature"])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("prefix", ["", "router."])
+def test_a_temperature_without_a_dimension_still_loads(prefix: str, assign: bool) -> None:
+    tuned = make()
+    with torch.no_grad():
+        tuned.log_temperature.fill_(-0.5)
+    module = nn.ModuleDict({"router": make()}) if prefix else make()
+    state = {prefix + name: tensor for name, tensor in tuned.state_dict().items()}
+    old = state | {f"{prefix}log_temperature": torch.tensor(-0.5, dtype=F64)}
+    # A snapshot that keeps its graph is a state dict too.
+    for given in (old, {name: nn.Parameter(tensor) for name, tensor in old.items()}):
+        module.load_state_dict(given, strict=True, assign=assign)
+        assert given[f"{prefix}log_temperature"].shape == ()
+        (parameter,) = (p for n, p in module.named_parameters() if n.endswith("log_temperature"))
+        assert isinstance(parameter, nn.Parameter)
+        assert parameter.is_leaf
+        assert parameter.requires_grad
+        for name, tensor in module.state_dict().items():
+            assert torch.equal(tensor, state[name])
 
 
 def test_derivatives() -> None:
