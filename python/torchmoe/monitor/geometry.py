@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torchmoe import ops
 from torchmoe._checks import check_integer
 from torchmoe._directions import percent, unit
 from torchmoe.monitor._extras import missing
+from torchmoe.nn._sharding import full, is_sharded
 from torchmoe.nn.routers.context_router import ContextRouter
 
 _BLOCK = 1 << 21  # pairs of experts that are looked at together: 16 MiB in float64
@@ -53,7 +54,8 @@ def geometry(router: nn.Module) -> RouterGeometry:
         picture.flip_distances(x, moe.top_k)        # how safe each token's choice is
         picture.plot("router.png", x)
 
-    A snapshot: it shares no memory with the router, and later training does not change it.
+    A snapshot: it shares no memory with the router, and later training does not change it. All
+    processes must call where the router is sharded.
 
     Args:
         router: a `torchmoe.nn.Router`, torch.nn.Linear or any other module with a floating `weight`
@@ -93,7 +95,10 @@ def _linear(gate: nn.Module) -> RouterGeometry:
 def _projecting(gate: nn.Module) -> RouterGeometry:
     # A copy, whose projection later training does not reach either, as wide as all that is computed
     # with it.
-    gate = copy.deepcopy(gate).requires_grad_(False).eval().double()
+    if any(is_sharded(parameter) for parameter in gate.parameters()):
+        gate = _WholeGate(gate)
+    else:
+        gate = copy.deepcopy(gate).requires_grad_(False).eval().double()
     rows = _checked("rows", gate.rows, ["num_experts", "size"])
     hidden_size = getattr(gate, "hidden_size", None)
     return RouterGeometry(
@@ -102,6 +107,31 @@ def _projecting(gate: nn.Module) -> RouterGeometry:
         cast(Callable[[Tensor], Tensor], gate.project),
         hidden_size if isinstance(hidden_size, int) else None,
     )
+
+
+class _WholeGate(nn.Module):
+    """A sharded gate's rows and projection, with copies of its tensors: FSDP refuses deepcopy."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+        self.hidden_size = getattr(gate, "hidden_size", None)
+        self._tensors = {
+            f"gate.{name}": full(tensor).detach().to(torch.float64, copy=True)
+            for name, tensor in (*gate.named_parameters(), *gate.named_buffers())
+            if tensor.is_floating_point()
+        }
+
+    @property
+    def rows(self) -> object:
+        return torch.func.functional_call(self, self._tensors, (None,))
+
+    def project(self, x: Tensor) -> Tensor:
+        return cast(Tensor, torch.func.functional_call(self, self._tensors, (x,)))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor | None) -> object:
+        return self.gate.rows if x is None else cast(Any, self.gate).project(x)
 
 
 def _checked(name: str, value: object, shape: list[str | int]) -> Tensor:
@@ -118,7 +148,7 @@ def _checked(name: str, value: object, shape: list[str | int]) -> Tensor:
         raise TypeError(
             f"geometry: router.{name} must be [{listed}], got shape {list(value.shape)}"
         )
-    return value.detach().to(torch.float64, copy=True)
+    return full(value).detach().to(torch.float64, copy=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -80,8 +80,8 @@ def whole_tensors(*modules: nn.Module) -> Iterator[None]:
             part.__class__ = cls
         for holder, name, tensor in reversed(swapped):
             holder[name] = tensor
-    for original, filled in sharded.items():
-        _write(original, filled)
+    for tensor, filled in sharded.items():
+        _write(tensor, filled)
     for held, before, value in parametrized:
         _write_originals(held, before, value)
 

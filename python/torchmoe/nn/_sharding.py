@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -28,3 +28,22 @@ def full(tensor: Tensor) -> Tensor:
     # With the parameters offloaded the processes still speak to each other through the device.
     whole: Tensor = held.to(held.device_mesh.device_type).full_tensor()
     return whole.to(held.device)
+
+
+def gathers_in_forward(module: nn.Module) -> bool:
+    """Whether the parameters are to be used through the module's forward pass alone.
+
+    In a recomputation FSDP may leave them whole afterwards, so that they do not tell.
+    """
+    is_unit = any(hasattr(part, "unshard") for part in module.modules())
+    return is_unit or any(is_sharded(parameter) for parameter in module.parameters())
+
+
+def refuse_sharded(owner: str, argument: str, module: nn.Module) -> None:
+    """Raises TypeError if a parameter is a DTensor, for what copies a module and calls it."""
+    for name, parameter in module.named_parameters():
+        if is_sharded(parameter):
+            raise TypeError(
+                f"{owner}: {argument} must not be sharded, as one that loads its full state dict "
+                f"is not, got a DTensor as {name}"
+            )

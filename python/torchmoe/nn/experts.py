@@ -100,23 +100,28 @@ class Experts(Unscriptable):
                     if tensor is not None:
                         nn.init.uniform_(tensor, -bound, bound)
 
-    def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, indices: Tensor, weights: Tensor, probs: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of each token's experts.
 
         Args:
             x: [T, H] in the dtype of the parameters.
             indices: [T, K] int64; an id outside [0, E) is not routed.
             weights: [T, K].
+            probs: [T, E] or None; gets the gradient of `attach_dense_gradient`.
 
         Returns:
             y [T, H] in the dtype of x (under autocast, in the autocast dtype).
         """
-        return ops.expert_mlp(x, indices, weights, *self._weights, self.activation)
+        y = ops.expert_mlp(x, indices, weights, *self._weights, self.activation)
+        return y if probs is None else self.attach_dense_gradient(y, probs, x)
 
     def attach_dense_gradient(self, y: Tensor, probs: Tensor, x: Tensor) -> Tensor:
         """A copy of y whose backward pass gives probs <dL/dy, E_i(x)> for all experts.
 
-        See `torchmoe.ops.attach_dense_gradient`.
+        See `torchmoe.ops.attach_dense_gradient`. Where FSDP shards the experts they are whole in
+        `forward` only, which does the same with what it returns if it is given probs.
 
         Args:
             y: [T, H], what `forward` returned.

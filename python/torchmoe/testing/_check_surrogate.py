@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
+from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.gate import Gate
@@ -93,6 +94,7 @@ def check_surrogate(
             torch.autograd.gradcheck).
         UnstableSelectionError: tokens whose surrogate does not jump within a step were not found.
         ValueError: the layer cannot be built.
+        TypeError: a part of the layer is sharded.
     """
     estimator = copy.deepcopy(build_estimator(estimator))
     with torch.random.fork_rng(devices=[]):
@@ -107,6 +109,7 @@ def check_surrogate(
             dtype=torch.float64,
             **layer,
         ).train(training)
+        refuse_sharded("check_surrogate", "layer", moe)
         mask = torch.arange(num_tokens) >= masked_tokens if masked_tokens else None
         draws = torch.randn(1 + _ATTEMPTS, num_tokens, hidden_size, dtype=torch.float64)
         moe.update(moe(draws[0], token_mask=mask).routing)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmoe._checks import check_at_least
 from torchmoe.nn import MoE
 from torchmoe.nn._compatibility import check_estimator
+from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators
 from torchmoe.nn.routers.context_router import route
@@ -160,13 +161,14 @@ def compare_estimators(
         A result for each estimator.
 
     Raises:
-        TypeError: moe is not a MoE, or a batch or a loss not a tensor.
+        TypeError: moe is not a MoE or is sharded, or a batch or a loss not a tensor.
         ValueError: there are no batches or no estimators, seeds is below 1, a name is unknown, an
             estimator is not defined for the layer, the loss is not a scalar or does not depend on
             the hidden states, or no parameter of the router requires a gradient.
     """
     if not isinstance(moe, MoE):
         raise TypeError(f"compare_estimators: moe must be a MoE, got {type(moe).__name__}")
+    refuse_sharded("compare_estimators", "moe", moe)
     check_at_least("compare_estimators", "seeds", seeds, 1)
     check_at_least("compare_estimators", "warm_up", warm_up, 0)
     names = _defined_names(moe) if estimators is None else estimators

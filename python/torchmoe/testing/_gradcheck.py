@@ -21,6 +21,8 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchmoe.nn._sharding import refuse_sharded
+
 __all__ = ["UnstableSelectionError", "gradcheck"]
 
 # Attempts to move inputs away from a tie. Each doubles the distance, which starts at ten margins:
@@ -107,6 +109,7 @@ def gradcheck(
         UnstableSelectionError: a tie does not go away, or a step changed a choice; the message
             names the token.
         ValueError: nothing to check: no floating-point input, and no parameter.
+        TypeError: the module is sharded.
     """
     checked = _Checked(module_or_function, inputs, dict(kwargs or {}), seed)
     checked.leave_ties(_MARGIN_IN_STEPS * eps if margin is None else margin)
@@ -184,6 +187,7 @@ class _Checked:
         self._parameters: list[Tensor] = []
         self._function = function
         if isinstance(function, nn.Module):
+            refuse_sharded("gradcheck", "module_or_function", function)
             self._function = copy.deepcopy(function).double()
             for name, parameter in self._function.named_parameters():
                 if parameter.requires_grad:

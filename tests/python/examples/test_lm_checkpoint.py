@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_lm
 from lm import checkpoint, run_folder
@@ -78,6 +78,32 @@ def test_gives_everything_back(whole: Path) -> None:
     checkpoint.restore_optimizer(found, optimizer)
     assert_same(state(model, optimizer), state(*new_model(seed=0)))
     assert optimizer.state_dict()["param_groups"][1]["weight_decay"] == 0.0
+
+
+def test_takes_the_scalar_temperature_of_older_files(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, router="cosine")
+
+    def stepped(shape: list[int]) -> tuple[ByteLM, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = ByteLM(settings.model())
+        router = model.blocks[0].feed_forward.router
+        router.log_temperature = nn.Parameter(router.log_temperature.detach().reshape(shape))
+        optimizer = train_lm.make_optimizer(model, 1e-3)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        return model, optimizer
+
+    progress = Progress(step=7, bytes=80, training_seconds=1.5)
+    path = checkpoint.save(tmp_path, *stepped([]), settings, progress, {"torch": "some"})
+    found = checkpoint.load(path)
+    model, optimizer = stepped([1])
+    expected = {name: tensor.clone() for name, tensor in state(model, optimizer).items()}
+    optimizer.step()
+    checkpoint.restore_model(found, model)
+    checkpoint.restore_optimizer(found, optimizer)
+    assert_same(state(model, optimizer), expected)
+    optimizer.step()
 
 
 def test_is_plain_safetensors_with_json_that_tells_where_it_comes_from(whole: Path) -> None:

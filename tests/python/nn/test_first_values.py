@@ -39,6 +39,9 @@ class Scaled(nn.Module):
         self.inner = nn.Linear(H, H, device=device)
         self.fixed = nn.Parameter(torch.zeros(E, device=device))
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
     def reset_parameters(self) -> None:
         nn.init.normal_(self.inner.weight, std=3.0)
         self.inner.bias.data.fill_(0.5)

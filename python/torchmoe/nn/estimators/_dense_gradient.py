@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from torchmoe.nn._sharding import gathers_in_forward
 from torchmoe.nn.estimators.estimator import ExpertFunction
-from torchmoe.nn.experts import Experts
 
 
 def attach_dense_gradient(y: Tensor, probs: Tensor, x: Tensor, experts: ExpertFunction) -> Tensor:
@@ -27,11 +27,11 @@ def attach_dense_gradient(y: Tensor, probs: Tensor, x: Tensor, experts: ExpertFu
     Returns:
         y's values; backward gives probs[t, i] the gradient <dL/dy_t, E_i(x_t)>.
     """
-    if isinstance(experts, Experts):
-        return experts.attach_dense_gradient(y, probs, x)
     # The parameters of this call, which need not be the module's own: functional_call lends it
-    # others.
-    parameters = dict(experts.named_parameters()) if isinstance(experts, nn.Module) else {}
+    # others. Those of experts that FSDP shards are whole in the experts' own forward passes only.
+    parameters: dict[str, Tensor] = {}
+    if isinstance(experts, nn.Module) and not gathers_in_forward(experts):
+        parameters = dict(experts.named_parameters())
     names = tuple(parameters)
     apply: Callable[..., Tensor] = _DenseGradient.apply
     return apply(y, probs, x, experts, names, *parameters.values())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from torchmoe.nn.estimators._dense_gradient import attach_dense_gradient
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts
+from torchmoe.nn.experts import Experts
 
 
 class StraightThroughDense(Estimator):
@@ -40,8 +43,11 @@ class StraightThroughDense(Estimator):
         token_mask: Tensor | None = None,
     ) -> Tensor:
         """The chosen experts' weighted outputs, with the dense gradient attached."""
-        y = call_experts(experts, x, indices, weights.detach())
-        return attach_dense_gradient(y, self.probs(logits, token_mask), x, experts)
+        probs, weights = self.probs(logits, token_mask), weights.detach()
+        if isinstance(experts, Experts) and type(experts).forward is Experts.forward:
+            return cast(Tensor, experts(x, indices, weights, probs=probs))
+        y = call_experts(experts, x, indices, weights)
+        return attach_dense_gradient(y, probs, x, experts)
 
     def surrogate(self, logits: Tensor, selected: Tensor, indices: Tensor) -> Tensor:
         """The scores of all experts: [T, E]."""

@@ -26,6 +26,9 @@ class CosineRouter(UsageTracking):
     reason to gather around the experts' embeddings (X-MoE, Chi et al., arXiv 2204.09179). Where tau
     is at its least, log_temperature gets no gradient, and tau stays there.
 
+    Outside the forward pass of a router that is sharded, `temperature`, `directions`, `rows`,
+    `project` and `match_percentages` gather its parameters, for which all processes must ask.
+
     Args:
         hidden_size: H.
         num_experts: E.
