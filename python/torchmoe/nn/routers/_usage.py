@@ -70,7 +70,7 @@ class UsageTracking(Unscriptable):
         """The weight [E, ...], its gradient in row i times 1 - usage_i where that is wanted."""
         if not self.usage_scaling or self.usage is None:
             return weight
-        return ops.scale_gradient(weight, (1 - self.usage).unsqueeze(-1))
+        return ops.scale_gradient(weight, (1 - wide(self.usage)).unsqueeze(-1))
 
     @torch.no_grad()
     def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
