@@ -43,6 +43,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import terminal
 import torchmoe
 from lm import figures, trials
 from lm.intervals import Values
@@ -135,15 +136,15 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     names = [name for name in METHODS if name in (CONTROL, *given.methods)]
     try:
-        folder = trials.make_folder(given.out)
-        runs = trials.train_all(
-            names,
-            given.seeds,
-            given.steps,
-            lambda name, seed, advance: train(name, seed, given.steps, given.lr, advance),
-            describe,
-        )
-        report(folder, runs, given.lr)
+        with trials.taken_folder(given.out) as folder:
+            runs = trials.train_all(
+                names,
+                given.seeds,
+                given.steps,
+                lambda name, seed, advance: train(name, seed, given.steps, given.lr, advance),
+                describe,
+            )
+            report(folder, runs, given.lr)
     except (SettingsError, FolderError) as error:
         make_parser().error(str(error))
     except KeyboardInterrupt:
@@ -472,4 +473,4 @@ def draw_lines(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 
+import terminal
 from classification import display, figure
 from classification.evaluation import KINDS, by_class, wilson
 from classification.model import ROUTERS
@@ -71,19 +72,19 @@ def main(arguments: list[str] | None = None) -> int:
     given = make_parser().parse_args(arguments)
     torch.set_num_threads(1)  # more are slower at this size
     try:
-        folder = trials.make_folder(given.out)
-        task = make_task(given)
-        display.print_task(task)
-        yardsticks = {"majority class": majority(task), **naive_bayes(task)}
-        names = [name for name in ROUTERS if name in given.routers]
-        runs = trials.train_all(
-            names,
-            given.seeds,
-            given.steps,
-            lambda name, seed, advance: train(name, task, seed, given.steps, given.lr, advance),
-            describe,
-        )
-        report(folder, task, yardsticks, runs, given)
+        with trials.taken_folder(given.out) as folder:
+            task = make_task(given)
+            display.print_task(task)
+            yardsticks = {"majority class": majority(task), **naive_bayes(task)}
+            names = [name for name in ROUTERS if name in given.routers]
+            runs = trials.train_all(
+                names,
+                given.seeds,
+                given.steps,
+                lambda name, seed, advance: train(name, task, seed, given.steps, given.lr, advance),
+                describe,
+            )
+            report(folder, task, yardsticks, runs, given)
     except (SettingsError, CorpusError, FolderError) as error:
         make_parser().error(str(error))
     except KeyboardInterrupt:
@@ -240,4 +241,4 @@ def rounded(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

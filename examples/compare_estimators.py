@@ -19,9 +19,9 @@ Stopped and started again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 
+import terminal
 from lm.settings import Settings
 from lm.study import Study, run
 from torchmoe.nn import known_estimators
@@ -85,4 +85,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -21,6 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import terminal
 import train_lm
 from lm import corpus, figures, run_folder
 from lm.comparison import Outcome, common_settings, step_seconds, trained
@@ -186,4 +187,4 @@ def print_table(columns: dict[str, list[str]], seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -16,9 +16,9 @@ Stopped and started again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 
+import terminal
 from lm.routers import ROUTERS, looks_ahead
 from lm.settings import Settings
 from lm.study import Study, run
@@ -77,4 +77,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+import terminal
 from lm.checkpoint import CheckpointError
 from lm.settings import Parser
 from walkthrough import steps
@@ -402,4 +403,4 @@ def tell_refusal(story: Story) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

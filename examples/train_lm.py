@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+import terminal
 import torchmoe
 from lm import checkpoint, corpus, parallel, run_folder
 from lm.checkpoint import Checkpoint, CheckpointError, Progress
@@ -109,8 +110,22 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
     """The program in one of the processes that train together."""
     folder = RunFolder(Path(settings.out))
     trains = settings.steps != 0
-    if trains and group.leads:
-        folder.make()
+    with contextlib.ExitStack() as stack:
+        if trains and group.leads:
+            folder.make()
+            stack.enter_context(run_folder.locked(folder.path))
+        return run_in(folder, settings, start, resumes, group)
+
+
+def run_in(
+    folder: RunFolder,
+    settings: Settings,
+    start: Checkpoint | None,
+    resumes: bool,
+    group: Processes,
+) -> int:
+    """The same with the folder in hand."""
+    trains = settings.steps != 0
 
     # 1. Text, and a model with its optimizer, new or from a checkpoint.
     text = corpus.Text.load(list(settings.data))
@@ -430,13 +445,13 @@ def step_seed(purpose: str, *numbers: int) -> int:
 def asked_to_stop() -> Iterator[list[int]]:
     """A list that is empty until Ctrl-C or SIGTERM, so that the step at hand is finished first.
 
-    The second time, Ctrl-C stops at once.
+    The second time, Ctrl-C does what it did before: it stops at once.
     """
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -447,4 +462,4 @@ def asked_to_stop() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import train_lm
-from lm import corpus, metrics
+from lm import corpus, metrics, run_folder
 from lm.evaluation import bits_by_domain, held_out_windows
 from lm.metrics import Record
 from lm.parallel import ALONE
@@ -77,7 +77,11 @@ def trained(settings: Settings, text: corpus.Text) -> Outcome:
     """The run with these settings, trained to its end; one that was begun before goes on."""
     folder = RunFolder(Path(settings.out))
     folder.make()
-    with (folder.path / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+    with (
+        run_folder.locked(folder.path),
+        (folder.path / "log.txt").open("a") as log,
+        contextlib.redirect_stdout(log),
+    ):
         settings, start, resumes = train_lm.choose_settings({**settings.to_dict(), "resume": True})
         job = train_lm.new_job(settings, start, resumes, ALONE)
         train_lm.open_folder(folder, job, text, start if resumes else None)

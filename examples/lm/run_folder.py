@@ -6,10 +6,12 @@ tensorboard/              the same as TensorBoard events
 checkpoints/              step-00003200.safetensors, the last two
 figures/                  PNG and SVG
 results.json              the numbers at the end; it is there once a run is over
+.lock                     the process that trains here now, or did last
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -17,8 +19,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ import torch
 import torchmoe
 
 TEMPORARY = ".unfinished"  # ends the name of a file that is being written
+LOCK = ".lock"  # who has the folder
 MARGIN_BYTES = 32 << 20  # room for metrics and figures
 
 
@@ -130,6 +135,32 @@ class RunFolder:
         except OSError as error:
             raise self.unwritable(error) from error
         return aside
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps the folder for this process while the block runs, or until the process ends.
+
+    The operating system lets go of the lock with the process, however that ends, so that a dead
+    run's is none. A file system that knows no locks is used without.
+
+    Raises:
+        FolderError: another process has the folder; the message says which.
+    """
+    with (path / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise FolderError(f"--out: {path} is in use by {holder}") from error
+        except OSError:
+            yield
+            return
+        file.truncate(0)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        print(f"process {os.getpid()} on {platform.node()} since {since}", file=file, flush=True)
+        yield
 
 
 def unfinished(path: Path) -> Path:

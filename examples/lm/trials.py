@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,13 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise RunFolder(path).unwritable(error) from error
     return path
+
+
+@contextmanager
+def taken_folder(path: Path) -> Iterator[Path]:
+    """The folder, made and kept from other runs while the block runs."""
+    with run_folder.locked(make_folder(path)):
+        yield path
 
 
 def train_all(

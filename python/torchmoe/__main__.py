@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
@@ -28,5 +29,16 @@ def report() -> str:
     return "\n".join(f"{name:<{width}}  {fact}" for name, fact in facts.items())
 
 
+def main() -> int:
+    """Prints the report."""
+    try:
+        print(report(), flush=True)
+    except OSError as error:  # a full disk, or a reader that went away
+        sys.stdout = None  # Python would try once more when it exits
+        print(f"torchmoe: cannot write its report: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(report())
+    sys.exit(main())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
@@ -17,7 +21,7 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - start
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+    with _quiet(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
         run()
     # profiler.function_events adds up what an op allocates and frees; these are the single events.
     recorded = profiler.kineto_results.events()
@@ -27,3 +31,19 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's profiler from writing to stderr when it starts and stops.
+
+    It asks the environment once, when it is first used; whoever has set a level keeps it.
+    """
+    if _LOG_LEVEL in os.environ:
+        yield
+        return
+    os.environ[_LOG_LEVEL] = "99"  # above all that it has
+    try:
+        yield
+    finally:
+        del os.environ[_LOG_LEVEL]

@@ -1,0 +1,89 @@
+"""What a program of this folder does about its terminal: closed pipes, full disks, Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+# Within so many seconds a second Ctrl-C is the first one once more, from an impatient finger.
+ONE_PRESS = 1.0
+# What a stream's error says where a file's would name the file.
+OF_A_STREAM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Runs a program and exits with its status, without a traceback for what users do.
+
+    A reader that goes away, as `head` does, ends the program quietly with status 1, as Python's
+    documentation of SIGPIPE has it. An output that cannot be written, such as one on a full disk,
+    ends it with a line. Without any standard output it runs as ever.
+    """
+    _open_what_is_closed()
+    signal.signal(signal.SIGINT, Interruption())
+    status: int | str | None
+    try:
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            status = 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        _discard_output()
+        status = 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in OF_A_STREAM:
+            raise
+        _discard_output()
+        program = Path(sys.argv[0]).name
+        status = f"{program}: cannot write what it prints: {error.strerror}"
+    sys.exit(status)
+
+
+class Interruption:
+    """Ctrl-C as a KeyboardInterrupt, but one for presses that follow each other at once.
+
+    The others would reach whatever deals with the first: the end of a file, a message.
+    """
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handles the signal."""
+        now = time.monotonic()
+        if now - self._last > ONE_PRESS:
+            self._last = now
+            raise KeyboardInterrupt
+
+
+def _open_what_is_closed() -> None:
+    """Gives streams that were closed, as by >&-, a place where everything may go."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    while nowhere <= 2:  # else the next file that is opened would get what is printed
+        nowhere = os.dup(nowhere)
+    os.close(nowhere)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
+def _discard_output() -> None:
+    """Lets what is still to be printed go nowhere: Python writes it out when it exits."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())

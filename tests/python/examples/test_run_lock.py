@@ -1,0 +1,100 @@
+"""Two runs in one folder: the second one says who has it, and a dead run has nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import balance
+import classify
+import train_lm
+from lm import comparison, run_folder
+from lm.corpus import Text
+from lm.run_folder import FolderError
+from lm.settings import Settings
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: object, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 2
+    error: str = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_who_has_it(tmp_path: Path) -> None:
+    holder = rf"process {os.getpid()} on {platform.node()} since 20\d\d-"
+    with run_folder.locked(tmp_path):
+        for _ in range(2):
+            with (
+                pytest.raises(FolderError, match=rf"^--out: {tmp_path} is in use by {holder}"),
+                run_folder.locked(tmp_path),
+            ):
+                pass
+    with run_folder.locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_training_refuses_a_folder_in_use(
+    tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    out = ["--out", str(tmp_path)]
+    assert train_lm.main([*tiny, *out, "--steps", "2"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = [*([] if more else [*tiny, "--steps", "4"]), *out, *more]
+    with run_folder.locked(tmp_path):
+        lock = tmp_path / run_folder.LOCK
+        error = refusal(capsys, train_lm.main, *arguments)
+        assert f"{tmp_path} is in use by process {os.getpid()} on" in error
+        after = {path: path.stat().st_mtime_ns for path in before if path != lock}
+        assert after == {path: time for path, time in before.items() if path != lock}
+        assert train_lm.main(["--load", str(tmp_path), "--steps", "0"]) == 0, "it writes nothing"
+
+
+@pytest.mark.parametrize("program", [balance, classify])
+def test_other_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object
+) -> None:
+    with run_folder.locked(tmp_path):
+        error = refusal(capsys, program.main, "--out", str(tmp_path))
+    assert "is in use by process" in error
+
+
+def test_the_runs_of_a_comparison(data: list[str], tmp_path: Path) -> None:
+    settings = Settings(data=tuple(data), out=str(tmp_path), steps=2)
+    with run_folder.locked(tmp_path), pytest.raises(FolderError, match="is in use by process"):
+        comparison.trained(settings, Text.load(data))
+
+
+def test_a_dead_run_has_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom lm import run_folder\n"
+        "with run_folder.locked(Path(sys.argv[2])):\n    print('has it', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    examples = str(Path(train_lm.__file__).parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, examples, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "has it\n"
+        with (
+            pytest.raises(FolderError, match=rf"is in use by process {child.pid} on"),
+            run_folder.locked(tmp_path),
+        ):
+            pass
+        child.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with run_folder.locked(tmp_path):
+            return
