@@ -63,7 +63,9 @@ def whole_tensors(*modules: nn.Module) -> Iterator[None]:
             values = {}
             for name, held in _parametrizations(part).items():
                 before = _before_parametrization(part, name, held)
-                values[name] = nn.Parameter(before.clone(), before.is_floating_point())
+                # Draws follow the order in memory, which a computed tensor may have another of.
+                value = before.clone(memory_format=torch.contiguous_format)
+                values[name] = nn.Parameter(value, value.is_floating_point())
                 parametrized.append((held, before, values[name]))
             if values:
                 # An attribute of the class hides the property by which torch computes the tensor.
@@ -115,17 +117,29 @@ def _before_parametrization(
     module: nn.Module, name: str, held: parametrize.ParametrizationList
 ) -> Tensor:
     """The tensor that the parametrizations were registered on, whole."""
-    if any(hasattr(parametrization, "right_inverse") for parametrization in held):
+    if not any(hasattr(parametrization, "right_inverse") for parametrization in held):
+        return full(held.original)
+    # In training spectral_norm would take a step.
+    modes = {part: part.training for part in held.modules()}
+    held.eval()
+    try:
         return full(cast(Tensor, getattr(module, name)))
-    return full(held.original)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 @torch.no_grad()
 def _write_originals(held: parametrize.ParametrizationList, before: Tensor, value: Tensor) -> None:
     """What registering the parametrizations on the value makes of it."""
-    inverts = any(hasattr(parametrization, "right_inverse") for parametrization in held)
-    if inverts and torch.equal(before, value):
-        return  # inverting what was not filled would round it
+    names = ["original"] if held.is_tensor else [f"original{i}" for i in range(held.ntensors)]
+    originals = [cast(Tensor, getattr(held, name)) for name in names]
+    if value.is_meta:
+        return
+    # The inverse would round what was not filled. Processes that draw different numbers must not
+    # decide that each for itself.
+    if not any(is_sharded(original) for original in originals) and torch.equal(before, value):
+        return
     inverse: Any = value.detach()
     for parametrization in reversed(list(held)):
         if hasattr(parametrization, "right_inverse"):
@@ -133,11 +147,8 @@ def _write_originals(held: parametrize.ParametrizationList, before: Tensor, valu
                 inverse = cast(Any, parametrization).right_inverse(inverse)
             except NotImplementedError:  # by which torch, too, means the identity
                 continue
-    if held.is_tensor:
-        _write(held.original, inverse)
-        return
-    for i, tensor in enumerate(inverse):
-        _write(getattr(held, f"original{i}"), tensor)
+    for original, values in zip(originals, [inverse] if held.is_tensor else inverse, strict=True):
+        _write(original, values)
 
 
 @torch.no_grad()
