@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchmoe.nn.moe import MoE
 
+Model = TypeVar("Model", bound=nn.Module)
 Work = TypeVar("Work", bound=Callable[..., Any])
 
 
@@ -29,6 +31,14 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
         if isinstance(module, MoE):
             layers[_name(path, wrapped)] = module
     return layers
+
+
+def untrained_copy(model: Model) -> Model:
+    """A deep copy to try things on, whose layers do not ask for the updates of a training run."""
+    copied = copy.deepcopy(model)
+    for layer in moe_layers(copied).values():
+        layer._reminder.stop()
+    return copied
 
 
 def _name(path: str, wrapped: set[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmoe._checks import check_at_least
 from torchmoe.nn import MoE
 from torchmoe.nn._compatibility import check_estimator
+from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators
@@ -201,7 +202,7 @@ class _Bench:
     def __init__(
         self, moe: MoE, batches: Iterable[Any], loss: Callable[[Tensor, Any], Tensor]
     ) -> None:
-        self._layer = copy.deepcopy(moe)
+        self._layer = untrained_copy(moe)
         self._own_estimator = self._layer.estimator
         self._batches = list(batches)
         self._loss = loss

@@ -8,7 +8,6 @@ parameters drown the difference in rounding. `gradcheck` here takes care of the 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
 
 __all__ = ["UnstableSelectionError", "gradcheck"]
@@ -188,7 +188,7 @@ class _Checked:
         self._function = function
         if isinstance(function, nn.Module):
             refuse_sharded("gradcheck", "module_or_function", function)
-            self._function = copy.deepcopy(function).double()
+            self._function = untrained_copy(function).double()
             for name, parameter in self._function.named_parameters():
                 if parameter.requires_grad:
                     self.names.append(name)
@@ -271,9 +271,14 @@ def _gaps(
     top_k: int,
     *,
     selection_bias: Tensor | None = None,
+    tie_break: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> Tensor:
-    """The smallest distance between neighbours among each token's best top_k + 1 scores: [T]."""
+    """The smallest distance between neighbours among each token's best top_k + 1 scores: [T].
+
+    Equal scores are a tie whatever breaks it, since a step may tell them apart.
+    """
+    del tie_break
     ranked = scores.detach() if selection_bias is None else scores.detach() + selection_bias
     best = ranked.topk(min(top_k + 1, ranked.shape[-1]), dim=-1).values
     gaps = best[:, :-1] - best[:, 1:]
