@@ -26,7 +26,7 @@ class SharedGroup:
 
     Args:
         group: None is all processes.
-        lost: the ranks of the group that was pickled.
+        lost: the ranks of the group that was pickled; none where it had been destroyed.
     """
 
     def __init__(self, group: ProcessGroup | None, lost: tuple[int, ...] | None = None) -> None:
@@ -39,7 +39,7 @@ class SharedGroup:
         if self._lost is not None:
             raise RuntimeError(
                 "MoE: process_group must be set on a layer that was pickled with one, got none in "
-                f"place of the group of ranks {list(self._lost)}"
+                f"place of the group of ranks {list(self._lost) or 'unknown'}"
             )
         return self._group
 
@@ -49,7 +49,10 @@ class SharedGroup:
     def __reduce__(self) -> tuple[type[SharedGroup], tuple[None, tuple[int, ...] | None]]:
         lost = self._lost
         if self._group is not None:
-            lost = tuple(dist.get_process_group_ranks(self._group))
+            try:
+                lost = tuple(dist.get_process_group_ranks(self._group))
+            except KeyError:  # by which torch means that it was destroyed
+                lost = ()
         return SharedGroup, (None, lost)
 
 

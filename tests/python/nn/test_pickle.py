@@ -50,6 +50,15 @@ def test_a_group_is_lost_and_must_be_given_again(group: dist.ProcessGroup) -> No
             other.process_group = "all"
 
 
+def test_a_group_may_have_been_destroyed() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    moe = layer(dist.new_group([0]))
+    dist.destroy_process_group()
+    loaded = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(moe))))
+    with pytest.raises(RuntimeError, match=r"in place of the group of ranks unknown$"):
+        loaded(X)
+
+
 def test_copies_share_it(group: dist.ProcessGroup) -> None:
     moe = layer(group)
     assert copy.deepcopy(moe).process_group is group
