@@ -112,8 +112,8 @@ def run_with(settings: Settings, start: Checkpoint | None, resumes: bool, group:
     trains = settings.steps != 0
     with contextlib.ExitStack() as stack:
         if trains and group.leads:
-            folder.make()
             stack.enter_context(run_folder.locked(folder.path))
+            folder.make()
         return run_in(folder, settings, start, resumes, group)
 
 

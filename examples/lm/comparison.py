@@ -76,12 +76,11 @@ def common_settings(
 def trained(settings: Settings, text: corpus.Text) -> Outcome:
     """The run with these settings, trained to its end; one that was begun before goes on."""
     folder = RunFolder(Path(settings.out))
-    folder.make()
-    with (
-        run_folder.locked(folder.path),
-        (folder.path / "log.txt").open("a") as log,
-        contextlib.redirect_stdout(log),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_folder.locked(folder.path))
+        folder.make()
+        log = stack.enter_context((folder.path / "log.txt").open("a"))
+        stack.enter_context(contextlib.redirect_stdout(log))
         settings, start, resumes = train_lm.choose_settings({**settings.to_dict(), "resume": True})
         job = train_lm.new_job(settings, start, resumes, ALONE)
         train_lm.open_folder(folder, job, text, start if resumes else None)

@@ -147,7 +147,12 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         FolderError: another process has the folder; the message says which.
     """
-    with (path / LOCK).open("a+") as file:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / LOCK).open("a+")
+    except OSError as error:
+        raise RunFolder(path).unwritable(error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

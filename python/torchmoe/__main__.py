@@ -35,6 +35,8 @@ def main() -> int:
         print(report(), flush=True)
     except OSError as error:  # a full disk, or a reader that went away
         sys.stdout = None  # Python would try once more when it exits
+        if isinstance(error, BrokenPipeError):
+            return 1
         print(f"torchmoe: cannot write its report: {error.strerror}", file=sys.stderr)
         return 1
     return 0

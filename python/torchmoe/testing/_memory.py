@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import accumulate, chain
 
 import torch
-
-_LOG_LEVEL = "KINETO_LOG_LEVEL"
+from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 
 def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
@@ -21,29 +20,20 @@ def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - start
-    with _quiet(), torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        run()
-    # profiler.function_events adds up what an op allocates and frees; these are the single events.
-    recorded = profiler.kineto_results.events()
-    held = peak = 0
-    for event in sorted(recorded, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps torch's profiler from writing to stderr when it starts and stops.
-
-    It asks the environment once, when it is first used; whoever has set a level keeps it.
-    """
-    if _LOG_LEVEL in os.environ:
-        yield
-        return
-    os.environ[_LOG_LEVEL] = "99"  # above all that it has
+    # Kineto, the other profiler, writes a line to stderr whenever it starts or stops.
+    config = ProfilerConfig(
+        ProfilerState.CPU,
+        report_input_shapes=False,
+        profile_memory=True,
+        with_stack=False,
+        with_flops=False,
+        with_modules=False,
+        experimental_config=_ExperimentalConfig(),
+    )
+    _enable_profiler_legacy(config)
     try:
-        yield
+        run()
     finally:
-        del os.environ[_LOG_LEVEL]
+        events = _disable_profiler_legacy()  # one list for each thread
+    # An allocation counts its bytes, a release the same below 0, and what is neither counts 0.
+    return max(accumulate((e.cpu_memory_usage() for e in chain(*events)), initial=0))

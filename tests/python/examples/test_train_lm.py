@@ -126,7 +126,8 @@ def test_leaves_everything_in_its_folder(trained: tuple[str, Path]) -> None:
         for kind in ("png", "svg")
     ]
     steps = [f"checkpoints/step-000000{n}.safetensors" for n in (40, 60)]
-    assert names == sorted([*events, *figures, *steps, "metrics.jsonl", "results.json", "run.json"])
+    rest = [".lock", "metrics.jsonl", "results.json", "run.json"]
+    assert names == sorted([*events, *figures, *steps, *rest])
     for name in figures:
         assert f"figure: {out / name}" in output
         if name.endswith("svg"):
