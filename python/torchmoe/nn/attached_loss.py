@@ -44,7 +44,8 @@ class WithAttachedLoss(nn.Module):
 
     def __init__(self, moe: MoE, *, scale: float = 1.0) -> None:
         super().__init__()
-        if not isinstance(moe, MoE):
+        # A layer that is compiled or wrapped is one inside another module.
+        if not isinstance(moe, nn.Module) or not any(isinstance(m, MoE) for m in moe.modules()):
             raise TypeError(f"WithAttachedLoss: moe must be a MoE, got {shown(moe)}")
         self.moe = moe
         self.scale = check_finite("WithAttachedLoss", "scale", scale)

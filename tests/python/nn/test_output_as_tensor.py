@@ -98,3 +98,11 @@ class TestOps:
         ):
             with pytest.raises((TypeError, RuntimeError), match=f"^{message}"):
                 call()
+
+
+def test_a_compiled_layer_can_be_wrapped() -> None:
+    moe = layer()
+    wrapped = WithAttachedLoss(torch.compile(moe, backend="eager"))
+    assert torch.equal(wrapped(X), moe(X).hidden_states)
+    with pytest.raises(TypeError, match=r"^WithAttachedLoss: moe must be a MoE, got Linear$"):
+        WithAttachedLoss(nn.Linear(H, H))
