@@ -1,47 +1,74 @@
-"""Buffers that must not become 16-bit numbers, with the parameters or in a loader's hands.
-
-A 16-bit running average stops moving: its steps are smaller than half a unit in the last place.
-"""
+"""Buffers that must not become 16-bit numbers, with the parameters or in a loader's hands."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchmoe.nn._rows import wide
+from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn._table import Table
+
+Self = TypeVar("Self", bound="Remembering")
 
 
-@contextmanager
-def keep_wide(module: nn.Module, name: str) -> Iterator[None]:
-    """Gives the buffer its values back where a conversion inside the block made them 16-bit.
+class Remembering(Unscriptable):
+    """Base of modules with buffers that stay float32 or wider, and with tables.
 
-    The buffer still follows the module to another device.
+    A 16-bit running average stops moving: its steps are smaller than half a unit in the last place.
+    Conversions of the module and state dicts leave such buffers wide. Where a loader has put
+    another tensor in the place of one, `widened` mends it before it moves, and until then readers
+    take it as it is.
+
+    Attributes:
+        wide_buffers: the names of those; one may be None.
     """
-    before = getattr(module, name)
-    yield
-    after = getattr(module, name)
-    if before is not None and after.itemsize < 4:
-        setattr(module, name, before.to(after.device))
+
+    wide_buffers: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def widened(self, name: str) -> Tensor:
+        """The buffer, float32 or wider, for `update` to read and to write."""
+        buffer: Tensor = getattr(self, name)
+        if _is_narrow(buffer):
+            # In place: others, such as DistributedDataParallel, hold the same tensor.
+            buffer.data = wide(buffer)
+        return buffer
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: getattr(self, name) for name in self.wide_buffers}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in before.items():
+            if buffer is not None and _is_narrow(after := getattr(self, name)):
+                setattr(self, name, wide(after if buffer.is_meta else buffer).to(after.device))
+        for table in vars(self).values():
+            if isinstance(table, Table):
+                table.follow(fn)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        *rest: Any,  # noqa: ANN401 (torch's own)
+    ) -> None:
+        for name in self.wide_buffers:
+            if getattr(self, name) is None:
+                continue
+            self.widened(name)
+            # With assign=True the entry itself takes the buffer's place.
+            if isinstance(entry := state_dict.get(prefix + name), Tensor) and _is_narrow(entry):
+                state_dict[prefix + name] = wide(entry)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def widen_entry(state_dict: dict[str, Any], key: str) -> None:
-    """Widens what is about to be loaded, which assign=True would put in the buffer's place."""
-    entry = state_dict.get(key)
-    if isinstance(entry, Tensor) and entry.is_floating_point():
-        state_dict[key] = wide(entry)
+def wide_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """Of buffers that stay wide, where the parameters have this one."""
+    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
-def move(module: nn.Module, name: str, values: Tensor) -> None:
-    """Writes values, float32 or wider, into the buffer.
-
-    A loader may have put a 16-bit tensor in its place, which then is replaced by the values.
-    """
-    buffer = getattr(module, name)
-    if buffer.dtype == torch.promote_types(buffer.dtype, torch.float32):
-        buffer.copy_(values)
-    else:
-        setattr(module, name, values.to(buffer.device))
+def _is_narrow(buffer: Tensor) -> bool:
+    return not buffer.is_floating_point() or buffer.itemsize < 4

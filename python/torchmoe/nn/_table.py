@@ -12,8 +12,9 @@ class Table:
     """Integers that are a setting, with a copy of them on the device where they are read.
 
     A setting is no buffer: frameworks fill, average and cast buffers, and leave out those that are
-    not in a state dict. A module keeps its table as a plain attribute and takes it along in
-    `_apply`, so that no forward pass copies it to the device.
+    not in a state dict. A module keeps its table as a plain attribute, which `Remembering` takes
+    along in `_apply`, so that no forward pass copies it to the device. Where parameters get to a
+    device in another way, the first pass there does, or under a compiler every one.
 
     Args:
         entries: the integers.
@@ -25,27 +26,30 @@ class Table:
 
     def __init__(self, entries: Sequence[int], device: torch.device | str | None = None) -> None:
         self.entries = tuple(entries)
-        self._copy = self._on("cpu")
-        if device is not None:
-            self.move(torch.device(device))
+        self._copy: Tensor | None = None
+        self._made(torch.device("cpu" if device is None else device))
 
     def on(self, device: torch.device) -> Tensor:
         """The integers as int64 on a device, [len(entries)]."""
-        if torch.compiler.is_compiling():
-            return self._copy.to(device)
-        # Under a mode such as fake tensors a real one has no place among its operands.
-        if self._copy.device == device and torch._C._len_torch_dispatch_stack() == 0:
-            return self._copy
-        return self._on(device)
+        copy = self._copy
+        if copy is not None:
+            if torch.compiler.is_compiling():
+                return copy.to(device)
+            # Under a mode such as fake tensors a real one has no place among its operands.
+            if copy.device == device and torch._C._len_torch_dispatch_stack() == 0:
+                return copy
+        return self._made(device)
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Goes to the device that fn, what `Module._apply` is given, takes a tensor to."""
-        self.move(fn(torch.empty(0, device=self._copy.device)).device)
+        here = "cpu" if self._copy is None else self._copy.device
+        self._made(fn(torch.empty(0, dtype=torch.int64, device=here)).device)
 
-    def move(self, device: torch.device) -> None:
-        """Goes to a device, but for the meta device, where nothing could be read back."""
-        if device.type != "meta" and device != self._copy.device:
-            self._copy = self._on(device)
-
-    def _on(self, device: torch.device | str) -> Tensor:
-        return torch.tensor(self.entries, dtype=torch.int64, device=device)
+    def _made(self, device: torch.device) -> Tensor:
+        """The integers on a device, and kept, unless nothing could be read from there."""
+        # One made in inference mode would be of no use to a later pass with a gradient.
+        with torch.inference_mode(False):
+            made = torch.tensor(self.entries, dtype=torch.int64, device=device)
+        if type(made) is Tensor and not made.is_meta and not torch.compiler.is_compiling():
+            self._copy = made
+        return made

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from torchmoe._checks import check_at_least, check_backup, check_number
-from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn._buffers import Remembering
 from torchmoe.nn._table import Table
 
 
-class Assistance(Unscriptable):
+class Assistance(Remembering):
     """A backup that joins an expert under sustained load, in a slot of its own beside the top_k.
 
         usage_i > threshold / E for `patience` updates in a row   backup[i] begins to assist i
@@ -141,11 +141,6 @@ class Assistance(Unscriptable):
         counts = num_slots > 0
         self.updates_above.copy_(above.where(counts, self.updates_above))
         self.assisted.copy_(assisted.where(counts, self.assisted))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Assistance:
-        self._table.follow(fn)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         """The settings."""

@@ -6,8 +6,8 @@ Shapes: T tokens (the input's leading dimensions, flattened), H hidden size, E e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ from torchmoe.nn._balance import (
     name_of,
     shares,
 )
-from torchmoe.nn._buffers import keep_wide, move, widen_entry
+from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._compatibility import (
     check_assistance,
     check_backup_size,
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
 _DEFAULT_GATE = Gate()
 
 
-class MoE(nn.Module):
+class MoE(Remembering):
     """Routes each token to top_k of num_experts feed-forward networks and adds up their outputs.
 
     A forward pass changes no buffer and keeps nothing. What is to be remembered is in the returned
@@ -154,6 +154,7 @@ class MoE(nn.Module):
             another number of experts.
     """
 
+    wide_buffers = ("selection_bias",)
     selection_bias: Tensor | None
     balance_weight = Checked(check_not_negative)
     selection_bias_rate = Checked(check_not_negative)
@@ -320,8 +321,7 @@ class MoE(nn.Module):
         self.shared_experts: nn.Module | None = shared_experts
         selection_bias = None
         if selection_bias_rate > 0:
-            kept = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-            selection_bias = torch.zeros(num_experts, device=device, dtype=kept)
+            selection_bias = torch.zeros(num_experts, device=device, dtype=wide_dtype(dtype))
         self.register_buffer("selection_bias", selection_bias)
         self._backup = None if backup is None else Table(backup, device)
 
@@ -520,13 +520,11 @@ class MoE(nn.Module):
             if self.assistance is not None:
                 self.assistance.update(cast(Tensor, self.router.usage), counts.sum())
             if self.selection_bias is not None and moves_bias:
+                bias = self.widened("selection_bias")
                 moved = update_selection_bias(
-                    wide(self.selection_bias),
-                    counts,
-                    self.selection_bias_rate,
-                    self.selection_bias_centred,
+                    bias, counts, self.selection_bias_rate, self.selection_bias_centred
                 )
-                move(self, "selection_bias", moved)
+                bias.copy_(moved)
         self.estimator.update(_reduce.total([r.statistics for r in routings], group))
 
     def extra_repr(self) -> str:
@@ -550,22 +548,6 @@ class MoE(nn.Module):
             if (value := getattr(self, name)) != usual:
                 text += f", {name}={value!r}"
         return text
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 (torch's own)
-    ) -> None:
-        widen_entry(state_dict, prefix + "selection_bias")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
-        if self._backup is not None:
-            self._backup.follow(fn)
-        with keep_wide(self, "selection_bias"):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def _flatten(self, x: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if isinstance(x, MoEOutput):

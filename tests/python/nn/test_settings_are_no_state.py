@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -22,7 +23,7 @@ RING = (1, 2, 3, 4, 5, 0)
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "hash": lambda: {"router": HashRouter(E, K, seed=7)},
-    "backup": lambda: {"capacity": Capacity(0.8, overflow="backup", backup=RING)},
+    "backup": lambda: {"capacity": Capacity(0.6, overflow="backup", backup=RING)},
     "assistance": lambda: {"assistance": Assistance(RING)},
 }
 
@@ -168,6 +169,63 @@ def test_devices_and_modes(name: str, x: Tensor) -> None:
     assert_routes_alike(model, trained_like(model), x)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@names
+def test_fake_tensors_leave_nothing_behind(name: str, x: Tensor) -> None:
+    model = trained(name)
+    values = model.state_dict()
+    expected = model.routed(x)[1]
+    with FakeTensorMode() as mode:
+        lent = {key: mode.from_tensor(value) for key, value in values.items()}
+        assert torch.func.functional_call(model, lent, mode.from_tensor(x)).shape == x.shape
+        fake = Model(name)  # every tensor of it is one
+    assert torch.equal(model.routed(x)[1], expected)
+    fake.load_state_dict(values, assign=True)
+    assert torch.equal(fake.routed(x)[1], expected)
+
+
+@names
+def test_a_first_pass_in_inference_mode(name: str, x: Tensor) -> None:
+    """What it keeps is of use to a pass with gradients, compiled or not."""
+    with torch.device("meta"):
+        model = Model(name)
+    model.load_state_dict(trained(name).state_dict(), assign=True)
+    with torch.inference_mode():
+        expected = model.routed(x)[1]
+    model(x).sum().backward()
+    compiled = torch.compile(model.routed, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x)[1], expected)
+
+
+@names
+def test_one_graph_serves_every_setting(name: str, x: Tensor) -> None:
+    torch._dynamo.reset()
+    other_ring = tuple(reversed(range(E)))
+    others = {
+        "hash": lambda: {"router": HashRouter(E, K, seed=8)},
+        "backup": lambda: {"capacity": Capacity(0.6, overflow="backup", backup=other_ring)},
+        "assistance": lambda: {"assistance": Assistance(other_ring)},
+    }
+    one, other = trained(name), trained(name)
+    other.moe = MoE(H, INNER, E, K, **others[name]())
+    other.load_state_dict(one.state_dict())
+    expected = [model.routed(x)[1] for model in (one, other)]
+    assert not torch.equal(*expected)
+    counter = CompileCounter()
+    compiled = torch.compile(lambda model, x: model.routed(x)[1], backend=counter, fullgraph=True)
+    for _ in range(2):
+        for model, indices in zip((one, other), expected, strict=True):
+            assert torch.equal(compiled(model, x), indices)
+    assert counter.frame_count == 1
+
+
+@names
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(name: str, strict: bool, x: Tensor) -> None:
+    model = trained(name).eval()
+    program = torch.export.export(model, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 def trained_like(model: Model) -> Model:

@@ -98,3 +98,27 @@ def test_the_caller_s_state_dict_is_left_alone() -> None:
     state = {key: value.bfloat16() for key, value in moe.state_dict().items()}
     moe.load_state_dict(state, assign=True)
     assert all(value.dtype == torch.bfloat16 for value in state.values())
+
+
+def test_what_a_loader_narrowed_is_wide_after_the_next_load_or_conversion() -> None:
+    usage = torch.tensor([0.2001, 0.1999, 0.3003, 0.2997])  # no bfloat16 numbers
+    moe = MoE(H, INNER, E, K, fraction_from="history")
+    state = moe.state_dict() | {"router.usage": usage}
+    in_place(moe, "router.usage", torch.bfloat16)
+    moe.load_state_dict(state)
+    assert torch.equal(moe.router.usage, usage)
+    in_place(moe, "router.usage", torch.bfloat16)
+    assert torch.equal(moe.bfloat16().router.usage, usage.bfloat16().float())
+    moe.to("meta")
+    in_place(moe, "router.usage", torch.bfloat16)
+    assert moe.to_empty(device="cpu").router.usage.dtype == torch.float32
+
+
+def test_widening_keeps_the_tensor_that_others_hold() -> None:
+    """DistributedDataParallel looks for a module's buffers once."""
+    moe = MoE(H, INNER, E, K, fraction_from="history")
+    held = moe.router.usage
+    held.data = held.data.bfloat16()
+    moe.update(moe(torch.randn(T, H)).routing)
+    assert moe.router.usage is held
+    assert held.dtype == torch.float32

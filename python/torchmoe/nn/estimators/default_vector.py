@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._checks import check_share
 from torchmoe._slots import named
-from torchmoe.nn._buffers import keep_wide, move, widen_entry
+from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._rows import linear, wide
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts
 
 
-class DefaultVector(Estimator):
+class DefaultVector(Estimator, Remembering):
     """Every score is in the output, so that every expert's score gets a gradient at top-k cost.
 
         forward   y = sum_{i in S} w_i E_i(x) + sum_{i not in S} p_i d_i
@@ -47,6 +46,7 @@ class DefaultVector(Estimator):
     refusal = "whose coefficients w and p would no longer add up to 1"
     settings = ("decay",)
     takes_experts_alone = True
+    wide_buffers = ("default_vectors",)
     default_vectors: Tensor
 
     def __init__(self, decay: float = 0.99) -> None:
@@ -63,8 +63,8 @@ class DefaultVector(Estimator):
     ) -> None:
         """Makes the buffer."""
         super().bind(**layer, device=device, dtype=dtype)
-        kept = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        vectors = torch.zeros(self.num_experts, self.hidden_size, device=device, dtype=kept)
+        shape = (self.num_experts, self.hidden_size)
+        vectors = torch.zeros(shape, device=device, dtype=wide_dtype(dtype))
         self.register_buffer("default_vectors", vectors)
 
     def reset_parameters(self) -> None:
@@ -105,24 +105,10 @@ class DefaultVector(Estimator):
         """Moves the default vectors of the experts that served a token."""
         sums, counts = statistics
         counts = counts.unsqueeze(1)
-        vectors = wide(self.default_vectors)
+        vectors = self.widened("default_vectors")
         means = sums.to(vectors.dtype) / counts.clamp(min=1)
         moved = self.decay * vectors + (1 - self.decay) * means
-        move(self, "default_vectors", torch.where(counts > 0, moved, vectors))
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 (torch's own)
-    ) -> None:
-        widen_entry(state_dict, prefix + "default_vectors")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DefaultVector:
-        with keep_wide(self, "default_vectors"):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
+        vectors.copy_(torch.where(counts > 0, moved, vectors))
 
 
 def _sum_by_expert(rows: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:

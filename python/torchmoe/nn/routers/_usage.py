@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_flag
-from torchmoe.nn._buffers import keep_wide, move, widen_entry
+from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._rows import wide
-from torchmoe.nn._scripting import Unscriptable
 
 # Weight of the past in the running average: a memory of about a hundred steps.
 _USAGE_DECAY = 0.99
 
-Self = TypeVar("Self", bound="UsageTracking")
 
-
-class UsageTracking(Unscriptable):
+class UsageTracking(Remembering):
     """Keeps the running share of the slots of each expert where that is wanted.
 
     Attributes:
@@ -30,6 +24,7 @@ class UsageTracking(Unscriptable):
         usage_scaling: whether `scale_by_usage` does anything.
     """
 
+    wide_buffers = ("usage",)
     num_experts: int
     usage: Tensor | None
     usage_decay: float
@@ -57,8 +52,7 @@ class UsageTracking(Unscriptable):
         self.usage_decay = _USAGE_DECAY
         usage = None
         if usage_scaling or track_usage:
-            wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-            usage = torch.empty(self.num_experts, device=device, dtype=wide)
+            usage = torch.empty(self.num_experts, device=device, dtype=wide_dtype(dtype))
         self.register_buffer("usage", usage)
 
     def reset_usage(self) -> None:
@@ -85,27 +79,13 @@ class UsageTracking(Unscriptable):
         """
         if self.usage is None:
             return
-        usage = wide(self.usage)
+        usage = self.widened("usage")
         share = tokens_per_expert.to(usage.dtype) / num_slots.clamp(min=1)
         moved = self.usage_decay * usage + (1 - self.usage_decay) * share
-        move(self, "usage", torch.where(num_slots > 0, moved, usage))
+        usage.copy_(torch.where(num_slots > 0, moved, usage))
 
     def usage_repr(self) -> list[str]:
         """What extra_repr says of it."""
         if self.usage_scaling:
             return ["usage_scaling=True"]
         return [] if self.usage is None else ["track_usage=True"]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        *args: Any,  # noqa: ANN401 (torch's own)
-    ) -> None:
-        widen_entry(state_dict, prefix + "usage")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with keep_wide(self, "usage"):
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from torchmoe import ops
 from torchmoe._checks import check_among, check_at_least, check_integer
-from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn._buffers import Remembering
 from torchmoe.nn._table import Table
 
 # Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
@@ -21,8 +21,10 @@ _NOT_CHOSEN = -10_000
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 _STEP = 0x9E3779B97F4A7C15 - 2**64
 
+Numbers = TypeVar("Numbers", int, Tensor)
 
-class HashRouter(Unscriptable):
+
+class HashRouter(Remembering):
     """The experts are a fixed hash of the token's id (Roller et al., arXiv 2106.04426).
 
     Each pair of an id and an expert has a random number that never changes, and an id goes to the
@@ -55,13 +57,8 @@ class HashRouter(Unscriptable):
         self.top_k = top_k
         self.seed = seed
         # A number for each expert, as a tensor: one compiled graph then serves every seed.
-        self._salt_table = Table(self._salt())
-
-    def _salt(self) -> list[int]:
-        first = _wrapped(self.seed * self.num_experts * _STEP)
-        experts = torch.arange(self.num_experts, device="cpu")
-        salt: list[int] = _mix(first + experts * _STEP).tolist()
-        return salt
+        first = seed * num_experts
+        self._salt = Table([_mix(_wrapped((first + i) * _STEP)) for i in range(num_experts)])
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """The logits of each token.
@@ -80,7 +77,7 @@ class HashRouter(Unscriptable):
                 "HashRouter: router_input must be token ids, integers with x's leading dimensions, "
                 f"got {token_ids.dtype} of shape {list(token_ids.shape)}"
             )
-        salt = self._salt_table.on(token_ids.device)
+        salt = self._salt.on(token_ids.device)
         numbers = _mix(token_ids.to(torch.int64).unsqueeze(1) * _STEP ^ salt)  # [T, E]
         # 53 bits, which float64 holds exactly.
         chosen = ops.select_experts((numbers >> 11).to(torch.float64), self.top_k)
@@ -88,11 +85,6 @@ class HashRouter(Unscriptable):
             numbers.shape, _NOT_CHOSEN, dtype=torch.float32, device=token_ids.device
         )
         return logits.scatter(1, chosen, 0.0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HashRouter:
-        self._salt_table.follow(fn)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -104,13 +96,18 @@ def _wrapped(number: int) -> int:
     return (number + 2**63) % 2**64 - 2**63
 
 
-def _mix(numbers: Tensor) -> Tensor:
+def _mix(numbers: Numbers) -> Numbers:
     """A bijection of int64 in which every bit of the result depends on every bit of the number."""
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
-        numbers = (numbers ^ _shifted(numbers, shift)) * factor
+        numbers = _times(numbers ^ _shifted(numbers, shift), factor)
     return numbers ^ _shifted(numbers, 31)
 
 
-def _shifted(numbers: Tensor, bits: int) -> Tensor:
+def _times(numbers: Numbers, factor: int) -> Numbers:
+    product = numbers * factor
+    return _wrapped(product) if isinstance(product, int) else product
+
+
+def _shifted(numbers: Numbers, bits: int) -> Numbers:
     """Shifted right with zeros from the left, as unsigned numbers are."""
-    return torch.bitwise_and(numbers >> bits, 2 ** (64 - bits) - 1)
+    return (numbers >> bits) & (2 ** (64 - bits) - 1)
