@@ -39,14 +39,17 @@ class Assistance(Remembering):
     Attributes:
         threshold: see above; a number, which the layer sets where it was None.
         lower_threshold: the same.
-        assisted: [E] bool buffer, the experts that are assisted.
-        updates_above: [E] int64 buffer, updates in a row with usage above the threshold.
+        assisted: [E] buffer, 1 for the experts that are assisted, else 0. In an average of models
+            (`torch.optim.swa_utils.AveragedModel`) those are assisted that were most of the time.
+        updates_above: [E] buffer, updates in a row with usage above the threshold. Both are float32
+            or wider, numbers that can be averaged.
 
     Raises:
         TypeError: patience or an entry of backup is not an int.
         ValueError: a value is out of range.
     """
 
+    wide_buffers = ("assisted", "updates_above")
     assisted: Tensor
     updates_above: Tensor
 
@@ -73,8 +76,8 @@ class Assistance(Remembering):
         self._given = threshold, lower_threshold
         self.bind(1)
         self.patience = patience
-        self.register_buffer("assisted", torch.zeros(self.num_experts, dtype=torch.bool))
-        self.register_buffer("updates_above", torch.zeros(self.num_experts, dtype=torch.int64))
+        for name in self.wide_buffers:
+            self.register_buffer(name, torch.zeros(self.num_experts, dtype=torch.float32))
 
     @property
     def backup(self) -> tuple[int, ...]:
@@ -118,7 +121,7 @@ class Assistance(Remembering):
             [T, K + 1], the last column -1 where nobody assists.
         """
         routed = (selected >= 0) & (selected < self.num_experts)
-        is_assisted = self.assisted[selected.where(routed, 0)] & routed  # [T, K]
+        is_assisted = self._is_assisted()[selected.where(routed, 0)] & routed  # [T, K]
         # argmax gives the first of equal values, so the best choice.
         best = is_assisted.to(torch.uint8).argmax(dim=1, keepdim=True)  # [T, 1]
         expert = selected.gather(1, best).clamp(0, self.num_experts - 1)
@@ -136,11 +139,15 @@ class Assistance(Remembering):
             num_slots: integer scalar: the slots of the step; where there is none nothing changes.
         """
         load = usage * self.num_experts
-        above = (self.updates_above + 1).where(load > self.threshold, 0)
-        assisted = (self.assisted | (above >= self.patience)) & ~(load < self.lower_threshold)
+        updates_above, assisted = self.widened("updates_above"), self.widened("assisted")
+        above = (updates_above + 1).where(load > self.threshold, 0)
+        begins, ends = above >= self.patience, load < self.lower_threshold
         counts = num_slots > 0
-        self.updates_above.copy_(above.where(counts, self.updates_above))
-        self.assisted.copy_(assisted.where(counts, self.assisted))
+        updates_above.copy_(above.where(counts, updates_above))
+        assisted.copy_(((self._is_assisted() | begins) & ~ends).where(counts, assisted))
+
+    def _is_assisted(self) -> Tensor:
+        return self.assisted > 0.5  # [E]
 
     def extra_repr(self) -> str:
         """The settings."""
