@@ -104,8 +104,9 @@ def _mix(numbers: Numbers) -> Numbers:
 
 
 def _times(numbers: Numbers, factor: int) -> Numbers:
-    product = numbers * factor
-    return _wrapped(product) if isinstance(product, int) else product
+    if isinstance(numbers, int):
+        return _wrapped(numbers * factor)
+    return numbers * factor
 
 
 def _shifted(numbers: Numbers, bits: int) -> Numbers:
