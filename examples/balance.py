@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 import terminal
 import torchmoe
-from lm import figures, trials
+from lm import figures, run_folder, trials
 from lm.intervals import Values
 from lm.run_folder import FolderError
 from lm.settings import Parser, Settings, SettingsError, number
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     names = [name for name in METHODS if name in (CONTROL, *given.methods)]
     try:
-        with trials.taken_folder(given.out) as folder:
+        with run_folder.locked(given.out):
             runs = trials.train_all(
                 names,
                 given.seeds,
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
                 lambda name, seed, advance: train(name, seed, given.steps, given.lr, advance),
                 describe,
             )
-            report(folder, runs, given.lr)
+            report(given.out, runs, given.lr)
     except (SettingsError, FolderError) as error:
         make_parser().error(str(error))
     except KeyboardInterrupt:

@@ -48,7 +48,7 @@ from classification.model import ROUTERS
 from classification.texts import Task, domain_task, module_task
 from classification.training import Run, train
 from classification.yardsticks import Yardstick, majority, naive_bayes
-from lm import corpus, trials
+from lm import corpus, run_folder, trials
 from lm.corpus import CorpusError
 from lm.run_folder import FolderError
 from lm.settings import Parser, SettingsError, number
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = make_parser().parse_args(arguments)
     torch.set_num_threads(1)  # more are slower at this size
     try:
-        with trials.taken_folder(given.out) as folder:
+        with run_folder.locked(given.out):
             task = make_task(given)
             display.print_task(task)
             yardsticks = {"majority class": majority(task), **naive_bayes(task)}
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
                 lambda name, seed, advance: train(name, task, seed, given.steps, given.lr, advance),
                 describe,
             )
-            report(folder, task, yardsticks, runs, given)
+            report(given.out, task, yardsticks, runs, given)
     except (SettingsError, CorpusError, FolderError) as error:
         make_parser().error(str(error))
     except KeyboardInterrupt:

@@ -6,11 +6,12 @@ tensorboard/              the same as TensorBoard events
 checkpoints/              step-00003200.safetensors, the last two
 figures/                  PNG and SVG
 results.json              the numbers at the end; it is there once a run is over
-.lock                     the process that trains here now, or did last
+.lock                     the process that trains here now
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -32,6 +33,7 @@ import torchmoe
 
 TEMPORARY = ".unfinished"  # ends the name of a file that is being written
 LOCK = ".lock"  # who has the folder
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # of a file system
 MARGIN_BYTES = 32 << 20  # room for metrics and figures
 
 
@@ -139,33 +141,57 @@ class RunFolder:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps the folder for this process while the block runs, or until the process ends.
+    """Makes the folder and keeps it for this process while the block runs, or the process.
 
     The operating system lets go of the lock with the process, however that ends, so that a dead
-    run's is none. A file system that knows no locks is used without.
+    run's file is none. Where the file system knows no locks, nobody is kept out.
 
     Raises:
-        FolderError: another process has the folder; the message says which.
+        FolderError: another process has the folder, and the message says which; or it cannot be
+            written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / LOCK).open("a+")
+        file = _lock(path / LOCK)
     except OSError as error:
         raise RunFolder(path).unwritable(error) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise FolderError(f"--out: {path} is in use by {holder}") from error
-        except OSError:
             yield
-            return
-        file.truncate(0)
-        since = datetime.now().astimezone().isoformat(" ", "seconds")
-        print(f"process {os.getpid()} on {platform.node()} since {since}", file=file, flush=True)
-        yield
+        finally:
+            (path / LOCK).unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> TextIO:
+    """The file, locked, with this process in it; raises FolderError where another has it."""
+    while True:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _lies_at(path, file):
+                file.close()  # the one who had it has taken the file away since it was opened
+                continue
+            file.truncate(0)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            print(f"process {os.getpid()} on {platform.node()} since {since}", file=file)
+            file.flush()
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise FolderError(f"--out: {path.parent} is in use by {holder}") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                file.close()
+                raise
+        return file
+
+
+def _lies_at(path: Path, file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def unfinished(path: Path) -> Path:

@@ -1,11 +1,9 @@
-"""Many short runs in one process: their folder, the runs one after another, and what is left."""
+"""Many short runs in one process: the runs one after another, and what is left of them."""
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,23 +16,6 @@ from lm import figures, run_folder
 from lm.run_folder import RunFolder
 
 Run = TypeVar("Run")
-
-
-def make_folder(path: Path) -> Path:
-    """Makes the folder and proves that files can be written there, before there is work."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise RunFolder(path).unwritable(error) from error
-    return path
-
-
-@contextmanager
-def taken_folder(path: Path) -> Iterator[Path]:
-    """The folder, made and kept from other runs while the block runs."""
-    with run_folder.locked(make_folder(path)):
-        yield path
 
 
 def train_all(

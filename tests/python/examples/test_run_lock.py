@@ -41,6 +41,33 @@ def test_who_has_it(tmp_path: Path) -> None:
                 pass
     with run_folder.locked(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_at_once(tmp_path: Path) -> None:
+    """One has it at a time, whoever takes its file away meanwhile."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom lm import run_folder\n"
+        "folder = Path(sys.argv[2])\nentered = 0\n"
+        "for _ in range(20_000):\n"
+        "    try:\n"
+        "        with run_folder.locked(folder):\n"
+        "            (folder / 'inside').touch(exist_ok=False)\n"
+        "            (folder / 'inside').unlink()\n"
+        "            entered += 1\n"
+        "    except run_folder.FolderError as error:\n"
+        "        assert 'in use by' in str(error), error\n"
+        "    if entered == 200:\n"
+        "        sys.exit()\n"
+        "sys.exit('never got it often enough')\n"
+    )
+    examples = str(Path(train_lm.__file__).parent)
+    command = [sys.executable, "-c", script, examples, str(tmp_path)]
+    children = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for child in children:
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors
 
 
 @pytest.mark.parametrize("more", [[], ["--resume"]])

@@ -22,7 +22,7 @@ from lm import checkpoint
 from lm.corpus import Text
 from lm.model import ByteLM, LMOutput
 from lm.parallel import Processes
-from lm.run_folder import LOCK, RunFolder
+from lm.run_folder import RunFolder
 from lm.settings import Settings
 
 SCRIPT = train_lm.__file__
@@ -126,8 +126,7 @@ def test_leaves_everything_in_its_folder(trained: tuple[str, Path]) -> None:
         for kind in ("png", "svg")
     ]
     steps = [f"checkpoints/step-000000{n}.safetensors" for n in (40, 60)]
-    rest = [".lock", "metrics.jsonl", "results.json", "run.json"]
-    assert names == sorted([*events, *figures, *steps, *rest])
+    assert names == sorted([*events, *figures, *steps, "metrics.jsonl", "results.json", "run.json"])
     for name in figures:
         assert f"figure: {out / name}" in output
         if name.endswith("svg"):
@@ -402,16 +401,10 @@ def test_resume_of_a_finished_run_does_nothing(
     trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = trained[1]
-
-    def written() -> dict[Path, int]:
-        """When each file was, but for the lock, which says who was here last."""
-        files = (path for path in out.rglob("*") if path.is_file() and path.name != LOCK)
-        return {path: path.stat().st_mtime_ns for path in files}
-
-    before = written()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     assert train_lm.main(["--resume", "--out", str(out)]) == 0
     assert "this run is over, after 60 steps" in capsys.readouterr().out
-    assert written() == before
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
 def test_resume_of_a_run_killed_in_its_report_reports(
