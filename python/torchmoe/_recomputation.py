@@ -80,5 +80,10 @@ def _of_function(frame: FrameType) -> Iterator[tuple[object, Hashable | None]]:
             yield ctx, None if code.co_name == "forward" else _task()
 
 
+def in_backward() -> bool:
+    """Whether autograd is computing gradients, as while activation checkpointing recomputes."""
+    return _task() != -1
+
+
 def _task() -> int:
     return torch._C._current_graph_task_id()

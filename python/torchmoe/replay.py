@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from torchmoe._recomputation import Recomputation, surroundings
-from torchmoe.nn._layers import Hook, in_backward, moe_layers
+from torchmoe._recomputation import Recomputation, in_backward, surroundings
+from torchmoe.nn._layers import Hook, moe_layers
 from torchmoe.nn.routing import Decision, MoEOutput
 
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from torchmoe._checks import check_at_least
+from torchmoe._recomputation import in_backward
 from torchmoe.monitor._extras import missing
 from torchmoe.monitor._history import History, Record
 from torchmoe.monitor._intake import Intake
 from torchmoe.monitor.statistics import SCALARS, RoutingStatistics
-from torchmoe.nn._layers import Hook, in_backward, moe_layers
+from torchmoe.nn._layers import Hook, moe_layers
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routing import MoEOutput, Routing
 

@@ -51,11 +51,6 @@ def _name(path: str, wrapped: set[str]) -> str:
     return ".".join(kept) or "moe"
 
 
-def in_backward() -> bool:
-    """Whether autograd is computing gradients, as while activation checkpointing recomputes."""
-    return torch._C._current_graph_task_id() != -1
-
-
 class InertHook:
     """What a hook becomes in a copy of the model, such as one of averaged weights or a file."""
 

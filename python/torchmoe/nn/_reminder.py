@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from torchmoe._recomputation import in_backward
+
 _PASSES = 100
 
 
@@ -28,8 +30,7 @@ class UpdateReminder:
         """Counts a forward pass in training mode."""
         if torch.compiler.is_compiling():
             return  # a number that is looked at compiles the graph anew
-        is_recomputed = torch._C._current_graph_task_id() != -1
-        if not self._left or is_recomputed or not torch.is_grad_enabled():
+        if not self._left or in_backward() or not torch.is_grad_enabled():
             return
         self._left -= 1
         if not self._left:

@@ -111,4 +111,5 @@ def _times(numbers: Numbers, factor: int) -> Numbers:
 
 def _shifted(numbers: Numbers, bits: int) -> Numbers:
     """Shifted right with zeros from the left, as unsigned numbers are."""
-    return (numbers >> bits) & (2 ** (64 - bits) - 1)
+    shifted: Numbers = (numbers >> bits) & (2 ** (64 - bits) - 1)
+    return shifted
