@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # Of a reentrant checkpoint in another one, whose forward pass keeps no graph.
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
+    # The gradients of one model are compared, hundreds of times.
+    pytest.mark.filterwarnings("ignore:MoE. update must be called once:UserWarning"),
 ]
 
 Wrap = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]

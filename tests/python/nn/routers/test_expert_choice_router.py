@@ -328,7 +328,7 @@ def test_errors() -> None:
         ({"top_k": 0}, ValueError, r"ExpertChoiceRouter: top_k must be in \[1, 5\], got 0"),
         ({"top_k": 6}, ValueError, r"ExpertChoiceRouter: top_k must be in \[1, 5\], got 6"),
         ({"top_k": 1.5}, TypeError, r"ExpertChoiceRouter: top_k must be an int, got 1.5"),
-        ({"most_per_token": 0}, ValueError, r"most_per_token must be >= 1, got 0"),
+        ({"most_per_token": 0}, ValueError, r"most_per_token must be in \[1, 5\], got 0"),
         ({"most_per_token": 6}, ValueError, r"most_per_token must be in \[1, 5\], got 6"),
         ({"among": "all"}, ValueError, r'among must be one of "batch", "sequence", got "all"'),
         (
