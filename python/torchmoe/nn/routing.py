@@ -92,20 +92,48 @@ class MoEOutput(NamedTuple):
         raise _not_a_tensor("a summand")
 
     def __mul__(self, other: object) -> NoReturn:
-        """Says what to do."""
+        """Says what to do, as the operators that follow."""
         raise _not_a_tensor("a factor")
 
     def __rmul__(self, other: object) -> NoReturn:
-        """Says what to do."""
         raise _not_a_tensor("a factor")
+
+    def __matmul__(self, other: object) -> NoReturn:
+        raise _not_a_tensor("a factor")
+
+    def __rmatmul__(self, other: object) -> NoReturn:
+        raise _not_a_tensor("a factor")
+
+    def __truediv__(self, other: object) -> NoReturn:
+        raise _not_a_tensor("a dividend")
+
+    def __rtruediv__(self, other: object) -> NoReturn:
+        raise _not_a_tensor("a divisor")
+
+    def __sub__(self, other: object) -> NoReturn:
+        raise _not_a_tensor("a minuend")
+
+    def __rsub__(self, other: object) -> NoReturn:
+        raise _not_a_tensor("a subtrahend")
+
+    def __neg__(self) -> NoReturn:
+        raise _not_a_tensor("an operand")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Says what to do where a tensor's attribute is asked for."""
+        if hasattr(Tensor, name):
+            raise AttributeError(f"MoE: the owner of .{name} must be a tensor, {_GOT}")
+        raise AttributeError(f"'MoEOutput' object has no attribute '{name}'")
 
 
 def _not_a_tensor(role: str) -> TypeError:
-    return TypeError(f"MoE: {role} must be a tensor, got the layer's MoEOutput; {ADVICE}")
+    return TypeError(f"MoE: {role} must be a tensor, {_GOT}")
 
 
 #: What to do where a layer's output stands in a tensor's place.
 ADVICE = "take its hidden_states, or let WithAttachedLoss(moe) return them alone"
+
+_GOT = f"got the layer's MoEOutput; {ADVICE}"
 
 
 def before_drop(selected: Tensor, indices: Tensor) -> Tensor:

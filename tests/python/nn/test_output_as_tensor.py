@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,15 @@ def layer() -> MoE:
         lambda y: y * 2.0,
         lambda y: 2.0 * y,
         lambda y: 1 + y,
+        lambda y: y - X,
+        lambda y: X - y,
+        lambda y: 1 - y,
+        lambda y: -y,
+        lambda y: y / 2,
+        lambda y: X / y,
+        lambda y: y @ X.t(),
+        lambda y: X.t() @ y,
+        lambda y: sum([y, y]),
         lambda y: torch.relu(y),
         lambda y: torch.cat([y, X]),
         lambda y: nn.functional.layer_norm(y, (H,)),
@@ -53,14 +63,31 @@ def test_in_a_sequence(after: nn.Module) -> None:
         nn.Sequential(WithAttachedLoss(model[0]), after)(X)
 
 
+@pytest.mark.parametrize("name", ["shape", "mean", "view", "dtype", "requires_grad"])
+def test_a_tensor_s_attribute(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"^MoE: the owner of \.{name} must be .*{ADVICE}"):
+        getattr(layer()(X), name)
+
+
+def test_another_attribute_is_missing_as_of_any_tuple() -> None:
+    output = layer()(X)
+    with pytest.raises(AttributeError, match=r"^'MoEOutput' object has no attribute 'hidden'$"):
+        getattr(output, "hidden")  # noqa: B009
+    assert not hasattr(output, "detach")
+
+
 def test_it_is_a_tuple_as_ever() -> None:
     output = layer()(X)
-    y, *rest = output
-    assert len(rest) == 2
+    y, aux_loss, routing = output
     assert output[0] is y
     assert len(output) == 3
     assert (output + output)[3] is y
-    assert (*output, 1)[0] is y
+    more = (1, 2)
+    assert (output + more)[3] == 1
+    assert (more + output)[2] is y
+    assert output[:2] == (y, aux_loss)
+    assert output._replace(aux_loss=y).aux_loss is y
+    assert copy.copy(output).routing is routing
     leaves, spec = pytree.tree_flatten(output)
     assert isinstance(pytree.tree_unflatten(leaves, spec), MoEOutput)
     detached = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output)
