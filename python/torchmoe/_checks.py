@@ -7,6 +7,7 @@ or device RuntimeError.
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -139,10 +140,12 @@ def check_backup(owner: str, backup: Sequence[int]) -> tuple[int, ...]:
     return tuple(backup)
 
 
-def check_module(owner: str, argument: str, value: object) -> None:
-    """Raises TypeError unless value is a module that can be called."""
+def check_module(owner: str, argument: str, value: object, *, called: bool = True) -> None:
+    """Raises TypeError unless value is a module; one with a forward where it is to be called."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{owner}: {argument} must be a module, got {shown(value)}")
+    if not called:
+        return
     if type(value).forward is nn.Module.forward and "forward" not in vars(value):
         raise TypeError(
             f"{owner}: {argument} must be a module with a forward, got {type(value).__name__}"
@@ -151,21 +154,38 @@ def check_module(owner: str, argument: str, value: object) -> None:
 
 def check_experts(owner: str, experts: object) -> None:
     """Raises TypeError unless experts can be called as experts(x, indices, weights)."""
+    required = f"{owner}: experts must be called as experts(x, indices, weights)"
     if isinstance(experts, nn.ModuleList | list | tuple):
-        raise TypeError(
-            f"{owner}: experts must be called as experts(x, indices, weights), as an ExpertList of "
-            f"the modules is, got {shown(experts)}"
-        )
+        raise TypeError(f"{required}, as an ExpertList of the modules is, got {shown(experts)}")
     if isinstance(experts, nn.Module):
         check_module(owner, "experts", experts)
-    elif isinstance(experts, type) or not callable(experts):
-        raise TypeError(
-            f"{owner}: experts must be called as experts(x, indices, weights), got {shown(experts)}"
-        )
+        # That of the class would not know what a wrapper has put in its place.
+        if not _takes(experts.forward, 3):
+            raise TypeError(f"{required}, as an ExpertList of modules is, got {shown(experts)}")
+    elif isinstance(experts, type) or not callable(experts) or not _takes(experts, 3):
+        raise TypeError(f"{required}, got {shown(experts)}")
+
+
+def _takes(function: Callable[..., object], number: int) -> bool:
+    """Whether the function can be called with so many arguments, as far as it tells."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*[None] * number)
+    except TypeError:
+        return False
+    return True
 
 
 def check_output(
-    owner: str, part: str, output: object, shape: tuple[int, ...], names: str
+    owner: str,
+    part: str,
+    output: object,
+    shape: tuple[int, ...],
+    names: str,
+    device: torch.device,
 ) -> Tensor:
     """What a part of a layer has returned.
 
@@ -175,10 +195,11 @@ def check_output(
         output: must be a floating tensor.
         shape: must be its shape.
         names: the shape in words, such as "[num_tokens, hidden_size]".
+        device: must be its device.
 
     Raises:
         TypeError: it is no tensor.
-        RuntimeError: it is not floating, or has another shape.
+        RuntimeError: it is not floating, or has another shape or device.
     """
     if not isinstance(output, Tensor):
         raise TypeError(f"{owner}: {part} must return a tensor {names}, got {shown(output)}")
@@ -187,7 +208,17 @@ def check_output(
         raise RuntimeError(f"{owner}: {part} must return {sizes}, got shape {list(output.shape)}")
     if not output.is_floating_point():
         raise RuntimeError(f"{owner}: {part} must return floating numbers, got {output.dtype}")
+    if output.device != device:
+        raise RuntimeError(
+            f"{owner}: {part} must return a tensor on {device}, got one on {output.device}"
+        )
     return output
+
+
+def check_callable(owner: str, argument: str, value: object) -> None:
+    """Raises TypeError unless value can be called."""
+    if not callable(value):
+        raise TypeError(f"{owner}: {argument} must be callable, got {shown(value)}")
 
 
 def check_process_group(owner: str, argument: str, value: ProcessGroup | None) -> None:

@@ -81,6 +81,11 @@ def importance_loss(
     check_at_least("importance_loss", "num_experts", num_experts, 1)
     check_tensor("importance_loss", "weights", weights)
     check_tensor("importance_loss", "indices", indices)
+    if indices.dtype != torch.int64 or indices.device != weights.device:
+        raise RuntimeError(
+            f"importance_loss: indices must be int64 on {weights.device}, as weights are, "
+            f"got {indices.dtype} on {indices.device}"
+        )
     if weights.dim() != 2 or weights.shape != indices.shape:
         raise RuntimeError(
             "importance_loss: weights must be [num_tokens, top_k], as indices are, "
@@ -88,11 +93,6 @@ def importance_loss(
         )
     if not weights.is_floating_point():
         raise RuntimeError(f"importance_loss: weights must be floating, got {weights.dtype}")
-    if indices.dtype != torch.int64 or indices.device != weights.device:
-        raise RuntimeError(
-            f"importance_loss: indices must be int64 on {weights.device}, as weights are, "
-            f"got {indices.dtype} on {indices.device}"
-        )
     check_token_mask("importance_loss", token_mask, weights, 1)
     by_token = by_expert(weights, indices, num_experts)  # [T, E]
     return _cv_squared(ops.mean_over_tokens(by_token, token_mask=token_mask))

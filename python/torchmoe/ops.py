@@ -17,7 +17,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from torchmoe._checks import check_at_least, check_integer, check_tensor, shown
+from torchmoe._checks import (
+    check_at_least,
+    check_finite,
+    check_integer,
+    check_number,
+    check_tensor,
+    shown,
+)
 
 _ops = torch.ops.torchmoe
 
@@ -50,7 +57,7 @@ def _explain(
     op: Any,  # noqa: ANN401 (torch's own)
     args: tuple[object, ...],
     kwargs: dict[str, object],
-) -> TypeError | None:
+) -> Exception | None:
     """What is wrong with the type of an argument, or None where nothing is."""
     schema = op._schema
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
@@ -67,6 +74,8 @@ def _explain(
             return TypeError(
                 f"{_name(op)}: {argument.name} must be {requirement}{or_none}, got {shown(value)}"
             )
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return ValueError(f"{_name(op)}: {argument.name} must fit 64 bits, got {value}")
         if type(value).__name__ == "DTensor":
             return TypeError(
                 f"{_name(op)}: {argument.name} must be a tensor of this process alone, such as "
@@ -221,6 +230,8 @@ def limit_capacity(
             entry of capacity or one of backup that names no expert or its own.
         RuntimeError: a shape, dtype or device does not fit.
     """
+    if num_experts is not None:
+        check_at_least("limit_capacity", "num_experts", num_experts, 0)
     if isinstance(capacity, Tensor):
         if num_experts is not None and capacity.shape != (num_experts,):
             raise RuntimeError(
@@ -236,7 +247,6 @@ def limit_capacity(
             raise ValueError(
                 "limit_capacity: num_experts must be given when capacity is an int, got None"
             )
-        check_at_least("limit_capacity", "num_experts", num_experts, 0)
         check_at_least("limit_capacity", "capacity", capacity, 0)
         check_tensor("limit_capacity", "indices", indices)
         capacity = torch.full((num_experts,), capacity, dtype=torch.int64, device=indices.device)
@@ -596,12 +606,18 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
     Args:
         x: floating, any shape.
         loss: floating scalar.
-        scale: the gradient that the loss receives.
+        scale: the gradient that the loss receives, a finite number.
 
     Returns:
         x's values, in a tensor of its own.
 
     Raises:
+        TypeError: scale is no number.
+        ValueError: scale is not finite, which is not asked of a symbolic one.
         RuntimeError: a shape or dtype does not fit.
     """
+    if torch.compiler.is_compiling():
+        check_number("attach_loss", "scale", scale)
+    else:
+        check_finite("attach_loss", "scale", scale)
     return cast(Tensor, _call(_ops.attach_loss.default, x, loss, scale))

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from torchmoe._checks import check_module, shown
 from torchmoe._recomputation import Recomputation, in_backward, surroundings
 from torchmoe.nn._layers import Hook, moe_layers
 from torchmoe.nn.routing import Decision, MoEOutput
@@ -68,6 +69,7 @@ class RoutingReplay:
             containers of tensors, which torch.load(weights_only=True) takes.
 
     Raises:
+        TypeError: model is no module, or decisions hold something else than pairs of int64 tensors.
         ValueError: the model has no such layer, or the decisions are of others.
     """
 
@@ -78,21 +80,23 @@ class RoutingReplay:
         model: nn.Module,
         decisions: Mapping[str, Sequence[Sequence[Tensor]]] | None = None,
     ) -> None:
+        check_module("RoutingReplay", "model", model, called=False)
         self._layers = moe_layers(model)
         if not self._layers:
             raise ValueError(
                 f"RoutingReplay: model must contain a torchmoe.nn.MoE, got {type(model).__name__}"
             )
-        decisions = decisions or {}
+        decisions = {} if decisions is None else decisions
+        if not isinstance(decisions, Mapping):
+            raise TypeError(
+                f"RoutingReplay: decisions must be a mapping or None, got {shown(decisions)}"
+            )
         if decisions and decisions.keys() != self._layers.keys():
             raise ValueError(
                 f"RoutingReplay: decisions must be of the layers {', '.join(self._layers)}, "
                 f"got {', '.join(decisions)}"
             )
-        self.decisions = {
-            name: [(selected, indices) for selected, indices in calls]
-            for name, calls in decisions.items()
-        }
+        self.decisions = {name: _pairs(name, calls) for name, calls in decisions.items()}
         self._checkpoints = _Checkpoints()
 
     def record(self) -> AbstractContextManager[None]:
@@ -120,6 +124,24 @@ class RoutingReplay:
             queue = _Queue(name, self.decisions.get(name, ()))
             hook = _Forcing(name, queue, self._checkpoints)
             stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+def _pairs(name: str, calls: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The decisions of a layer's calls; raises TypeError unless they are pairs of int64 tensors."""
+    pairs = []
+    for call in calls if isinstance(calls, Sequence) else [calls]:
+        pair = tuple(call) if isinstance(call, Sequence) else ()
+        if len(pair) != 2 or not all(_are_ids(ids) for ids in pair):
+            raise TypeError(
+                "RoutingReplay: decisions must hold a pair of int64 tensors for each call, "
+                f"got {shown(call)} for {name}"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64
 
 
 class _Entered(ContextDecorator, AbstractContextManager[None]):

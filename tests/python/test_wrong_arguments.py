@@ -7,17 +7,12 @@ the test, so that a new one gets one.
 from __future__ import annotations
 
 import inspect
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import torchmoe
+from tool_arguments import TOOLS
 from torchmoe import losses, ops
 from torchmoe.nn import (
     Assistance,
@@ -34,47 +29,13 @@ from torchmoe.nn import (
     MoE,
     Router,
     SequenceRouter,
+    SharedExperts,
     SparseMixer,
     WithAttachedLoss,
 )
+from wrong_arguments import MODULE, Case, check_named, wrong
 
 T, H, INNER, E, K = 6, 4, 3, 4, 2
-TENSOR = torch.ones(2)
-MODULE = nn.Linear(2, 2)
-
-# What no kind takes but those that say so.
-COMMON: dict[str, Any] = {"complex": 1j, "a set": {1}, "a class": dict}
-
-KINDS: dict[str, dict[str, Any]] = {
-    "size": {"None": None, "a float": 1.5, "a flag": True, "text": "2", "0": 0, "-1": -1,
-             "NaN": math.nan, "a tensor": torch.tensor(2), "a module": MODULE},
-    "integer": {"None": None, "a float": 1.5, "a flag": True, "text": "2", "a tensor": TENSOR},
-    "number": {"text": "1", "a flag": True, "NaN": math.nan, "inf": math.inf,
-               "a tensor": torch.tensor(0.5), "a module": MODULE},
-    "flag": {"text": "False", "1": 1, "a tensor": torch.tensor(True), "None": None},
-    "name": {"another": "nothing like it", "1": 1, "a tensor": TENSOR, "a list": ["softmax"]},
-    "part": {"text": "x", "3": 3, "a tensor": TENSOR},
-    "module": {"text": "x", "3": 3, "a tensor": TENSOR, "a function": torch.relu},
-    "tensor": {"text": "x", "3": 3, "a list": [1.0], "a module": MODULE},
-    "device": {"1.5": 1.5, "text": "nowhere"},
-    "dtype": {"text": "float32", "an integer dtype": torch.int64, "1": 1},
-    "table": {"1": 1, "text": "ab", "too short": (0,), "floats": (1.0, 0.0), "itself": (0, 1)},
-}  # fmt: skip
-
-
-@dataclass
-class Case:
-    """A constructor or function with arguments that it takes, and the kind of each argument."""
-
-    call: Callable[..., Any]
-    owner: str
-    good: dict[str, Any]
-    kinds: dict[str, str]
-    #: Values of a kind that this argument takes all the same, by argument.
-    takes: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    #: Arguments that another test is for, with the reason.
-    others: tuple[str, ...] = ()
-
 
 SIZES = {"hidden_size": H, "num_experts": E}
 OF_SIZES = {"hidden_size": "size", "num_experts": "size"}
@@ -88,7 +49,6 @@ NAMES = {"score_function": "softmax", "normalize": "topk", "estimator": "exact"}
 MLP = {"w_in": torch.randn(E, INNER, H), "b_in": None, "w_out": torch.randn(E, H, INNER),
        "b_out": None, "activation": "gelu"}  # fmt: skip
 OF_MLP = dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), "tensor") | {"activation": "name"}
-OPTIONAL = ("None",)
 MASKED = {"token_mask": "tensor"}
 
 CASES = [
@@ -119,6 +79,20 @@ CASES = [
             "router": "module",
             "experts": "part",
         },
+        parts=("Experts",),
+    ),
+    Case(
+        SharedExperts,
+        "SharedExperts",
+        {"hidden_size": H, "intermediate_size": INNER},
+        MADE
+        | {
+            "hidden_size": "size",
+            "intermediate_size": "size",
+            "activation": "name",
+            "bias": "flag",
+        },
+        parts=("Experts",),
     ),
     Case(
         Experts,
@@ -153,7 +127,6 @@ CASES = [
             "usage_scaling": "flag",
             "track_usage": "flag",
         },
-        takes={"projection_size": OPTIONAL},
     ),
     Case(
         HashRouter,
@@ -178,7 +151,6 @@ CASES = [
             "most_per_token": "size",
             "score_function": "name",
         },
-        takes={"most_per_token": OPTIONAL},
     ),
     Case(
         ExpertCommunication,
@@ -192,6 +164,7 @@ CASES = [
         "WithAttachedLoss",
         {"moe": MoE(H, INNER, E, K)},
         {"moe": "module", "scale": "number"},
+        takes={"scale": ("-1",)},
     ),
     Case(
         Gate,
@@ -309,9 +282,9 @@ CASES = [
             "scores": "tensor",
             "backup": "tensor",
             "tie_break": "tensor",
+            "num_experts": "integer",
         },
         takes={"capacity": ("3",)},
-        others=("num_experts",),
     ),
     Case(
         ops.gate_weights,
@@ -375,47 +348,64 @@ CASES = [
         ops.attach_loss,
         "attach_loss",
         {"x": X, "loss": torch.tensor(1.0)},
-        {"x": "tensor", "loss": "tensor"},
-        others=("scale",),
+        {"x": "tensor", "loss": "tensor", "scale": "number"},
+        takes={"scale": ("-1",)},
     ),
 ]
-WRONG = [
-    pytest.param(case, argument, value, id=f"{case.owner}-{argument}-{name}")
-    for case in CASES
-    for argument, kind in case.kinds.items()
-    for name, value in (KINDS[kind] | COMMON).items()
-    if name not in case.takes.get(argument, ())
-]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.owner for case in CASES])
+@pytest.mark.parametrize("case", [*CASES, *TOOLS], ids=lambda case: case.owner)
 def test_every_argument_has_a_row(case: Case) -> None:
     arguments = set(inspect.signature(case.call).parameters)
     assert arguments == set(case.kinds) | set(case.others)
     case.call(**case.good)
 
 
-def test_every_public_function_is_there() -> None:
-    tested = {case.call for case in CASES}
-    public = [getattr(ops, n) for n in dir(ops) if not n.startswith("_")]
-    public += [getattr(losses, n) for n in dir(losses) if n.endswith("_loss")]
-    functions = [f for f in public if inspect.isfunction(f) and f.__module__.startswith("torchmoe")]
-    missing = {f.__name__ for f in functions if f.__module__ != "torchmoe._checks"} - {
-        f.__name__ for f in tested
+@pytest.mark.parametrize(("case", "argument", "value"), wrong([*CASES, *TOOLS]))
+def test_a_wrong_argument_is_named(case: Case, argument: str, value: object) -> None:
+    check_named(case, argument, value)
+
+
+WITHOUT_ARGUMENTS = {
+    "ContextRouter",
+    "Estimator",
+    "Exact",
+    "StraightThrough",
+    "StraightThroughDense",
+    "build_info",
+    "known_estimators",
+}
+# Made by torchmoe and not by its users.
+RESULTS = {
+    "Decision",
+    "DispatchPlan",
+    "EstimatorComparison",
+    "EstimatorResult",
+    "LossInputs",
+    "MoEOutput",
+    "RouterGeometry",
+    "RouterOutput",
+    "Routing",
+    "RoutingStatistics",
+    "UnstableSelectionError",
+    "Watcher",
+}
+# Its fields are arguments of the layer that it makes, and checked by that.
+OF_A_LAYER = {"Preset"}
+
+
+def test_everything_public_has_a_row() -> None:
+    public = {
+        name
+        for module in (torchmoe, torchmoe.nn, torchmoe.presets, torchmoe.testing)
+        for name in module.__all__
+        if callable(getattr(module, name))
     }
-    assert missing - {"by_expert"} == set()
-
-
-@pytest.mark.parametrize(("case", "argument", "value"), WRONG)
-def test_a_wrong_argument_is_named(case: Case, argument: str, value: Any) -> None:
-    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
-        case.call(**(case.good | {argument: value}))
-    message = str(caught.value)
-    named = rf"^(\w+): (gate\.)?{argument} must "
-    assert re.match(named, message) or re.match(named, _of_a_part(message)), message
-    assert ", got " in message, message
-
-
-def _of_a_part(message: str) -> str:
-    """A layer's part is checked by the part, under its own name."""
-    return message.replace("Experts: ", "MoE: ")
+    public |= {
+        name
+        for module in (ops, losses)
+        for name, value in vars(module).items()
+        if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
+    }
+    rows = {case.call.__name__ for case in (*CASES, *TOOLS)}
+    assert public - rows == WITHOUT_ARGUMENTS | RESULTS | OF_A_LAYER

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_integer
+from torchmoe._checks import check_among, check_integer, check_tensor
 from torchmoe._directions import percent, unit
 from torchmoe.monitor._extras import missing
 from torchmoe.nn._sharding import full, is_sharded
@@ -290,9 +290,7 @@ class RouterGeometry:
             RuntimeError: the shape, dtype or device of x does not fit.
         """
         experts = len(self.rows)
-        check_integer("geometry", "top_k", top_k)
-        if not 1 <= top_k <= experts:
-            raise ValueError(f"geometry: top_k must be in [1, {experts}], got {top_k}")
+        check_among("geometry", "top_k", top_k, experts)
         z, leading = self._points(x)
         logits = self._logits_at(z)
         block = max(1, _BLOCK // (top_k * experts))
@@ -379,6 +377,7 @@ class RouterGeometry:
 
     def _points(self, x: Tensor) -> tuple[Tensor, torch.Size]:
         """The points z [T, G] of tokens x [..., H], and the leading dimensions of x."""
+        check_tensor("geometry", "x", x)
         hidden_size = self._hidden_size
         if x.dim() < 1 or (hidden_size is not None and x.shape[-1] != hidden_size):
             expected = "" if hidden_size is None else f" = [..., {hidden_size}]"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
+from torchmoe._checks import shown
 from torchmoe.nn.routing import Routing
 
 
@@ -77,7 +78,15 @@ def routing_statistics(routing: Routing) -> RoutingStatistics:
 
     Returns:
         The statistics, each defined at its field.
+
+    Raises:
+        TypeError: routing is no Routing.
     """
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            "routing_statistics: routing must be a Routing, such as moe(x).routing, "
+            f"got {shown(routing)}"
+        )
     return RoutingStatistics(*(value.squeeze(0) for value in complete(measure([routing]))))
 
 

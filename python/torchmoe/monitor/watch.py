@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchmoe._checks import check_at_least
+from torchmoe._checks import check_at_least, check_flag, check_module
 from torchmoe._recomputation import in_backward
 from torchmoe.monitor._extras import missing
 from torchmoe.monitor._history import History, Record
@@ -71,9 +71,11 @@ def watch(
         goes on when it is entered again.
 
     Raises:
-        TypeError: every or max_records is not an int.
+        TypeError: model is no module, evaluation no bool, or a number not an int.
         ValueError: one of them is too small, or the model has no such layer.
     """
+    check_module("watch", "model", model, called=False)
+    check_flag("watch", "evaluation", evaluation)
     check_at_least("watch", "every", every, 1)
     check_at_least("watch", "max_records", max_records, 2)
     layers = moe_layers(model)

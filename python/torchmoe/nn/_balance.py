@@ -64,7 +64,7 @@ def check_losses(
                 "arguments than a term of a layer, got the function"
             )
         name = name_of(term)
-        check_not_negative("MoE", f'the weight of "{name}"', weight)
+        weight = check_not_negative("MoE", f'the weight of "{name}"', weight)
         if name in weights or name == "load_balancing_loss":
             raise ValueError(
                 "MoE: losses must name every term once, and load_balancing_loss by balance_weight, "

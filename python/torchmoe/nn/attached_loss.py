@@ -26,7 +26,7 @@ class WithAttachedLoss(nn.Module):
     there pass enable_nested_tensor=False.
 
     Args:
-        moe: the layer.
+        moe: the layer, or one that torch.compile or DistributedDataParallel has wrapped.
         scale: the gradient that the auxiliary loss receives. The task loss's own factor, where it
             has one: 1 / steps for gradient accumulation by division, the scaler's factor in mixed
             precision. May be changed at any time.
@@ -36,7 +36,7 @@ class WithAttachedLoss(nn.Module):
         scale: see above.
 
     Raises:
-        TypeError: moe is no MoE, or scale no number.
+        TypeError: moe is no MoE and holds none, or scale no number.
         ValueError: scale is not finite.
     """
 
@@ -68,6 +68,8 @@ class WithAttachedLoss(nn.Module):
             router_input=router_input,
             decision=decision,
         )
+        if not isinstance(output, MoEOutput):
+            raise TypeError(f"WithAttachedLoss: moe must return a MoEOutput, got {shown(output)}")
         # As a factor of the loss, not as the op's argument: a changed scale then compiles nothing.
         return ops.attach_loss(output.hidden_states, self.scale * output.aux_loss)
 

@@ -137,6 +137,7 @@ class ExpertCommunication(Unscriptable):
             self.experts(ops.permute(x, plan), alone, weights.new_ones(alone.shape)),
             (alone.shape[0], x.shape[1]),
             "[num_slots, hidden_size]",
+            x.device,
         )  # [N, H]
         # 2. What the slots of a token say to each other.
         said = self._exchange(outputs, routed)  # [N, S]

@@ -78,6 +78,7 @@ class ExpertList(Unscriptable):
                 expert(rows[begin:end]),
                 (end - begin, rows.shape[1]),
                 "[num_rows, hidden_size]",
+                rows.device,
             )
             for expert, (begin, end) in zip(self.experts, pairwise(offsets), strict=True)
         ]

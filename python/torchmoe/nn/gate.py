@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchmoe._checks import check_at_least, check_choice
+from torchmoe._checks import check_at_least, check_choice, shown
 from torchmoe.nn.estimators.estimator import NORMALIZES, Estimator
 from torchmoe.nn.estimators.registry import known_estimators
 from torchmoe.ops import SCORE_FUNCTIONS
@@ -48,7 +48,7 @@ class Gate:
             check_choice("Gate", "estimator", self.estimator, known_estimators())
         elif not isinstance(self.estimator, Estimator):
             raise TypeError(
-                f"Gate: estimator must be a name or an Estimator, got {self.estimator!r}"
+                f"Gate: estimator must be a name or an Estimator, got {shown(self.estimator)}"
             )
         check_at_least("Gate", "num_groups", self.num_groups, 1)
         check_at_least("Gate", "top_groups", self.top_groups, 1)

@@ -6,7 +6,7 @@ Shapes: T tokens (the input's leading dimensions, flattened), H hidden size, E e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -431,7 +431,14 @@ class MoE(Remembering):
             tokens, logits, indices, weights, self.experts, token_mask=mask
         )
         y, statistics = combined if isinstance(combined, tuple) else (combined, None)  # [T, H]
-        check_output("MoE", "gate.estimator.combine", y, tokens.shape, "[num_tokens, hidden_size]")
+        check_output(
+            "MoE",
+            "gate.estimator.combine",
+            y,
+            tokens.shape,
+            "[num_tokens, hidden_size]",
+            tokens.device,
+        )
         y = self._add_shared(y, tokens, mask)
 
         # 5. Account: counts, the losses, and everything above for whoever wants to look.
@@ -462,7 +469,7 @@ class MoE(Remembering):
         )
         for name, term, weight in self._weighted_losses():
             losses[name] = check_output(
-                "MoE", f'the term "{name}" of losses', term(loss_inputs), (), "a scalar"
+                "MoE", f'the term "{name}" of losses', term(loss_inputs), (), "a scalar", x.device
             )
             aux_loss = aux_loss + weight * losses[name]
 
@@ -500,6 +507,12 @@ class MoE(Remembering):
             TypeError: an item is not a Routing.
             ValueError: the list is empty, or only some hold the estimator's statistics.
         """
+        if not isinstance(routing, Routing | Iterable):
+            raise TypeError(
+                "MoE: routing must be a Routing, such as moe(x).routing, or a list of them, "
+                f"got {shown(routing)}"
+            )
+        check_process_group("MoE", "group", group)
         routings = [routing] if isinstance(routing, Routing) else list(routing)
         for item in routings:
             if not isinstance(item, Routing):
@@ -583,6 +596,11 @@ class MoE(Remembering):
                     "MoE: gate.estimator.select must return int64 [num_tokens, top_k] = "
                     f"{list(expected)}, got {chosen.dtype} of shape {list(chosen.shape)}"
                 )
+            if chosen.device != given.logits.device:
+                raise RuntimeError(
+                    "MoE: gate.estimator.select must return a tensor on "
+                    f"{given.logits.device}, got one on {chosen.device}"
+                )
             return chosen
         return given.indices if mask is None else given.indices.masked_fill(~mask[:, None], -1)
 
@@ -633,6 +651,7 @@ class MoE(Remembering):
             self.estimator.weigh(logits, ids),
             ids.shape,
             "[num_tokens, top_k]",
+            ids.device,
         )
 
     def _limit(
@@ -686,6 +705,7 @@ class MoE(Remembering):
             self.shared_experts(tokens),
             y.shape,
             "[num_tokens, hidden_size]",
+            y.device,
         )
         if mask is not None:
             shared = shared.masked_fill(~mask.unsqueeze(-1), 0)

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
+from torchmoe._checks import (
+    check_at_least,
+    check_flag,
+    check_integer,
+    check_not_negative,
+    check_positive,
+)
 from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator
@@ -93,9 +100,21 @@ def check_surrogate(
         GradcheckError: the gradient, or the output, is another one (a RuntimeError from
             torch.autograd.gradcheck).
         UnstableSelectionError: tokens whose surrogate does not jump within a step were not found.
-        ValueError: the layer cannot be built.
-        TypeError: a part of the layer is sharded.
+        TypeError: an argument has another type, or a part of the layer is sharded.
+        ValueError: a number is out of range, or the layer cannot be built.
     """
+    check_at_least("check_surrogate", "num_tokens", num_tokens, 0)
+    check_at_least("check_surrogate", "masked_tokens", masked_tokens, 0)
+    check_integer("check_surrogate", "seed", seed)
+    check_positive("check_surrogate", "eps", eps)
+    for name, tolerance in (("atol", atol), ("rtol", rtol)):
+        check_not_negative("check_surrogate", name, tolerance)
+    for name, flag in (
+        ("training", training),
+        ("fast_mode", fast_mode),
+        ("raise_exception", raise_exception),
+    ):
+        check_flag("check_surrogate", name, flag)
     estimator = copy.deepcopy(build_estimator(estimator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

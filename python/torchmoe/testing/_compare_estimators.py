@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchmoe._checks import check_at_least
+from torchmoe._checks import check_at_least, check_callable, shown
 from torchmoe.nn import MoE
 from torchmoe.nn._compatibility import check_estimator
 from torchmoe.nn._layers import untrained_copy
@@ -162,14 +162,24 @@ def compare_estimators(
         A result for each estimator.
 
     Raises:
-        TypeError: moe is not a MoE or is sharded, or a batch or a loss not a tensor.
+        TypeError: an argument has another type, moe is sharded, or a batch or a loss is no tensor.
         ValueError: there are no batches or no estimators, seeds is below 1, a name is unknown, an
             estimator is not defined for the layer, the loss is not a scalar or does not depend on
             the hidden states, or no parameter of the router requires a gradient.
     """
     if not isinstance(moe, MoE):
-        raise TypeError(f"compare_estimators: moe must be a MoE, got {type(moe).__name__}")
+        raise TypeError(f"compare_estimators: moe must be a MoE, got {shown(moe)}")
     refuse_sharded("compare_estimators", "moe", moe)
+    if not isinstance(batches, Iterable) or isinstance(batches, str):
+        raise TypeError(f"compare_estimators: batches must be iterable, got {shown(batches)}")
+    check_callable("compare_estimators", "loss", loss)
+    if estimators is not None and (
+        not isinstance(estimators, Sequence) or isinstance(estimators, str)
+    ):
+        raise TypeError(
+            "compare_estimators: estimators must be a sequence of names or Estimators, or None, "
+            f"got {shown(estimators)}"
+        )
     check_at_least("compare_estimators", "seeds", seeds, 1)
     check_at_least("compare_estimators", "warm_up", warm_up, 0)
     names = _defined_names(moe) if estimators is None else estimators

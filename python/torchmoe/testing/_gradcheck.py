@@ -20,6 +20,14 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchmoe._checks import (
+    check_callable,
+    check_flag,
+    check_integer,
+    check_not_negative,
+    check_positive,
+    shown,
+)
 from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
 
@@ -108,9 +116,20 @@ def gradcheck(
             RuntimeError).
         UnstableSelectionError: a tie does not go away, or a step changed a choice; the message
             names the token.
-        ValueError: nothing to check: no floating-point input, and no parameter.
-        TypeError: the module is sharded.
+        TypeError: an argument has another type, or the module is sharded.
+        ValueError: a number is out of range, or nothing to check: no floating-point input, and no
+            parameter.
     """
+    check_callable("gradcheck", "module_or_function", module_or_function)
+    if not isinstance(inputs, Tensor | Sequence) or isinstance(inputs, str):
+        raise TypeError(f"gradcheck: inputs must be a tensor or a sequence, got {shown(inputs)}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"gradcheck: kwargs must be a mapping or None, got {shown(kwargs)}")
+    check_integer("gradcheck", "seed", seed)
+    check_positive("gradcheck", "eps", eps)
+    if margin is not None:
+        check_not_negative("gradcheck", "margin", margin)
+    check_flag("gradcheck", "raise_exception", raise_exception)
     checked = _Checked(module_or_function, inputs, dict(kwargs or {}), seed)
     checked.leave_ties(_MARGIN_IN_STEPS * eps if margin is None else margin)
     try:

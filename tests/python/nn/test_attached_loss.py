@@ -41,3 +41,28 @@ def test_a_hook_sees_the_whole_output() -> None:
 
 def test_parameter_names() -> None:
     assert "moe.router.weight" in WithAttachedLoss(MoE(H, INNER, E, K)).state_dict()
+
+
+def test_around_a_compiled_layer() -> None:
+    moe = MoE(H, INNER, E, K)
+    x = torch.randn(T, H)
+    compiled = torch.compile(moe, backend="eager")
+    assert torch.equal(WithAttachedLoss(compiled)(x), moe(x).hidden_states)
+
+
+def test_around_a_module_that_returns_less() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = MoE(H, INNER, E, K)
+
+        def forward(self, x: torch.Tensor, **options: object) -> torch.Tensor:
+            return self.moe(x).hidden_states
+
+    with pytest.raises(TypeError, match=r"^WithAttachedLoss: moe must return a MoEOutput, got a t"):
+        WithAttachedLoss(First())(torch.randn(T, H))
+
+
+def test_around_something_else() -> None:
+    with pytest.raises(TypeError, match=r"^WithAttachedLoss: moe must be a MoE, got Linear$"):
+        WithAttachedLoss(nn.Linear(H, H))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from torchmoe.nn import (
     MoE,
     known_estimators,
 )
+from torchmoe.nn.estimators import registry
 
 T, H, INNER, E, K = 6, 4, 3, 4, 2
+META = torch.zeros(T, K, device="meta")
 
 # What is made of an expert's output y [T, H], the error and what it has got.
 WRONG: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
@@ -30,6 +33,7 @@ WRONG: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
     (lambda y: y.long(), RuntimeError, "torch.int64"),
     (lambda y: (y, y), TypeError, "tuple"),
     (lambda y: None, TypeError, "None"),
+    (lambda y: y.to("meta"), RuntimeError, "one on meta"),
 ]
 
 
@@ -99,6 +103,7 @@ def test_experts_that_talk(
         (lambda given: given.logits, RuntimeError, r"shape \[6, 4\]"),
         (lambda given: given.indices.sum(), RuntimeError, "torch.int64"),
         (lambda given: 1.0, TypeError, "1.0"),
+        (lambda given: given.logits.sum().to("meta"), RuntimeError, "one on meta"),
     ],
 )
 def test_terms_of_the_loss(term: Any, error: type[Exception], got: str) -> None:
@@ -114,6 +119,8 @@ def test_terms_of_the_loss(term: Any, error: type[Exception], got: str) -> None:
         ("select", torch.zeros(T, K), RuntimeError, r"select must return int64 .*float32"),
         ("select", torch.zeros(T, K + 1).long(), RuntimeError, r"select must .* \[6, 3\]"),
         ("select", None, TypeError, r"select must return a tensor, got None"),
+        ("select", META.long(), RuntimeError, r"select must return .* cpu, got one on meta"),
+        ("weigh", META, RuntimeError, r"weigh must return .* cpu, got one on meta"),
         ("weigh", torch.zeros(K, T), RuntimeError, r"weigh must return .*got shape \[2, 6\]"),
         ("weigh", None, TypeError, r"weigh must return .*, got None"),
         ("combine", torch.zeros(H, T), RuntimeError, r"combine must return .*, got shape \[4, 6\]"),
@@ -134,6 +141,9 @@ def test_an_estimator_of_one_s_own(
     [
         (nn.ModuleList([nn.Linear(H, H)]), r"as an ExpertList of the modules is, got ModuleList"),
         ([nn.Linear(H, H)], r"as an ExpertList of the modules is, got list"),
+        (nn.Linear(H, H), r"as an ExpertList of modules is, got Linear"),
+        (nn.Sequential(nn.Linear(H, H)), r"as an ExpertList of modules is, got Sequential"),
+        (lambda x: x, r"must be called as experts\(x, indices, weights\), got function"),
         (Experts, r"got the class Experts"),
         (nn.Module(), r"must be a module with a forward, got Module"),
         ("x", r"got 'x'"),
@@ -146,3 +156,42 @@ def test_what_are_no_experts(experts: Any, message: str) -> None:
     ):
         with pytest.raises(TypeError, match=rf"^(MoE|ExpertCommunication): experts .*{message}$"):
             make()
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        lambda x, indices, weights: x,
+        lambda x, *slots: x,
+        lambda x, indices, weights, scale=1.0: x,
+        functools.partial(lambda scale, x, indices, weights: scale * x, 1.0),
+        torch.compile(Experts(H, INNER, E), backend="eager"),
+        torch.add,  # a function of C++, which tells no signature
+    ],
+)
+def test_what_may_be_experts(experts: Any) -> None:
+    MoE(H, None, E, K, experts=experts)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda logits: logits.to("meta"), "torch.float32 on meta"),
+        (lambda logits: logits.to(torch.complex64), "torch.complex64 on cpu"),
+    ],
+)
+def test_a_router(change: Callable[[Tensor], Tensor], got: str) -> None:
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return change(super().forward(x))
+
+    moe = MoE(H, INNER, E, K, router=Other(H, E))
+    with pytest.raises(RuntimeError, match=rf"^MoE: router must return real .* cpu, got {got}$"):
+        moe(torch.randn(T, H))
+
+
+def test_the_factory_of_an_estimator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._REGISTRY, "nothing", lambda: 3)
+    message = r'^register_estimator: factory must return an Estimator for "nothing", got 3$'
+    with pytest.raises(TypeError, match=message):
+        MoE(H, INNER, E, K, gate=Gate(estimator="nothing"))

@@ -38,6 +38,7 @@ def call_experts(experts: ExpertFunction, x: Tensor, indices: Tensor, weights: T
         experts(x, indices, weights),
         (x.shape[0], x.shape[1]),
         "[num_tokens, hidden_size]",
+        x.device,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torchmoe._checks import check_choice
+from torchmoe._checks import check_callable, check_choice, shown
 from torchmoe.nn.estimators.default_vector import DefaultVector
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.exact import Exact
@@ -32,8 +32,12 @@ def register_estimator(name: str, factory: Callable[[], Estimator]) -> None:
     """Makes Gate(estimator=name) build its estimator with factory(), a new one for each layer.
 
     Raises:
+        TypeError: name is no string, or factory not callable.
         ValueError: the name is taken.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"register_estimator: name must be a string, got {shown(name)}")
+    check_callable("register_estimator", "factory", factory)
     if name in _REGISTRY:
         raise ValueError(f'register_estimator: name must be new, got "{name}"')
     _REGISTRY[name] = factory
@@ -44,4 +48,10 @@ def build_estimator(estimator: str | Estimator) -> Estimator:
     if isinstance(estimator, Estimator):
         return estimator
     check_choice("Gate", "estimator", estimator, _REGISTRY)
-    return _REGISTRY[estimator]()
+    built = _REGISTRY[estimator]()
+    if not isinstance(built, Estimator):
+        raise TypeError(
+            f'register_estimator: factory must return an Estimator for "{estimator}", '
+            f"got {shown(built)}"
+        )
+    return built

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_flag
+from torchmoe._checks import check_counts, check_flag
 from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._rows import wide
 
@@ -76,9 +76,21 @@ class UsageTracking(Remembering):
             tokens_per_expert: [E] integers: slots per expert, summed over micro-batches and
                 processes.
             num_slots: integer scalar: their sum.
+
+        Raises:
+            TypeError: tokens_per_expert is no tensor.
+            RuntimeError: it has another shape or device.
+            ValueError: a count is negative or no number, which is seen on the CPU only.
         """
         if self.usage is None:
             return
+        check_counts(
+            type(self).__name__,
+            "tokens_per_expert",
+            tokens_per_expert,
+            self.num_experts,
+            self.usage.device,
+        )
         usage = self.widened("usage")
         share = tokens_per_expert.to(usage.dtype) / num_slots.clamp(min=1)
         moved = self.usage_decay * usage + (1 - self.usage_decay) * share

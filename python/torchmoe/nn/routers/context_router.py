@@ -140,6 +140,11 @@ def route(
         raise RuntimeError(
             f"MoE: router must return {name} = {expected}, got shape {list(logits.shape)}"
         )
+    if logits.device != x.device or logits.is_complex():
+        raise RuntimeError(
+            f"MoE: router must return real logits on {x.device}, "
+            f"got {logits.dtype} on {logits.device}"
+        )
     clean = given.clean_logits
     if clean is not None and not (isinstance(clean, Tensor) and clean.shape == logits.shape):
         got = f"shape {list(clean.shape)}" if isinstance(clean, Tensor) else type(clean).__name__
