@@ -27,7 +27,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     ends it with a line. Without any standard output it runs as ever.
     """
     _open_what_is_closed()
-    signal.signal(signal.SIGINT, Interruption())
+    signal.signal(signal.SIGINT, OnePress(signal.default_int_handler))
     status: int | str | None
     try:
         try:
@@ -51,13 +51,14 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-class Interruption:
-    """Ctrl-C as a KeyboardInterrupt, but one for presses that follow each other at once.
+class OnePress:
+    """Handles Ctrl-C once for presses that follow each other at once.
 
     The others would reach whatever deals with the first: the end of a file, a message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handle: Callable[[int, FrameType | None], object]) -> None:
+        self._handle = handle
         self._last = -math.inf
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -65,7 +66,7 @@ class Interruption:
         now = time.monotonic()
         if now - self._last > ONE_PRESS:
             self._last = now
-            raise KeyboardInterrupt
+            self._handle(number, frame)
 
 
 def _open_what_is_closed() -> None:

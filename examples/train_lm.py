@@ -140,7 +140,12 @@ def run_in(
     watcher = None
     if trains and job.share < 1:
         watcher = job.watcher
-        interrupted = train(job, text, folder, group)
+        try:
+            interrupted = train(job, text, folder, group)
+        except OSError:  # what is printed has no place any more
+            if group.leads:
+                job.save(folder)
+            raise
         if interrupted:
             out = "" if settings.out == Settings().out else f" --out {settings.out}"
             print(f"interrupted after {job.progress.step} steps; to go on, run with: --resume{out}")
@@ -445,15 +450,21 @@ def step_seed(purpose: str, *numbers: int) -> int:
 def asked_to_stop() -> Iterator[list[int]]:
     """A list that is empty until Ctrl-C or SIGTERM, so that the step at hand is finished first.
 
-    The second time, Ctrl-C does what it did before: it stops at once.
+    The second time, Ctrl-C does what it did before: it stops at once. Presses that follow each
+    other at once are one.
     """
     received: list[int] = []
 
-    def remember(number: int, _frame: FrameType | None) -> None:
+    def remember(number: int, frame: FrameType | None) -> None:
+        former = before[signal.SIGINT]
+        if received and number == signal.SIGINT and callable(former):
+            former(number, frame)
         received.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, terminal.OnePress(remember)),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, remember),
+    }
     try:
         yield received
     finally:
