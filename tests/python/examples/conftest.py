@@ -38,6 +38,14 @@ def tiny(data: list[str]) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
+def short_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's report draws nothing and writes short samples, which take longer than the run."""
+    if request.node.get_closest_marker("whole_report") is None:
+        monkeypatch.setattr("lm.report.draw", lambda *_: [])
+        monkeypatch.setattr("lm.report.SAMPLE_BYTES", 4)
+
+
+@pytest.fixture(autouse=True)
 def same_threads_afterwards() -> Iterator[None]:
     """Gives the process its number of threads back."""
     threads = torch.get_num_threads()

@@ -20,7 +20,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
-import torch.utils.tensorboard  # noqa: F401  imported here once instead of in each child
+# Imported here once instead of in each child, whose short life would end before its first step.
+import torch._dynamo  # what the optimizer imports
+import torch.utils.tensorboard  # noqa: F401
 
 import train_lm
 

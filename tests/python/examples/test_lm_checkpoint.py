@@ -423,7 +423,7 @@ def test_resume_names_the_damaged_file_and_changes_nothing(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes as POSIX has them")
 @pytest.mark.parametrize(
-    ("kills", "killed", "steps", "every"), [("20", 20, 1000, 3), ("points", 27, 40, 1)]
+    ("kills", "killed", "steps", "every"), [("20", 20, 200, 3), ("points", 27, 40, 1)]
 )
 def test_a_run_that_is_killed_again_and_again_gives_the_same_weights(
     kills: str, killed: int, steps: int, every: int, tiny: list[str], tmp_path: Path

@@ -20,6 +20,7 @@ from torch import Tensor
 import train_lm
 from lm import checkpoint
 from lm.corpus import Text
+from lm.metrics import Record
 from lm.model import ByteLM, LMOutput
 from lm.parallel import Processes
 from lm.run_folder import RunFolder
@@ -254,6 +255,7 @@ def test_dense_model_has_the_active_parameters_of_the_experts() -> None:
     assert float(output.aux_loss) == 0
 
 
+@pytest.mark.whole_report
 def test_dense_run_has_no_figures_of_experts(
     tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,10 +393,27 @@ def test_ctrl_c_twice_stops_at_once(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(train_lm, "optimizer_step", twice)
+    monkeypatch.setattr("terminal.ONE_PRESS", 0.0)
     before = signal.getsignal(signal.SIGINT)
     assert train_lm.main([*tiny, "--steps", "20", "--out", str(tmp_path)]) == 130
     assert "interrupted; what the last checkpoint holds is saved" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_output_that_goes_away_loses_no_step(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    def show(_display: object, record: Record, _share: float) -> None:
+        shown.append(record.step)
+        if len(shown) == 3:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("lm.display.PlainDisplay.show", show)
+    with pytest.raises(BrokenPipeError):
+        train_lm.main([*tiny, "--steps", "50", "--out", str(tmp_path)])
+    assert checkpoint.load(tmp_path).progress.step == shown[-1] > 0
 
 
 def test_resume_of_a_finished_run_does_nothing(
@@ -551,6 +570,7 @@ def test_a_disk_that_fills_up_stops_nothing_but_the_last_save(
     assert "No space left" in fails(capsys, *options, "--steps", "8")
 
 
+@pytest.mark.whole_report
 def test_a_disk_that_is_full_at_the_report_loses_nothing(
     tiny: list[str],
     tmp_path: Path,
