@@ -96,7 +96,7 @@ test: test-cpp test-python test-capabilities test-emulation  ## Run every test, 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
-# Each core takes a file of tests at a time. Its threads must not spin while they wait: the others need the core.
+# Each core takes a file of tests at a time, some of which prepare something once. Its threads must not spin while they wait: the others need the core.
 PYTEST = OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-python: build-tests
@@ -105,12 +105,12 @@ test-python: build-tests
 # The products' kernels for instruction sets that this processor has but torch did not choose, and the way without any.
 test-capabilities: build-tests
 	@for capability in avx2 default; do echo "ATEN_CPU_CAPABILITY=$$capability"; \
-	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) \
+	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) --dist worksteal \
 	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan}.py || exit 1; done
 
 # The CUDA kernels, run thread by thread on the host: all but 1,300 tokens through every expert, which take minutes.
 test-emulation: build-tests  ## Run the CUDA kernels on the host through the tests of every op
-	PYTHONPATH="$(BUILD)/emulation" $(PYTEST) tests/python/ops \
+	PYTHONPATH="$(BUILD)/emulation" $(PYTEST) --dist worksteal tests/python/ops \
 	  -m "not above_kernels and not cpu_only" -k "not (AttachDense and more_than_one_block)"
 
 # The Python of the targets below. Another than .venv's, such as a GPU machine's own, must have torch, cmake, pytest and hypothesis:
