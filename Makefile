@@ -96,7 +96,8 @@ test: test-cpp test-python test-capabilities test-emulation  ## Run every test, 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
-# Each core takes a file of tests at a time, some of which prepare something once. Its threads must not spin while they wait: the others need the core.
+# Each core takes a file of tests at a time, since what some files prepare once serves all of their tests. A thread that waits must not
+# spin: the tests beside it need the core.
 PYTEST = OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-python: build-tests

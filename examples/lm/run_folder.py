@@ -141,7 +141,7 @@ class RunFolder:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Makes the folder and keeps it for this process while the block runs, or the process.
+    """Makes the folder and keeps it for this process until the block, or the process, ends.
 
     The operating system lets go of the lock with the process, however that ends, so that a dead
     run's file is none. Where the file system knows no locks, nobody is kept out.

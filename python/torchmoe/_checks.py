@@ -208,11 +208,16 @@ def check_output(
         raise RuntimeError(f"{owner}: {part} must return {sizes}, got shape {list(output.shape)}")
     if not output.is_floating_point():
         raise RuntimeError(f"{owner}: {part} must return floating numbers, got {output.dtype}")
+    check_output_device(owner, part, output, device)
+    return output
+
+
+def check_output_device(owner: str, part: str, output: Tensor, device: torch.device) -> None:
+    """Raises RuntimeError unless what a part has returned is on the device."""
     if output.device != device:
         raise RuntimeError(
             f"{owner}: {part} must return a tensor on {device}, got one on {output.device}"
         )
-    return output
 
 
 def check_callable(owner: str, argument: str, value: object) -> None:

@@ -58,7 +58,7 @@ def _explain(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> Exception | None:
-    """What is wrong with the type of an argument, or None where nothing is."""
+    """What torch cannot take of the arguments, or None where that is something else."""
     schema = op._schema
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
     for argument in schema.arguments:

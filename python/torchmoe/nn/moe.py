@@ -27,6 +27,7 @@ from torchmoe._checks import (
     check_module,
     check_not_negative,
     check_output,
+    check_output_device,
     check_process_group,
     check_tensor,
     check_token_mask,
@@ -596,11 +597,7 @@ class MoE(Remembering):
                     "MoE: gate.estimator.select must return int64 [num_tokens, top_k] = "
                     f"{list(expected)}, got {chosen.dtype} of shape {list(chosen.shape)}"
                 )
-            if chosen.device != given.logits.device:
-                raise RuntimeError(
-                    "MoE: gate.estimator.select must return a tensor on "
-                    f"{given.logits.device}, got one on {chosen.device}"
-                )
+            check_output_device("MoE", "gate.estimator.select", chosen, given.logits.device)
             return chosen
         return given.indices if mask is None else given.indices.masked_fill(~mask[:, None], -1)
 

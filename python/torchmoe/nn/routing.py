@@ -91,34 +91,6 @@ class MoEOutput(NamedTuple):
             return (*other, *self)
         raise _not_a_tensor("a summand")
 
-    def __mul__(self, other: object) -> NoReturn:
-        """Says what to do, as the operators that follow."""
-        raise _not_a_tensor("a factor")
-
-    def __rmul__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a factor")
-
-    def __matmul__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a factor")
-
-    def __rmatmul__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a factor")
-
-    def __truediv__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a dividend")
-
-    def __rtruediv__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a divisor")
-
-    def __sub__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a minuend")
-
-    def __rsub__(self, other: object) -> NoReturn:
-        raise _not_a_tensor("a subtrahend")
-
-    def __neg__(self) -> NoReturn:
-        raise _not_a_tensor("an operand")
-
     def __getattr__(self, name: str) -> NoReturn:
         """Says what to do where a tensor's attribute is asked for."""
         if hasattr(Tensor, name):
@@ -130,10 +102,32 @@ def _not_a_tensor(role: str) -> TypeError:
     return TypeError(f"MoE: {role} must be a tensor, {_GOT}")
 
 
+def _refusal(role: str) -> Callable[..., NoReturn]:
+    def refuse(*_operands: object) -> NoReturn:
+        raise _not_a_tensor(role)
+
+    return refuse
+
+
 #: What to do where a layer's output stands in a tensor's place.
 ADVICE = "take its hidden_states, or let WithAttachedLoss(moe) return them alone"
 
 _GOT = f"got the layer's MoEOutput; {ADVICE}"
+
+# Operators of a tensor, which a tuple lacks or, as a product, has with another meaning.
+_ROLES = {
+    "__mul__": "a factor",
+    "__rmul__": "a factor",
+    "__matmul__": "a factor",
+    "__rmatmul__": "a factor",
+    "__truediv__": "a dividend",
+    "__rtruediv__": "a divisor",
+    "__sub__": "a minuend",
+    "__rsub__": "a subtrahend",
+    "__neg__": "an operand",
+}
+for _operator, _role in _ROLES.items():
+    setattr(MoEOutput, _operator, _refusal(_role))
 
 
 def before_drop(selected: Tensor, indices: Tensor) -> Tensor:
