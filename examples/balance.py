@@ -43,6 +43,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+
 import terminal
 import torchmoe
 from lm import figures, run_folder, trials

@@ -41,6 +41,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+
 import terminal
 from classification import display, figure
 from classification.evaluation import KINDS, by_class, wilson

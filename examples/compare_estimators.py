@@ -19,7 +19,11 @@ Stopped and started again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 import terminal
 from lm.settings import Settings

@@ -21,6 +21,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+
 import terminal
 import train_lm
 from lm import corpus, figures, run_folder

@@ -24,6 +24,8 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
+
 import terminal
 from lm.checkpoint import CheckpointError
 from lm.settings import Parser

@@ -19,6 +19,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 import terminal
 import torchmoe
@@ -448,12 +451,16 @@ def step_seed(purpose: str, *numbers: int) -> int:
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C or SIGTERM, so that the step at hand is finished first.
+    """A list that is empty until Ctrl-C, SIGTERM or SIGHUP: the step at hand is finished first.
 
     The second time, Ctrl-C does what it did before: it stops at once. Presses that follow each
-    other at once are one.
+    other at once are one. SIGHUP, which comes when a terminal is closed, stays ignored where it is,
+    as under nohup. In another thread than the main one, which gets no signals, it stays empty.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def remember(number: int, frame: FrameType | None) -> None:
         former = before[signal.SIGINT]
@@ -461,10 +468,10 @@ def asked_to_stop() -> Iterator[list[int]]:
             former(number, frame)
         received.append(number)
 
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, terminal.OnePress(remember)),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, remember),
-    }
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, terminal.OnePress(remember))}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, remember)
     try:
         yield received
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -188,6 +189,7 @@ class Metrics:
 
         self.warn = warn
         self.watcher = watcher
+        self.lost = False  # whether the last record did not reach the file
         kept = [record for record in read(folder) if record.step <= step]
         self.events: SummaryWriter | None
         try:
@@ -198,14 +200,25 @@ class Metrics:
             self.file = folder.metrics.open("a")
         except OSError as error:
             raise folder.unwritable(error) from error
+        self.former_hook = threading.excepthook
+        threading.excepthook = self.thread_ended
+
+    def thread_ended(self, ended: threading.ExceptHookArgs) -> None:
+        """Prints no traceback for the thread that writes the events: `write` tells of its end."""
+        module = type(ended.thread).__module__
+        if not (module.startswith("tensorboard.") and isinstance(ended.exc_value, OSError)):
+            self.former_hook(ended)
 
     def write(self, record: Record) -> None:
         """Appends one record."""
         try:
             self.file.write(to_line(record))
             self.file.flush()
+            self.lost = False
         except OSError as error:
-            self.warn(f"metrics of step {record.step} are not written: {error.strerror}")
+            if not self.lost:
+                self.warn(f"no metrics from step {record.step} on: {error.strerror}")
+            self.lost = True
         if self.events is not None:
             try:
                 for name, value in scalars(record):
@@ -225,6 +238,7 @@ class Metrics:
                     part.close()
             except OSError as error:
                 self.warn(f"the last metrics are not written: {error.strerror}")
+        threading.excepthook = self.former_hook
 
 
 def to_line(record: Record) -> str:

@@ -314,13 +314,15 @@ def test_a_full_disk_costs_records_not_the_run(folder: RunFolder) -> None:
     file.write(records(2)[0])
     file.write(records(3)[0])
     assert warnings == [
-        "metrics of step 2 are not written: No space left on device",
-        "metrics of step 3 are not written: No space left on device",
+        "no metrics from step 2 on: No space left on device",
     ]
     file.file = whole  # somebody made room
     file.write(records(4)[0])
+    file.file = cast(Any, FullDisk())
+    file.write(records(5)[0])
+    assert warnings[1:] == ["no metrics from step 5 on: No space left on device"]
+    file.file = whole
     file.close()
-    assert len(warnings) == 2
     assert metrics.read(folder) == records(1, 4)
 
 
@@ -332,7 +334,7 @@ def test_a_disk_that_is_full_at_the_end(folder: RunFolder) -> None:
     file.write(RECORD)
     file.close()
     assert warnings == [
-        "metrics of step 1 are not written: No space left on device",
+        "no metrics from step 1 on: No space left on device",
         "the last metrics are not written: No space left on device",
     ]
     # The events went elsewhere, and they are whole.
@@ -342,7 +344,8 @@ def test_a_disk_that_is_full_at_the_end(folder: RunFolder) -> None:
 def test_events_end_where_their_disk_is_full(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it prints what ended a thread
+    ended: list[object] = []  # what would be printed about a thread
+    monkeypatch.setattr(threading, "excepthook", ended.append)
     warnings: list[str] = []
     file = Metrics(folder, 0, warnings.append, None)
     assert file.events is not None
@@ -354,6 +357,21 @@ def test_events_end_where_their_disk_is_full(
     file.close()
     assert warnings == ["no TensorBoard events from here on: No space left on device"]
     assert metrics.read(folder) == records(*range(1, 6))
+    assert ended == []
+    assert threading.excepthook == ended.append
+
+
+def test_another_thread_that_ends_is_told_as_ever(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
+    file = Metrics(folder, 0, refuse, None)
+    thread = threading.Thread(target=FullDisk().write)
+    thread.start()
+    thread.join()
+    file.close()
+    assert [args.thread for args in ended] == [thread]
 
 
 def test_events_that_fail_at_the_end_are_a_warning(folder: RunFolder) -> None:

@@ -45,6 +45,14 @@ def test_every_program_is_run_like_this(program: str) -> None:
     assert source.endswith('if __name__ == "__main__":\n    terminal.run(main)\n')
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_finds_its_modules_by_itself(program: str) -> None:
+    # -I and -P leave a program's folder out of the path.
+    done = shell('"$PYTHON" -I "$@" --help', str(EXAMPLES / f"{program}.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
 @pytest.mark.parametrize(
     ("redirection", "status", "message"),
     [

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -352,7 +353,7 @@ def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) 
         ("--estimator sparsemixer", signal.SIGTERM),
         ("--estimator gumbel_straight_through", signal.SIGINT),
         ("--feed-forward dense", signal.SIGINT),
-        ("--dtype float64", signal.SIGINT),
+        ("--dtype float64", signal.SIGHUP),
         ("--dtype bfloat16", signal.SIGINT),
         ("--seed 5 --experts 3 --context 17", signal.SIGTERM),
     ],
@@ -380,6 +381,24 @@ def test_resumes_to_the_bit(
     assert_same(whole, broken)
     results = [json.loads((folder / "results.json").read_text()) for folder in (whole, broken)]
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
+
+
+def test_a_closed_terminal_does_not_stop_what_ignores_it(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signal, "SIGHUP", signal.SIGUSR1)  # which no test runner lives by
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        stop_at(3, signal.SIGUSR1, monkeypatch)
+        assert train_lm.main([*tiny, "--steps", "5", "--out", str(tmp_path)]) == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_trains_in_a_thread(tiny: list[str], tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        end = pool.submit(train_lm.main, [*tiny, "--steps", "2", "--out", str(tmp_path)])
+        assert end.result() == 0
 
 
 def test_ctrl_c_twice_stops_at_once(
