@@ -7,7 +7,10 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 BUILD := build
-JOBS ?= $(shell nproc)
+# As many compilers, or processes of tests, as there are cores and gigabytes; MAX_JOBS says otherwise.
+JOBS := $(shell $(PYTHON) cmake/build_jobs.py)
+# A compiler's warning stops whoever changes the sources, and nobody who installs them.
+export CMAKE_ARGS := -DTORCHMOE_WERROR=ON $(CMAKE_ARGS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash -o pipefail
 
@@ -17,7 +20,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help develop library system train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean
+.PHONY: help copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,30 +29,36 @@ help:  ## Show this list
 
 develop: $(VENV)/.complete library  ## Set up .venv: pinned torch, every extra, the tools, the package itself
 
-# Everything but the library; made again when what it installs changes.
+# Everything but the library; made again when what it installs changes, and from nothing when it is another folder's or another torch's: what
+# is installed and built names the folder in which it was made.
+ifneq '$(file < $(VENV)/.complete)' '$(CURDIR) $(TORCH)'
+.PHONY: $(VENV)/.complete
+$(VENV)/.complete: STALE := $(VENV) $(BUILD)
+endif
 $(VENV)/.complete: pyproject.toml setup.py Makefile | system
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"make: PYTHON must be 3.10 or later, got {v.major}.{v.minor}: make PYTHON=python3.12 ...")'
 	@echo "make: setting up $(VENV) with $(TORCH), the extras and the tools (once, two minutes or so)"
+	@rm -rf $(STALE)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) '$(TORCH)'
-	@$(PIP) 'setuptools>=77' cmake ninja
+	@$(PIP) '$(TORCH)' 'setuptools>=77' cmake ninja
 	@echo "make: building the library (three minutes or so on two cores)"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) --no-build-isolation -e '.[train,bench,dev]'
-	@touch $@
+	@printf '%s' '$(CURDIR) $(TORCH)' > $@
 
 # The library follows its sources at every command; nothing changed costs a second.
 library: $(VENV)/.complete
 	@mkdir -p $(BUILD)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
 
-# A C++ compiler and Python's headers are needed; ccache and Catch2 save time (CMake fetches Catch2 where it is missing).
+# A C++ compiler is needed; torch.compile and its tests want Python's headers; ccache and Catch2 save time (CMake fetches Catch2 where it
+# is missing).
 system:
 	@missing=""; \
 	command -v c++ > /dev/null || missing="$$missing g++"; \
 	$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || missing="$$missing python3-venv"; \
-	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || missing="$$missing python3-dev"; \
 	command -v git > /dev/null || missing="$$missing git"; \
 	wanted="$$missing"; \
+	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || wanted="$$wanted python3-dev"; \
 	command -v ccache > /dev/null || wanted="$$wanted ccache"; \
 	test -e /usr/include/catch2 || wanted="$$wanted catch2"; \
 	if [ -n "$$wanted" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
@@ -121,7 +130,7 @@ CUDA_PATH = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)/python"
 cuda-library: $(if $(filter $(BIN)/python,$(CUDA_PYTHON)),develop)
 	@$(CUDA_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "make: needs a GPU, and torch.cuda.is_available() is false")'
 	@mkdir -p $(BUILD)
-	@$(CUDA_PATH) MAX_JOBS=$(JOBS) $(CUDA_PYTHON) setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
+	@$(CUDA_PATH) $(CUDA_PYTHON) setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
 	@if [ -x $(BUILD)/tests/cpp/torchmoe_tests ]; then $(CUDA_PATH) cmake --build $(BUILD) -j $(JOBS) --target torchmoe_tests > $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }; fi
 
 # Catch2's where make build-tests has been run.
@@ -149,16 +158,18 @@ lint-python: develop
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# clang-tidy spends its time on torch's headers, so that it reads our sources a dozen to the unit. It knows neither gcc's
-# precompiled header nor its OpenMP header.
+# clang-tidy spends its time on torch's headers, so that it reads our sources a dozen to the unit. It does not know gcc's precompiled
+# header, nor all that gcc's omp.h says of functions. It reads the parallel regions as clang compiles them, which is stricter.
+TIDY_OPENMP = --extra-arg=-fopenmp --extra-arg='-D__malloc__(free)=__malloc__' \
+  --extra-arg=-idirafter$$(dirname $$($(CXX) -print-file-name=include/omp.h))
 lint-tidy: develop
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(TIDY_BUILD) -GNinja \
 	  -DCMAKE_PREFIX_PATH="$$($(BIN)/python -c 'import torch; print(torch.utils.cmake_prefix_path)')" \
-	  -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DTORCHMOE_BUILD_PYTHON=ON -DTORCHMOE_BUILD_EMULATION=ON \
+	  -DTORCHMOE_BUILD_PYTHON=ON -DTORCHMOE_BUILD_EMULATION=ON \
 	  -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=12 \
 	  > $(TIDY_BUILD).log 2>&1 || { cat $(TIDY_BUILD).log; exit 1; }
 	@echo "clang-tidy"; find $(TIDY_BUILD) -name 'unity_*.cxx' | xargs -n 1 -P $(JOBS) \
-	  $(BIN)/clang-tidy -p $(TIDY_BUILD) --quiet --extra-arg=-fno-openmp 2> >(grep -v 'warnings generated' >&2)
+	  $(BIN)/clang-tidy -p $(TIDY_BUILD) --quiet $(TIDY_OPENMP) 2> >(grep -v 'warnings generated' >&2)
 
 # On a machine with nvcc, whatever torch it has: every kernel for the oldest and the newest GPU that has code of its own, and the
 # adapters against torch's CUDA headers, which every build of torch carries.
@@ -176,6 +187,46 @@ cuda-check: $(VENV)/.complete  ## Compile the CUDA backend where nvcc is found, 
 	printf '#include "%s"\n' $(CUDA_ADAPTERS:csrc/%=%) > $(CUDA_CHECK)/adapters.cpp && \
 	$(CXX) $$includes $$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^.*INCLUDES="-I\([^"]*\)".*/-isystem \1/p') \
 	  -O1 -Wall -Wextra -Wpedantic -Werror -fopenmp -fsyntax-only $(CUDA_CHECK)/adapters.cpp
+
+# ---- Release -----------------------------------------------------------------------------------------------------------------
+
+# The library calls nothing of Python's, so that one wheel serves every version; it is one torch's. auditwheel leaves torch's own
+# libraries to torch, OpenMP's among them, and states the oldest Linux that the wheel runs on.
+DIST := dist
+wheel: $(VENV)/.complete  ## Write the source and a wheel for this torch to dist/
+	@rm -rf $(BUILD)/wheel
+	@mkdir -p $(DIST)
+	CMAKE_ARGS= TORCHMOE_CUDA=OFF PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir $(BUILD)/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' \
+	  --wheel-dir $(DIST) $(BUILD)/wheel/*.whl
+	cp $(BUILD)/wheel/*.tar.gz $(DIST)
+
+# The environment has what a user's has, and the tests nothing but the wheel's files.
+test-wheel: wheel  ## Run with the wheel, in an environment of its own, every test that needs no build
+	$(PYTHON) -m venv --clear $(BUILD)/wheel/venv
+	$(BUILD)/wheel/venv/bin/python -m pip install --quiet '$(TORCH)' "$$(ls -t $(CURDIR)/$(DIST)/*.whl | head -n 1)[train,bench]" \
+	  expecttest hypothesis pytest pytest-xdist setuptools
+	OMP_WAIT_POLICY=PASSIVE $(BUILD)/wheel/venv/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not cuda and not needs_build"
+
+support: build-tests  ## Run every test and note in docs/support.md what they ran with
+	$(BIN)/python tests/support.py compiled
+	$(MAKE) test
+	$(BIN)/python tests/support.py tested
+
+# Another torch, Python or compiler has a copy of the sources, an environment and a build of its own:
+# make support-copy TORCH=torch==2.11.0 PYTHON=python3.12 CXX=clang++-16
+COPY := $(BUILD)/copies/$(subst ==,-,$(TORCH))-$(notdir $(PYTHON))-$(notdir $(CXX))
+test-torch: copy  ## Run every test with another torch, in a copy (TORCH=torch==2.11.0)
+	$(MAKE) -C $(COPY) test
+wheel-torch: copy  ## Write a wheel for another torch to dist/ (TORCH=torch==2.11.0)
+	$(MAKE) -C $(COPY) wheel DIST='$(CURDIR)/$(DIST)'
+support-torch: copy  ## The same as support with another torch, Python or compiler (TORCH=... PYTHON=... CXX=...)
+	$(MAKE) -C $(COPY) support SUPPORT='$(CURDIR)/docs/support.json'
+copy:
+	@mkdir -p $(COPY)
+	@find $(COPY) -mindepth 1 -maxdepth 1 ! -name .venv ! -name build -exec rm -rf {} +
+	@git ls-files -z --cached --others --exclude-standard | { xargs -0 stat --printf '%n\0' 2> /dev/null; true; } | \
+	  xargs -0 cp --parents --preserve=timestamps -t $(COPY)
 
 format: $(VENV)/.complete  ## Format everything
 	$(BIN)/clang-format -i $(CPP_FILES)

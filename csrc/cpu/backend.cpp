@@ -19,10 +19,6 @@ void refuse(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
 
 }  // namespace
 
-std::string cuda_version() {
-  return "none";
-}
-
 void register_missing_backends(torch::Library& library) {
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     if (name.name.compare(0, kNamespace.size(), kNamespace) == 0) {

@@ -343,7 +343,13 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   check_expert_mlp_backward(
       grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation_name);
   check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
-  const auto [want_x, want_weights, want_w_in, want_b_in, want_w_out, want_b_out] = output_mask;
+  // By name one by one: what the parallel regions below read cannot be structured bindings for every compiler.
+  const bool want_x = output_mask[0];
+  const bool want_weights = output_mask[1];
+  const bool want_w_in = output_mask[2];
+  const bool want_b_in = output_mask[3];
+  const bool want_w_out = output_mask[4];
+  const bool want_b_out = output_mask[5];
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
   const auto shape = shape_of(w_in, w_out);

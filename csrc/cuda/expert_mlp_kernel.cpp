@@ -119,7 +119,13 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
-  const auto [want_x, want_weights, want_w_in, want_b_in, want_w_out, want_b_out] = output_mask;
+  // By name one by one: where OpenMP is on, as in the emulation, not every compiler lets a lambda capture structured bindings.
+  const bool want_x = output_mask[0];
+  const bool want_weights = output_mask[1];
+  const bool want_w_in = output_mask[2];
+  const bool want_b_in = output_mask[3];
+  const bool want_w_out = output_mask[4];
+  const bool want_b_out = output_mask[5];
   const bool want_pre = want_x || want_w_in || want_b_in;
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cuda::PlanTensors plan(expert_offsets, row_to_slot, slot_to_row);

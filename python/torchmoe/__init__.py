@@ -8,9 +8,12 @@ gradient check for routers and estimators of your own. `python -m torchmoe` prin
 needs.
 """
 
-from torchmoe import _flop_formulas, _library
+from torchmoe._report import reported
 
-_BUILD_INFO = _library.load()
+with reported():
+    from torchmoe import _flop_formulas, _library
+
+    _BUILD_INFO = _library.load()
 _flop_formulas.register()
 
 # The ops must be registered before any module that names them is imported.

@@ -1,9 +1,8 @@
 """Loads the ops, or says in one sentence why it cannot.
 
-Three files that the build puts next to this one are read: `_build.py` (which torch it was built
-for), `libtorchmoe.so` (the ops) and the extension module `_C` (build information). The torch
-version is compared before either binary is touched: a library built for another minor version of
-torch fails with undefined symbols or worse.
+Two files that the build puts next to this one are read: `_build.py` (how the library was built) and
+`libtorchmoe.so` (the ops). The torch version is compared before the library is touched: one built
+for another minor version of torch fails with undefined symbols or worse.
 """
 
 from __future__ import annotations
@@ -23,40 +22,71 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _error(reason: str, *, built_for: str) -> ImportError:
+def _error(reason: str, *, advice: str = "") -> ImportError:
+    """One sentence on why, and one on what helps."""
+    advice = advice or (
+        f"To build it for this torch, run `{BUILD_COMMAND}` in the torchmoe source directory"
+    )
     return ImportError(
-        f"torchmoe cannot load {LIBRARY}: {reason}; it was built for torch {built_for} and this is "
-        f"torch {torch.__version__}. To build it for this torch, run `{BUILD_COMMAND}` in the "
-        "torchmoe source directory",
-        name="torchmoe",
-        path=str(LIBRARY),
+        f"torchmoe cannot load {LIBRARY}: {reason}. {advice}", name="torchmoe", path=str(LIBRARY)
     )
 
 
-def built_torch_version() -> str:
-    """The version of torch that this package was built for, known without loading the library."""
+def _for_another_torch(reason: str, built_for: str) -> ImportError:
+    """Where the versions of torch are the first thing to look at."""
+    return _error(
+        f"{reason}; it was built for torch {built_for} and this is torch {torch.__version__}"
+    )
+
+
+def build_info() -> dict[str, str]:
+    """How this package was built, known without loading the library; see torchmoe.build_info."""
     try:
-        version = import_module("torchmoe._build").TORCH_VERSION
+        return dict(import_module("torchmoe._build").INFO)
     except ModuleNotFoundError as error:
-        raise _error("the package has not been built", built_for="(no build)") from error
-    return str(version)
+        raise _error("the package has not been built") from error
+
+
+def other_copy() -> str | None:
+    """The library of another copy of the package that this process has loaded.
+
+    It may be one that an installation has since replaced. Registering the ops a second time ends
+    the process.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return None
+    # Address, permissions, offset, device and inode come before the path.
+    fields = (line.split(maxsplit=5) for line in maps.read_text().splitlines())
+    for path in sorted({parts[5] for parts in fields if len(parts) == 6}):
+        file = Path(path.removesuffix(" (deleted)"))
+        here = file.exists() and file.samefile(LIBRARY) and str(file) == path
+        if file.name == LIBRARY.name and not here:
+            return path
+    return None
 
 
 def load() -> dict[str, str]:
     """Registers the ops with torch and returns the build information.
 
     Raises:
-        ImportError: the library is missing, cannot be loaded, or was built for another minor
-            version of torch.
+        ImportError: the library is missing, cannot be loaded, was built for another minor version
+            of torch, or another copy of it is loaded already.
     """
-    built_for = built_torch_version()
+    info = build_info()
+    built_for = info["torch"]
     if _minor(built_for) != _minor(torch.__version__):
-        raise _error("the versions of torch differ", built_for=built_for)
+        raise _for_another_torch("the versions of torch differ", built_for)
     if not LIBRARY.is_file():
-        raise _error("there is no such file", built_for=built_for)
+        raise _for_another_torch("there is no such file", built_for)
+    if (other := other_copy()) is not None:
+        raise _error(
+            f"this process has loaded another copy, {other}",
+            advice="One process can hold one: leave one of them on sys.path",
+        )
     try:
         torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
-        extension = import_module("torchmoe._C")
-    except (OSError, ImportError) as error:
-        raise _error(str(error), built_for=built_for) from error
-    return dict(extension.build_info())
+    except OSError as error:
+        # torch's own error names the file; that of the loader below it says what is wrong.
+        raise _for_another_torch(str(error.__cause__ or error), built_for) from error
+    return info

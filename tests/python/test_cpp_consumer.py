@@ -12,6 +12,8 @@ import torch
 
 import torchmoe
 
+pytestmark = pytest.mark.needs_build
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(torchmoe.__file__).resolve().parent
 LIBRARY = PACKAGE / "libtorchmoe.so"

@@ -44,15 +44,22 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def import_error(path: Path) -> str:
-    result = run("-c", "import torchmoe", path=path)
+def import_error(path: Path, *, before: str = "") -> str:
+    """The last line of what `import torchmoe` says where it cannot."""
+    result = run("-c", f"{before}import torchmoe", path=path)
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: torchmoe cannot load ")
     assert str(path / "torchmoe" / "libtorchmoe.so") in last
-    assert f"this is torch {torch.__version__}" in last
-    assert "`pip install --no-build-isolation .`" in last
     return last
+
+
+def blames_torch(message: str, built_for: str) -> bool:
+    """Whether it names both versions of torch and the command."""
+    return (
+        f"it was built for torch {built_for} and this is torch {torch.__version__}" in message
+        and "`pip install --no-build-isolation .`" in message
+    )
 
 
 def test_build_info() -> None:
@@ -98,35 +105,74 @@ def test_main_prints_the_build_information() -> None:
 def test_missing_library(bare: Path) -> None:
     message = import_error(bare)
     assert "there is no such file" in message
-    assert f"built for torch {_library.built_torch_version()}" in message
+    assert blames_torch(message, torchmoe.build_info()["torch"])
 
 
 def test_broken_library(bare: Path) -> None:
     (bare / "torchmoe" / "libtorchmoe.so").write_text("not a library")
-    assert f"built for torch {_library.built_torch_version()}" in import_error(bare)
-
-
-def test_missing_extension_module(bare: Path) -> None:
-    shutil.copy(PACKAGE / "libtorchmoe.so", bare / "torchmoe")
-    assert "torchmoe._C" in import_error(bare)
+    message = import_error(bare)
+    assert "invalid ELF header" in message or "file too short" in message
+    assert blames_torch(message, torchmoe.build_info()["torch"])
 
 
 @pytest.mark.parametrize("version", ["2.1.0", "99.0.0+cu130"])
 def test_library_for_another_torch(bare: Path, version: str) -> None:
-    (bare / "torchmoe" / "_build.py").write_text(f'TORCH_VERSION = "{version}"\n')
+    (bare / "torchmoe" / "_build.py").write_text(f'INFO = {{"torch": "{version}"}}\n')
     # The library is there and would load; the versions alone must be enough to refuse it.
     shutil.copy(PACKAGE / "libtorchmoe.so", bare / "torchmoe")
     message = import_error(bare)
     assert "the versions of torch differ" in message
-    assert f"built for torch {version} " in message
+    assert blames_torch(message, version)
 
 
 def test_another_patch_release_of_torch_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     minor = ".".join(torch.__version__.split(".")[:2])
-    monkeypatch.setattr(_library, "built_torch_version", lambda: f"{minor}.99+cu130")
+    info = {**torchmoe.build_info(), "torch": f"{minor}.99+cu130"}
+    monkeypatch.setattr(_library, "build_info", lambda: info)
     assert _library.load()["torchmoe"] == torchmoe.__version__
 
 
 def test_not_built(bare: Path) -> None:
     (bare / "torchmoe" / "_build.py").unlink()
     assert "the package has not been built" in import_error(bare)
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["beside", "replaced"])
+def test_a_second_copy_in_one_process(bare: Path, replaced: bool) -> None:
+    other = bare / "other" / "libtorchmoe.so"
+    other.parent.mkdir()
+    for copy in (other, bare / "torchmoe" / "libtorchmoe.so"):
+        shutil.copy(PACKAGE / "libtorchmoe.so", copy)
+    before = f"import os, torch; torch.ops.load_library({str(other)!r}); "
+    if replaced:
+        before += f"os.unlink({str(other)!r}); "
+    message = import_error(bare, before=before)
+    assert f"this process has loaded another copy, {other}" in message
+    assert "pip install" not in message
+
+
+@pytest.mark.parametrize("missing", ["library", "build", "torch"])
+def test_main_reports_what_cannot_be_imported(bare: Path, missing: str) -> None:
+    problem = "there is no such file"
+    if missing == "build":
+        (bare / "torchmoe" / "_build.py").unlink()
+        problem = "the package has not been built"
+    if missing == "torch":
+        problem = "libcudart.so.13: cannot open shared object file"
+        (bare / "torch").mkdir()
+        (bare / "torch" / "__init__.py").write_text(f"raise ImportError({problem!r})\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "torchmoe"],
+        cwd=bare,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (1, "")
+    assert problem in result.stdout.splitlines()[-1]
+    facts = [str(bare / "torchmoe" / "libtorchmoe.so"), sys.version.split()[0], sys.executable]
+    facts += ["not built" if missing == "build" else torchmoe.build_info()["compiler"]]
+    facts += [str((bare if missing == "torch" else Path(torch.__file__).parents[1]) / "torch")]
+    for fact in facts:
+        assert fact in result.stdout

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import torchmoe
 
+pytestmark = pytest.mark.needs_build
+
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = ROOT / "build" / "tests" / "cpp" / "torchmoe_parity"
 SEED = 7
