@@ -343,7 +343,9 @@ def readable(tensor: Tensor) -> bool:
 
 
 class Checked(Generic[Value]):
-    """A module's attribute that is checked whenever it is set.
+    """A module's attribute that is checked whenever it is set, and kept in `_name`.
+
+    torch.compile of torch 2.11 would ask this again for what lies in `__dict__` by its own name.
 
     Args:
         check: one of the functions above that give the value.
@@ -362,11 +364,12 @@ class Checked(Generic[Value]):
     def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Checked[Value]:
         if module is None:
             return self
-        value: Value = module.__dict__[self._name]
+        value: Value = module.__dict__["_" + self._name]
         return value
 
     def __set__(self, module: nn.Module, value: Value) -> None:
-        module.__dict__[self._name] = self._check(type(module).__name__, self._name, value)
+        checked = self._check(type(module).__name__, self._name, value)
+        module.__dict__["_" + self._name] = checked
 
 
 class Level:

@@ -29,13 +29,6 @@ from torchmoe._checks import (
 # for factors up to 128.
 _MOST_SLOTS = 2**28
 
-# How far, relative to itself, a capacity in float64 may lie above a whole number and still count as
-# that number: far above what rounding does to it.
-_EXCESS = 1e-6
-
-# What three products and a quotient may err by, with a wide margin.
-_ROUNDING = 1e-14
-
 ROUNDINGS = ("up", "down")
 
 
@@ -155,9 +148,11 @@ def capacity_from_ratio(
         return torch.minimum(slots.clamp(min=min_capacity), tokens)
 
     slots_int = (num_tokens * numerator + excess) // denominator
+    if isinstance(slots_int, int):  # as torch.compile takes a symbolic number too
+        return min(max(slots_int, min_capacity), num_tokens)
     # torch.sym_max and sym_min, unlike max and min, put no guard on a symbolic number of tokens.
-    at_least = torch.sym_max(slots_int, min_capacity)  # type: ignore[no-untyped-call]
-    capacity: int = torch.sym_min(at_least, num_tokens)  # type: ignore[no-untyped-call]
+    at_least = torch.sym_max(slots_int, min_capacity)
+    capacity: int = torch.sym_min(at_least, num_tokens)
     return capacity
 
 
@@ -272,6 +267,10 @@ def dynamic_capacity(
 
 def dynamic_from_ratio(usage: Tensor, num_slots: int | Tensor, ratio: tuple[int, int]) -> Tensor:
     """`dynamic_capacity` for checked arguments and a factor that is two integers; see there."""
+    # Not constants of the module: under torch.compile(dynamic=True) torch 2.11 takes such a float
+    # for one that may change, and compiles twice.
+    excess = 1e-6  # how far above a whole number, relative to itself, a capacity still counts as it
+    rounding = 1e-14  # what three products and a quotient may err by, with a wide margin
     num_experts = usage.shape[0]
     # A larger factor gives no expert more, and might not fit a float.
     factor = ratio[0] / ratio[1] if ratio[0] < num_experts * ratio[1] else num_experts
@@ -280,8 +279,8 @@ def dynamic_from_ratio(usage: Tensor, num_slots: int | Tensor, ratio: tuple[int,
     relative = torch.where(relative > 1, relative, 1.0).clamp(max=num_experts)
     places = relative * (factor / max(num_experts, 1)) * num_slots
     # A whole number that was rounded down by a few units in the last place is that number.
-    whole = (places * (1 + _ROUNDING)).floor()
-    capacity = torch.where(places - whole > _EXCESS * places, whole + 1, whole)
+    whole = (places * (1 + rounding)).floor()
+    capacity = torch.where(places - whole > excess * places, whole + 1, whole)
     if isinstance(num_slots, Tensor):
         capacity = torch.minimum(capacity, num_slots.double())
     else:

@@ -125,7 +125,7 @@ class ExpertChoiceRouter(WrappingRouter):
         capacity = self._capacity(mask, groups, length, logits.device)
         kept = ops.limit_capacity(
             own.reshape(num_tokens, self.num_experts),
-            capacity.repeat_interleave(self.num_experts, output_size=groups * self.num_experts),
+            capacity.unsqueeze(1).expand(-1, self.num_experts).reshape(-1),
             priority=scores,
         )
         picked = kept >= 0  # [T, E]
