@@ -21,9 +21,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-if (
-    int(setuptools.__version__.split(".")[0]) < 77
-):  # which reads the licence as pyproject.toml has it
+# 77 is the first that reads the licence as pyproject.toml has it.
+if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"torchmoe: setuptools must be 77 or later, got {setuptools.__version__}: "
         "pip install torch 'setuptools>=77' cmake ninja"

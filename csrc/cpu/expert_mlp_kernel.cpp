@@ -343,13 +343,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   check_expert_mlp_backward(
       grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation_name);
   check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
-  // By name one by one: what the parallel regions below read cannot be structured bindings for every compiler.
-  const bool want_x = output_mask[0];
-  const bool want_weights = output_mask[1];
-  const bool want_w_in = output_mask[2];
-  const bool want_b_in = output_mask[3];
-  const bool want_w_out = output_mask[4];
-  const bool want_b_out = output_mask[5];
+  const ExpertMlpWanted wanted(output_mask);
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
   const auto shape = shape_of(w_in, w_out);
@@ -363,29 +357,29 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto w_out_c = w_out.contiguous();
   const auto b_out_c = contiguous(b_out);
   const auto pre_c = contiguous_as(pre, dtype);
-  auto grad_x = empty_if(want_x, x.sym_sizes(), x.options());
+  auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
   auto grad_weights = at::zeros(weights.sizes(), options);
-  auto grad_w_in = cpu::empty_pages_if(want_w_in, w_in.sizes(), w_in.options());
-  auto grad_b_in = empty_if(want_b_in, {num_experts, shape.pre_width}, w_in.options());
-  auto grad_w_out = cpu::empty_pages_if(want_w_out, w_out.sizes(), w_out.options());
-  auto grad_b_out = empty_if(want_b_out, {num_experts, shape.hidden}, w_out.options());
-  const auto rows = cpu::empty_pages({want_x ? row_to_slot.size(0) : 0, shape.hidden}, options);
+  auto grad_w_in = cpu::empty_pages_if(wanted.w_in, w_in.sizes(), w_in.options());
+  auto grad_b_in = empty_if(wanted.b_in, {num_experts, shape.pre_width}, w_in.options());
+  auto grad_w_out = cpu::empty_pages_if(wanted.w_out, w_out.sizes(), w_out.options());
+  auto grad_b_out = empty_if(wanted.b_out, {num_experts, shape.hidden}, w_out.options());
+  const auto rows = cpu::empty_pages({wanted.x ? row_to_slot.size(0) : 0, shape.hidden}, options);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "expert_mlp_backward", [&] {
     using Acc = at::opmath_type<scalar_t>;
-    const auto data_if = [](bool wanted, at::Tensor& tensor) {
-      return wanted ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+    const auto data_if = [](bool one, at::Tensor& tensor) {
+      return one ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
     };
-    auto* row_data = want_x ? rows.mutable_data_ptr<Acc>() : nullptr;
+    auto* row_data = wanted.x ? rows.mutable_data_ptr<Acc>() : nullptr;
     const auto view = plan.view();
     const RoutedRows<Acc> routed(view, weights_acc.const_data_ptr<Acc>());
     const ExpertMatrices<const scalar_t> matrices{w_in_c.const_data_ptr<scalar_t>(),
                                                   nullptr,
                                                   w_out_c.const_data_ptr<scalar_t>(),
                                                   data_or_null<scalar_t>(b_out_c)};
-    const ExpertMatrices<scalar_t> matrix_gradients{data_if(want_w_in, grad_w_in),
-                                                    data_if(want_b_in, grad_b_in),
-                                                    data_if(want_w_out, grad_w_out),
-                                                    data_if(want_b_out, grad_b_out)};
+    const ExpertMatrices<scalar_t> matrix_gradients{data_if(wanted.w_in, grad_w_in),
+                                                    data_if(wanted.b_in, grad_b_in),
+                                                    data_if(wanted.w_out, grad_w_out),
+                                                    data_if(wanted.b_out, grad_b_out)};
     const auto* x_data = x_c.const_data_ptr<scalar_t>();
     const auto* grad_data = grad_c.const_data_ptr<scalar_t>();
     const auto* pre_data = pre_c.const_data_ptr<scalar_t>();
@@ -414,18 +408,19 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                              order.num_busy,
                              workspace);
     });
-    if (want_x) {
+    if (wanted.x) {
       const Acc* unweighted = nullptr;
       cpu::combine_rows(
           plan.view(), row_data, unweighted, grad_x.mutable_data_ptr<scalar_t>(), shape.hidden);
     }
   });
-  return {grad_x,
-          want_weights ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()),
-          grad_w_in,
-          grad_b_in,
-          grad_w_out,
-          grad_b_out};
+  return {
+      grad_x,
+      wanted.weights ? grad_weights.to(weights.scalar_type()) : at::empty({0}, weights.options()),
+      grad_w_in,
+      grad_b_in,
+      grad_w_out,
+      grad_b_out};
 }
 
 }  // namespace

@@ -119,14 +119,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
-  // By name one by one: where OpenMP is on, as in the emulation, not every compiler lets a lambda capture structured bindings.
-  const bool want_x = output_mask[0];
-  const bool want_weights = output_mask[1];
-  const bool want_w_in = output_mask[2];
-  const bool want_b_in = output_mask[3];
-  const bool want_w_out = output_mask[4];
-  const bool want_b_out = output_mask[5];
-  const bool want_pre = want_x || want_w_in || want_b_in;
+  const ExpertMlpWanted wanted(output_mask);
+  const bool want_pre = wanted.x || wanted.w_in || wanted.b_in;
   const auto activation = choose_activation("expert_mlp", activation_name);
   const cuda::PlanTensors plan(expert_offsets, row_to_slot, slot_to_row);
   const auto num_rows = row_to_slot.size(0);
@@ -145,13 +139,13 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto pre_c = contiguous_as(pre, dtype);
   const auto tokens = at::empty({num_rows}, row_to_slot.options());
   const auto row_weights = at::empty({num_rows}, x.options().dtype(acc));
-  auto grad_x = empty_if(want_x, x.sym_sizes(), x.options());
-  auto grad_weights = empty_if(want_weights, weights.sym_sizes(), row_weights.options());
-  auto grad_w_in = empty_if(want_w_in, w_in.sym_sizes(), x.options());
-  auto grad_b_in = empty_if(want_b_in, {num_experts, pre_width}, x.options());
-  auto grad_w_out = empty_if(want_w_out, w_out.sym_sizes(), x.options());
-  auto grad_b_out = empty_if(want_b_out, {num_experts, hidden}, x.options());
-  auto weighted_act = empty_if(want_w_out, {num_rows, intermediate}, x.options());
+  auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
+  auto grad_weights = empty_if(wanted.weights, weights.sym_sizes(), row_weights.options());
+  auto grad_w_in = empty_if(wanted.w_in, w_in.sym_sizes(), x.options());
+  auto grad_b_in = empty_if(wanted.b_in, {num_experts, pre_width}, x.options());
+  auto grad_w_out = empty_if(wanted.w_out, w_out.sym_sizes(), x.options());
+  auto grad_b_out = empty_if(wanted.b_out, {num_experts, hidden}, x.options());
+  auto weighted_act = empty_if(wanted.w_out, {num_rows, intermediate}, x.options());
   auto grad_pre = empty_if(want_pre, {num_rows, pre_width}, x.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "expert_mlp_backward", [&] {
     using Acc = at::opmath_type<scalar_t>;
@@ -174,7 +168,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     // 1. dA' = grad w_out, and through the activation.
     const auto dots =
         at::empty({num_rows, cuda::dot_parts<scalar_t>(intermediate)}, row_weights.options());
-    auto* weighted_act_data = want_w_out ? weighted_act.mutable_data_ptr<scalar_t>() : nullptr;
+    auto* weighted_act_data = wanted.w_out ? weighted_act.mutable_data_ptr<scalar_t>() : nullptr;
     auto* grad_pre_data = want_pre ? grad_pre.mutable_data_ptr<scalar_t>() : nullptr;
     cuda::project_down_backward(stream,
                                 map,
@@ -189,7 +183,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                 grad_pre_data,
                                 hidden,
                                 intermediate);
-    if (want_weights) {
+    if (wanted.weights) {
       cuda::finish_grad_weights(stream,
                                 plan.plan(),
                                 map,
@@ -202,7 +196,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     }
     // 2. w_out and b_out: the weight sits in the activation for the one, beside the row for the
     // other.
-    if (want_w_out) {
+    if (wanted.w_out) {
       cuda::grouped_linear_grad_weight(stream,
                                        map,
                                        grad_data,
@@ -213,7 +207,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                        intermediate,
                                        hidden);
     }
-    if (want_b_out) {
+    if (wanted.b_out) {
       cuda::grouped_linear_grad_bias(stream,
                                      map,
                                      grad_data,
@@ -223,7 +217,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                      hidden);
     }
     // 3. w_in and b_in.
-    if (want_w_in) {
+    if (wanted.w_in) {
       cuda::grouped_linear_grad_weight(stream,
                                        map,
                                        grad_pre_data,
@@ -234,7 +228,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                        hidden,
                                        pre_width);
     }
-    if (want_b_in) {
+    if (wanted.b_in) {
       cuda::grouped_linear_grad_bias(stream,
                                      map,
                                      grad_pre_data,
@@ -244,7 +238,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                      pre_width);
     }
     // 4. x: each slot's share of its gradient, then their sum.
-    if (want_x) {
+    if (wanted.x) {
       auto rows = at::empty({num_rows, hidden}, x.options());
       cuda::grouped_linear_grad_rows(stream,
                                      map,

@@ -52,6 +52,19 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
 using ExpertMlpGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
+/// An output_mask by name. A value that lambdas in parallel regions capture, which structured bindings are not for every compiler.
+struct ExpertMlpWanted {
+  explicit ExpertMlpWanted(const std::array<bool, 6>& output_mask)
+      : x(output_mask[0]),
+        weights(output_mask[1]),
+        w_in(output_mask[2]),
+        b_in(output_mask[3]),
+        w_out(output_mask[4]),
+        b_out(output_mask[5]) {}
+
+  bool x, weights, w_in, b_in, w_out, b_out;
+};
+
 /// Gradients of x, weights, w_in, b_in, w_out and b_out for `grad` [T, H]; one that output_mask
 /// leaves out is an empty tensor of shape [0]. b_in is in `pre` already; it is an argument so that
 /// a second derivative through it is refused and not lost.

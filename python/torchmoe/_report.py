@@ -68,13 +68,17 @@ def _built() -> dict[str, str]:
 
 
 def _torch() -> str:
-    """The version of torch and its place, which is not imported for this."""
+    """What torch is at hand, and where; it is not imported for this."""
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return NONE
     torch = sys.modules.get("torch")
     try:
-        version = torch.__version__ if torch is not None else metadata.version("torch")
+        if torch is None:
+            version = metadata.version("torch")
+        else:
+            cuda, threads = torch.version.cuda or NONE, torch.get_num_threads()
+            version = f"{torch.__version__}, CUDA {cuda}, {threads} threads"
     except (AttributeError, metadata.PackageNotFoundError):
         version = "of an unknown version"
     return f"{version}, {Path(found.origin).parent}"
