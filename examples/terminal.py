@@ -27,7 +27,8 @@ def run(main: Callable[[], int]) -> NoReturn:
     ends it with a line. Without any standard output it runs as ever.
     """
     _open_what_is_closed()
-    signal.signal(signal.SIGINT, OnePress(signal.default_int_handler))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a script's background job
+        signal.signal(signal.SIGINT, OnePress(signal.default_int_handler))
     status: int | str | None
     try:
         try:

@@ -454,8 +454,9 @@ def asked_to_stop() -> Iterator[list[int]]:
     """A list that is empty until Ctrl-C, SIGTERM or SIGHUP: the step at hand is finished first.
 
     The second time, Ctrl-C does what it did before: it stops at once. Presses that follow each
-    other at once are one. SIGHUP, which comes when a terminal is closed, stays ignored where it is,
-    as under nohup. In another thread than the main one, which gets no signals, it stays empty.
+    other at once are one. What is ignored stays ignored, as SIGHUP, which comes when a terminal is
+    closed, under nohup, and Ctrl-C in a script's background job. In another thread than the main
+    one, which gets no signals, it stays empty.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -463,20 +464,24 @@ def asked_to_stop() -> Iterator[list[int]]:
         return
 
     def remember(number: int, frame: FrameType | None) -> None:
-        former = before[signal.SIGINT]
+        former = before[signal.Signals(number)]
         if received and number == signal.SIGINT and callable(former):
             former(number, frame)
         received.append(number)
 
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, terminal.OnePress(remember))}
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    before = {}
+    for number, handler in (
+        (signal.SIGINT, terminal.OnePress(remember)),
+        (signal.SIGTERM, remember),
+        (signal.SIGHUP, remember),
+    ):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            before[number] = signal.signal(number, remember)
+            before[number] = signal.signal(number, handler)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def test_ctrl_c_several_times(tiny: list[str], tmp_path: Path, presses: int) -> 
     assert errors == ""
     assert child.returncode == 130
     assert f"interrupted after {checkpoint.load(tmp_path).progress.step} steps" in output
+
+
+def test_ctrl_c_leaves_a_background_job_alone(tiny: list[str], tmp_path: Path) -> None:
+    """A script starts it with Ctrl-C ignored, which then reaches both."""
+    job = shlex.join([sys.executable, *training(tiny, tmp_path), "--steps", "300"])
+    with subprocess.Popen(
+        ["bash", "-c", f"{job} & wait"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as script:
+        deadline = time.monotonic() + 60
+        metrics = tmp_path / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(script.pid, signal.SIGINT)
+        output, _ = script.communicate(timeout=60)
+    assert script.returncode == -signal.SIGINT
+    assert "interrupted" not in output
+    assert checkpoint.load(tmp_path).progress.step == 300
 
 
 def test_the_report_of_the_installation() -> None:

@@ -383,16 +383,18 @@ def test_resumes_to_the_bit(
     assert results[0]["bits_per_byte"] == results[1]["bits_per_byte"]
 
 
-def test_a_closed_terminal_does_not_stop_what_ignores_it(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_what_is_ignored_stays_ignored(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    monkeypatch.setattr(signal, "SIGHUP", signal.SIGUSR1)  # which no test runner lives by
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """As SIGHUP under nohup, and Ctrl-C in a script's background job."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        stop_at(3, signal.SIGUSR1, monkeypatch)
+        stop_at(3, number, monkeypatch)
         assert train_lm.main([*tiny, "--steps", "5", "--out", str(tmp_path)]) == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(number, before)
 
 
 def test_trains_in_a_thread(tiny: list[str], tmp_path: Path) -> None:
