@@ -52,7 +52,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
 using ExpertMlpGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-/// An output_mask by name. A value that lambdas in parallel regions capture, which structured bindings are not for every compiler.
+/// An output_mask by name. Lambdas in parallel regions capture it, as not every compiler lets them
+/// capture structured bindings.
 struct ExpertMlpWanted {
   explicit ExpertMlpWanted(const std::array<bool, 6>& output_mask)
       : x(output_mask[0]),
