@@ -16,6 +16,7 @@ enum class Normalize { none, topk, uniform };
 enum class GateEstimator { exact, straight_through };
 enum class CapacityOrder { choice, token };
 enum class Overflow { drop, next_best, backup };
+enum class Rounding { up, down };
 
 template <typename Enum, std::size_t size>
 using Choices = std::array<std::pair<std::string_view, Enum>, size>;
@@ -67,6 +68,11 @@ inline Overflow choose_overflow(std::string_view op, std::string_view given) {
   static constexpr Choices<Overflow, 3> choices{
       {{"drop", Overflow::drop}, {"next_best", Overflow::next_best}, {"backup", Overflow::backup}}};
   return choose(op, "overflow", given, choices);
+}
+
+inline Rounding choose_rounding(std::string_view op, std::string_view given) {
+  static constexpr Choices<Rounding, 2> choices{{{"up", Rounding::up}, {"down", Rounding::down}}};
+  return choose(op, "rounding", given, choices);
 }
 
 }  // namespace torchmoe

@@ -3,20 +3,22 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include <ATen/core/Tensor.h>
 
 namespace torchmoe {
 
-/// A capacity factor as the decimal number its author wrote (1.1 is 11/10), reduced to two
-/// integers.
+/// A capacity factor as two integers in lowest terms: the nearest fraction with a denominator of at
+/// most 10^6, so that 1.1 is 11/10 and 4.0 / 3 is 4/3. Of one above 2^31, which is more than any
+/// layer's num_experts, 2^31 is kept.
 class CapacityFactor {
  public:
   /// Implicit, so that a plain 1.25 serves wherever a factor is asked for. `op` and `argument` are
   /// for the message only.
   /* implicit */ CapacityFactor(double factor,
-                                const char* op = "expert_capacity",
-                                const char* argument = "capacity_factor");
+                                std::string_view op = "expert_capacity",
+                                std::string_view argument = "capacity_factor");
 
   int64_t numerator() const { return numerator_; }
   int64_t denominator() const { return denominator_; }
@@ -26,20 +28,22 @@ class CapacityFactor {
   int64_t denominator_;
 };
 
-/// ceil(capacity_factor * top_k * num_tokens / num_experts), then at least min_capacity, at most
-/// num_tokens; 0 for no tokens. In integers throughout.
+/// ceil(capacity_factor * top_k * num_tokens / num_experts), with rounding "down" the floor; then at
+/// least min_capacity, at most num_tokens; 0 for no tokens. In integers throughout.
 int64_t expert_capacity(int64_t num_tokens,
                         int64_t num_experts,
                         int64_t top_k,
                         const CapacityFactor& capacity_factor,
-                        int64_t min_capacity = 0);
+                        int64_t min_capacity = 0,
+                        std::string_view rounding = "up");
 
-/// The same for an int64 tensor of token counts, each at most 2^31, that stays on its device:
-/// nothing is read back.
+/// The same for an int64 or int32 tensor of token counts, each up to 9 * 10^12 / num_experts; the
+/// int64 result stays on its device: nothing is read back.
 at::Tensor expert_capacity(const at::Tensor& num_tokens,
                            int64_t num_experts,
                            int64_t top_k,
                            const CapacityFactor& capacity_factor,
-                           int64_t min_capacity = 0);
+                           int64_t min_capacity = 0,
+                           std::string_view rounding = "up");
 
 }  // namespace torchmoe

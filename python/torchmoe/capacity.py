@@ -1,9 +1,9 @@
 """How many slots an expert keeps: one number for all in integers, or one each from their history.
 
 A float product rounds 1.1 * 2 * 200 / 4 up past 110, and a ceiling then gives 111. So a capacity
-factor is taken as the decimal number its author wrote (1.1 is 11/10) and everything after that is
-integer arithmetic, which is exact, is the same in Python and C++, and traces with a symbolic number
-of tokens.
+factor is taken as the nearest fraction with a denominator of at most 10^6 (1.1 is 11/10, 4 / 3 is
+4/3), and everything after that is integer arithmetic, which is exact, is the same in Python and C++,
+and traces with a symbolic number of tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchmoe._checks import (
+    check_among,
     check_at_least,
     check_choice,
     check_number,
@@ -24,10 +25,10 @@ from torchmoe._checks import (
     shown,
 )
 
-# Slots, top_k times tokens, up to which arithmetic in int64 is exact: tensors compute in it, and so
-# does compiled code. With a numerator of at most factor * 2^28 the product of both stays below 2^63
-# for factors up to 128.
-_MOST_SLOTS = 2**28
+# The largest denominator of a factor. A share of the tokens is then a fraction of at most 10^6 *
+# num_experts parts, which an int64 can multiply with 9 * 10^12 / num_experts tokens.
+_MOST_PARTS = 10**6
+_MOST_EXPERTS = 2**31
 
 ROUNDINGS = ("up", "down")
 
@@ -38,10 +39,10 @@ def capacity_ratio(
     op: str = "expert_capacity",
     argument: str = "capacity_factor",
 ) -> tuple[int, int]:
-    """The capacity factor as two integers, exactly the decimal number that was written.
+    """The capacity factor as two integers: the nearest fraction with a denominator up to 10^6.
 
     Args:
-        factor: a finite number >= 0. A float counts as its shortest decimal form, so 1.1 is 11/10.
+        factor: a finite number >= 0.
         op: the name that error messages start with.
         argument: the argument's name in error messages.
 
@@ -52,15 +53,16 @@ def capacity_ratio(
         TypeError: factor is not a real number.
         ValueError: factor is negative, NaN or infinite.
     """
-    if not isinstance(factor, Decimal):
+    if isinstance(factor, Decimal):
+        is_finite = factor.is_finite()
+    else:
         check_number(op, argument, factor)
-    is_finite = isinstance(factor, int | Fraction) or math.isfinite(factor)
+        is_finite = factor < math.inf  # of a NaN too, and of fractions too large for a float
     if not is_finite or factor < 0:
         raise ValueError(f"{op}: {argument} must be a finite number >= 0, got {factor}")
-    if isinstance(factor, int | Fraction | Decimal):
-        ratio = Fraction(factor)
-    else:
-        ratio = Fraction(str(factor))
+    # A numpy scalar is no float.
+    exact = factor if isinstance(factor, int | Fraction | Decimal) else float(factor)
+    ratio = Fraction(exact).limit_denominator(_MOST_PARTS)
     return ratio.numerator, ratio.denominator
 
 
@@ -94,16 +96,16 @@ def expert_capacity(
 
     Then at least `min_capacity`, and at most `num_tokens`, since no expert gets more than one slot
     of a token. The formula is that of GShard (arXiv 2006.16668) and Switch Transformer (arXiv
-    2101.03961), here without rounding: 1.1 means 11/10.
+    2101.03961), here in integers: 1.1 means 11/10.
 
     Args:
         num_tokens: how many tokens count: an int, a symbolic int under torch.compile, or an integer
             tensor (then the result is an int64 tensor of its shape, computed on its device without
-            a sync). Symbolic and on a device, exact up to 2^28 slots.
-        num_experts: E.
-        top_k: K, slots per token.
+            a sync). Symbolic and in a tensor up to 9 * 10^12 / num_experts.
+        num_experts: E, at most 2^31.
+        top_k: K, slots per token, at most E.
         capacity_factor: 1 is just enough room when the tokens spread evenly. int, float, Fraction
-            or Decimal.
+            or Decimal; what counts is the nearest fraction with a denominator of at most 10^6.
         min_capacity: lower bound, for batches of very few tokens.
         rounding: "up", or "down" for the floor instead of the ceiling (Mesh TensorFlow and what
             was made after it).
@@ -116,14 +118,12 @@ def expert_capacity(
         ValueError: an argument is out of range or unknown, or num_tokens is a tensor that is not of
             an integer dtype, or on the CPU holds a negative number.
     """
-    check_at_least("expert_capacity", "num_experts", num_experts, 1)
-    check_at_least("expert_capacity", "top_k", top_k, 1)
+    check_among("expert_capacity", "num_experts", num_experts, _MOST_EXPERTS)
+    check_among("expert_capacity", "top_k", top_k, num_experts)
     check_at_least("expert_capacity", "min_capacity", min_capacity, 0)
     check_choice("expert_capacity", "rounding", rounding, ROUNDINGS)
     check_amount("expert_capacity", "num_tokens", num_tokens)
     ratio = capacity_ratio(capacity_factor)
-    if computes_in_int64(num_tokens):
-        ratio = int64_ratio(ratio, rounding)
     return capacity_from_ratio(num_tokens, num_experts, top_k, ratio, min_capacity, rounding)
 
 
@@ -138,7 +138,7 @@ def capacity_from_ratio(
     """`expert_capacity` for checked arguments and a factor that is two integers; see there."""
     numerator, denominator = ratio[0] * top_k, ratio[1] * num_experts
     # A capacity above num_tokens means nothing, so a larger factor is cut here, before it can
-    # overflow an int64 tensor.
+    # overflow an int64.
     numerator = min(numerator, denominator)
     excess = denominator - 1 if rounding == "up" else 0
 
@@ -179,49 +179,6 @@ def check_amount(op: str, argument: str, number: int | Tensor) -> None:
         )
     elif readable(number) and (number < 0).any():
         raise ValueError(f"{op}: {argument} must be >= 0, got {number.min().item()}")
-
-
-def computes_in_int64(num_tokens: int | Tensor) -> bool:
-    """Whether the capacity of num_tokens is computed in int64 and not in Python's integers."""
-    return isinstance(num_tokens, Tensor | torch.SymInt) or torch.compiler.is_compiling()
-
-
-def int64_ratio(ratio: tuple[int, int], rounding: str) -> tuple[int, int]:
-    """The closest fraction with a denominator up to _MOST_SLOTS, on the side that rounding goes.
-
-    For n slots, n at most _MOST_SLOTS, no c * num_experts / n lies between the two, so that the
-    smallest whole c with c * num_experts / n >= ratio (rounding "up", or the largest with <= for
-    "down"), which is the capacity, is the same for both.
-    """
-    whole, rest = divmod(ratio[0], ratio[1])
-    common = math.gcd(rest, ratio[1])
-    a, b = rest // common, ratio[1] // common
-    if b <= _MOST_SLOTS:
-        return whole * b + a, b
-    if rounding == "up":
-        numerator, denominator = _fraction_above(a, b)
-        return whole * denominator + numerator, denominator
-    numerator, denominator = _fraction_above(b - a, b)
-    return (whole + 1) * denominator - numerator, denominator
-
-
-def _fraction_above(a: int, b: int) -> tuple[int, int]:
-    """The smallest fraction >= a / b, in (0, 1), with a denominator up to _MOST_SLOTS < b.
-
-    Found by a walk down the Stern-Brocot tree.
-    """
-    low, low_parts, high, high_parts = 0, 1, 1, 1
-    while low_parts + high_parts <= _MOST_SLOTS:
-        # The distances to a / b, times b and their own denominator: positive and never equal, since
-        # a mediant that hits a / b would need the denominator b.
-        below, above = a * low_parts - low * b, high * b - a * high_parts
-        if below > above:
-            steps = min(below // above, (_MOST_SLOTS - low_parts) // high_parts)
-            low, low_parts = low + steps * high, low_parts + steps * high_parts
-        else:
-            steps = min((above - 1) // below, (_MOST_SLOTS - high_parts) // low_parts)
-            high, high_parts = high + steps * low, high_parts + steps * low_parts
-    return high, high_parts
 
 
 def dynamic_capacity(

@@ -18,9 +18,7 @@ from torchmoe.capacity import (
     capacity_ratio,
     check_amount,
     check_usage,
-    computes_in_int64,
     dynamic_from_ratio,
-    int64_ratio,
 )
 
 ORDERS = ("choice", "token")
@@ -51,7 +49,7 @@ class Capacity:
 
     Attributes:
         factor: capacity factor in training; 1 is just enough room when tokens spread evenly. Taken
-            as the decimal number that was written, so 1.1 is 11/10.
+            as the nearest fraction with a denominator of at most 10^6, so 1.1 is 11/10.
         eval_factor: the factor in evaluation mode; None uses `factor`.
         minimum: an expert keeps at least this many slots.
         order: who is served first, see `torchmoe.ops.limit_capacity`. "choice" (all first choices,
@@ -88,8 +86,8 @@ class Capacity:
     backup: Sequence[int] | None = None
     rounding: str = "up"
     dynamic: bool = False
-    # The factor in training and in evaluation, each as two integers and as two that suit int64.
-    _ratios: dict[tuple[bool, bool], tuple[int, int]] = field(init=False, repr=False, compare=False)
+    # The factors as two integers each, by whether the layer trains.
+    _ratios: dict[bool, tuple[int, int]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Checks every field and turns the factors into integers, once."""
@@ -117,13 +115,7 @@ class Capacity:
         eval_ratio = ratio
         if self.eval_factor is not None:
             eval_ratio = capacity_ratio(self.eval_factor, op="Capacity", argument="eval_factor")
-        ratios = {
-            (True, False): ratio,
-            (True, True): int64_ratio(ratio, self.rounding),
-            (False, False): eval_ratio,
-            (False, True): int64_ratio(eval_ratio, self.rounding),
-        }
-        object.__setattr__(self, "_ratios", ratios)
+        object.__setattr__(self, "_ratios", {True: ratio, False: eval_ratio})
 
     def slots(
         self,
@@ -155,12 +147,11 @@ class Capacity:
         check_at_least("Capacity", "num_experts", num_experts, 1)
         check_at_least("Capacity", "top_k", top_k, 1)
         check_flag("Capacity", "training", training)
+        ratio = self._ratios[training]
         if not self.dynamic:
-            ratio = self._ratios[training, computes_in_int64(num_tokens)]
             return capacity_from_ratio(
                 num_tokens, num_experts, top_k, ratio, self.minimum, self.rounding
             )
-        ratio = self._ratios[training, False]
         check_usage("Capacity", usage)
         slots = dynamic_from_ratio(cast(Tensor, usage), top_k * num_tokens, ratio)
         slots = slots.clamp(min=self.minimum)
