@@ -78,20 +78,24 @@ class Method:
     """What is different from one method to the next."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of the layer, over a balance_weight of 0."""
+    """Of the layer, whose balance is Balance(0) else."""
     starts_collapsed: bool = True
 
 
 METHODS = {
     CONTROL: Method(),
     HEALTHY: Method(starts_collapsed=False),
-    "load_balancing:batch": Method({"balance_weight": 0.01}),
-    "load_balancing:sequence": Method({"balance_weight": 0.01, "fraction_from": "sequence"}),
-    "load_balancing:history": Method({"balance_weight": 0.01, "fraction_from": "history"}),
-    "importance+load": Method({"losses": [("importance_loss", 0.1), ("load_loss", 0.1)]}),
-    "mutual_information": Method({"losses": [("mutual_information_loss", 0.01)]}),
-    "global_entropy": Method({"losses": [("global_entropy_loss", 0.01)]}),
-    "selection_bias": Method({"selection_bias_rate": 0.001}),
+    "load_balancing:batch": Method({"balance": Balance(0.01)}),
+    "load_balancing:sequence": Method({"balance": Balance(0.01, fraction_from="sequence")}),
+    "load_balancing:history": Method({"balance": Balance(0.01, fraction_from="history")}),
+    "importance+load": Method(
+        {"balance": Balance(0, losses=[("importance_loss", 0.1), ("load_loss", 0.1)])}
+    ),
+    "mutual_information": Method(
+        {"balance": Balance(0, losses=[("mutual_information_loss", 0.01)])}
+    ),
+    "global_entropy": Method({"balance": Balance(0, losses=[("global_entropy_loss", 0.01)])}),
+    "selection_bias": Method({"balance": Balance(0, selection_bias_rate=0.001)}),
     "next_best": Method({"capacity": Capacity(1, overflow="next_best")}),
 }
 EXAMPLES = """\
@@ -251,7 +255,7 @@ def make_layer(method: Method, seed: int) -> MoE:
         TOP_K,
         # It learns the common function, so that the experts have the clusters' own to learn.
         shared_experts=nn.Linear(HIDDEN_SIZE, HIDDEN_SIZE, bias=False),
-        **{"balance_weight": 0.0, **method.arguments},
+        **{"balance": Balance(0), **method.arguments},
     )
     # The weights of the constant feature add the same to the logits of every token. They are the
     # router's own parameter, so that whatever teaches the router can undo it.

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lm.routers import READS_TOKEN_IDS, ROUTERS
-from torchmoe.nn import Capacity, ExpertCommunication, Experts, Gate, MoE, MoEOutput, Routing
+from torchmoe.nn import (
+    Balance,
+    Capacity,
+    ExpertCommunication,
+    Experts,
+    Gate,
+    MoE,
+    MoEOutput,
+    Routing,
+)
 
 VOCABULARY = 256  # a token is a byte
 HEAD_SIZE = 32
@@ -139,9 +148,11 @@ def make_moe(config: ModelConfig, layer: int) -> MoE:
         config.top_k,
         gate=Gate(estimator=config.estimator, normalize=config.normalize),
         capacity=capacity,
-        balance_weight=BALANCE_WEIGHT if config.balance == "loss" else 0.0,
-        selection_bias_rate=BIAS_RATE if config.balance == "bias" else 0.0,
-        fraction_from="global_batch",  # of all processes
+        balance=Balance(
+            weight=BALANCE_WEIGHT if config.balance == "loss" else 0.0,
+            fraction_from="global_batch",  # of all processes
+            selection_bias_rate=BIAS_RATE if config.balance == "bias" else 0.0,
+        ),
         router=make_router(config.hidden_size, config.experts, config.top_k, layer),
         experts=experts,
     )

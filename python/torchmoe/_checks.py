@@ -220,6 +220,24 @@ def check_output_device(owner: str, part: str, output: Tensor, device: torch.dev
         )
 
 
+def check_kind(
+    owner: str,
+    argument: str,
+    value: object,
+    kind: type,
+    *,
+    example: str = "",
+    optional: bool = False,
+) -> None:
+    """Raises TypeError unless value is an instance of kind, or None where that is optional."""
+    if isinstance(value, kind) or (optional and value is None):
+        return
+    article = "an" if kind.__name__[0] in "AEIO" else "a"
+    required = f"{article} {kind.__name__}{' or None' if optional else ''}"
+    such_as = f", such as {example}" if example else ""
+    raise TypeError(f"{owner}: {argument} must be {required}{such_as}, got {shown(value)}")
+
+
 def check_callable(owner: str, argument: str, value: object) -> None:
     """Raises TypeError unless value can be called."""
     if not callable(value):
@@ -370,6 +388,65 @@ class Checked(Generic[Value]):
     def __set__(self, module: nn.Module, value: Value) -> None:
         checked = self._check(type(module).__name__, self._name, value)
         module.__dict__["_" + self._name] = checked
+
+
+class Fixed(Generic[Value]):
+    """A module's attribute that is set once, where the module is made, and kept in `_name`.
+
+    Args:
+        of: the part of the module that has it, under the same name; None is the module itself.
+    """
+
+    def __init__(self, of: str | None = None) -> None:
+        self._of = of
+
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, module: None, owner: type[nn.Module]) -> Fixed[Value]: ...
+    @overload
+    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Fixed[Value]:
+        if module is None:
+            return self
+        value: Value
+        if self._of is None:
+            value = module.__dict__["_" + self._name]
+        else:
+            value = getattr(getattr(module, self._of), self._name)
+        return value
+
+    def __set__(self, module: nn.Module, value: Value) -> None:
+        made = module.__dict__
+        if self._of is None and "_" + self._name not in made:
+            made["_" + self._name] = value
+        elif (fixed := getattr(module, self._name)) is not value and fixed != value:
+            raise AttributeError(
+                f"{type(module).__name__}: {self._name} must stay {shown(fixed)}, as the module "
+                f"was made, got {shown(value)}"
+            )
+
+
+class Setting(Generic[Value]):
+    """A module's record of settings, kept in `_name`, which the module's `_take` replaces."""
+
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, module: None, owner: type[nn.Module]) -> Setting[Value]: ...
+    @overload
+    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Setting[Value]:
+        if module is None:
+            return self
+        value: Value = module.__dict__["_" + self._name]
+        return value
+
+    def __set__(self, module: nn.Module, value: Value) -> None:
+        take: Callable[..., None] = module._take
+        take(**{self._name: value})
 
 
 class Level:

@@ -3,7 +3,7 @@
     from torchmoe import presets
 
     moe = presets.st_moe.layer(512, 2048, 64)
-    moe = presets.st_moe.layer(512, 2048, 64, z_loss_weight=0.0, activation="geglu", bias=True)
+    moe = presets.st_moe.layer(512, 2048, 64, capacity=None, activation="geglu", bias=True)
     print(presets.st_moe)
 
 A preset says how tokens are routed and balanced, and how many shared experts there are; what the
@@ -14,7 +14,7 @@ numbers come out the same:
 
 - A capacity factor of which the original takes T / E is divided by top_k, as ours is a factor of
   top_k * T / E. Ours is exact besides: an original that multiplies floats can be one slot off.
-- A balancing loss that is a multiple of load_balancing_loss has the multiple in balance_weight.
+- A balancing loss that is a multiple of load_balancing_loss has the multiple in balance.weight.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torchmoe._checks import check_at_least
+from torchmoe.nn.balance import Balance
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
@@ -50,12 +51,7 @@ class Preset:
         top_k: see `MoE`, also for the following ones.
         gate: see there.
         capacity: see there.
-        balance_weight: see there.
-        z_loss_weight: see there.
-        fraction_from: see there.
-        fraction_choices: see there.
-        selection_bias_rate: see there.
-        selection_bias_centred: see there.
+        balance: see there.
         routed_scaling_factor: see there.
         num_shared_experts: how many experts serve every token, each of the routed ones' width; they
             are made as one `SharedExperts`.
@@ -70,12 +66,7 @@ class Preset:
     top_k: int
     gate: Gate
     capacity: Capacity | None
-    balance_weight: float
-    z_loss_weight: float
-    fraction_from: str
-    fraction_choices: str
-    selection_bias_rate: float
-    selection_bias_centred: bool
+    balance: Balance
     routed_scaling_factor: float
     num_shared_experts: int
     input_jitter: float
@@ -202,12 +193,7 @@ switch = Preset(
     top_k=1,
     gate=Gate(score_function="softmax", normalize="none"),
     capacity=Capacity(1.25, eval_factor=2.0, minimum=4, rounding="down"),
-    balance_weight=0.01,
-    z_loss_weight=0.0,
-    fraction_from="batch",
-    fraction_choices="all",
-    selection_bias_rate=0.0,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.01),
     routed_scaling_factor=1.0,
     num_shared_experts=0,
     input_jitter=0.01,
@@ -239,12 +225,7 @@ gshard = Preset(
     gate=Gate(score_function="softmax", normalize="topk"),
     # C = 2 S / E for the S tokens of a group: top_k times 1.
     capacity=Capacity(1.0, rounding="down", order="choice", normalize="before_drop"),
-    balance_weight=0.01,
-    z_loss_weight=0.0,
-    fraction_from="batch",
-    fraction_choices="first",
-    selection_bias_rate=0.0,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.01, fraction_choices="first"),
     routed_scaling_factor=1.0,
     num_shared_experts=0,
     input_jitter=0.0,
@@ -279,12 +260,7 @@ st_moe = Preset(
     capacity=Capacity(
         0.625, eval_factor=1.0, minimum=4, rounding="down", order="choice", normalize="before_drop"
     ),
-    balance_weight=0.01,
-    z_loss_weight=0.001,
-    fraction_from="batch",
-    fraction_choices="first",
-    selection_bias_rate=0.0,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.01, z_loss_weight=0.001, fraction_choices="first"),
     routed_scaling_factor=1.0,
     num_shared_experts=0,
     input_jitter=0.0,
@@ -317,12 +293,7 @@ megatron = Preset(
     top_k=2,
     gate=Gate(score_function="softmax", normalize="topk"),
     capacity=Capacity(1.0, rounding="up", priority="weight", normalize="before_drop"),
-    balance_weight=0.01,
-    z_loss_weight=0.0,
-    fraction_from="batch",
-    fraction_choices="all",
-    selection_bias_rate=0.0,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.01),
     routed_scaling_factor=1.0,
     num_shared_experts=0,
     input_jitter=0.0,
@@ -331,7 +302,7 @@ megatron = Preset(
         "Megatron-Core drops nothing until moe_expert_capacity_factor is given (capacity=None is "
         "that) and has no balancing loss until moe_aux_loss_coeff is; 1.0 and 1e-2 are the values "
         "its documentation names.",
-        'f is that of this process; fraction_from="global_batch" with a process_group adds the '
+        'f is that of this process; Balance(fraction_from="global_batch") with a process_group adds the '
         "counts of tensor- and context-parallel processes, as Megatron-Core does.",
         "Of equal weights the earlier slot is kept; Megatron-Core leaves that to torch.topk.",
         'moe_token_drop_policy="position" keeps arbitrary slots there, as a top-k over equal '
@@ -357,12 +328,7 @@ deepspeed = Preset(
     capacity=Capacity(
         1.0, minimum=4, rounding="up", order="choice", priority="random", normalize="after_drop"
     ),
-    balance_weight=0.01,
-    z_loss_weight=0.0,
-    fraction_from="batch",
-    fraction_choices="all",
-    selection_bias_rate=0.0,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.01),
     routed_scaling_factor=1.0,
     num_shared_experts=0,
     input_jitter=0.0,
@@ -396,12 +362,7 @@ mixtral_hf = Preset(
     gate=Gate(score_function="softmax", normalize="topk"),
     capacity=None,
     # router_aux_loss_coef = 0.001, times top_k.
-    balance_weight=0.002,
-    z_loss_weight=0.0,
-    fraction_from="batch",
-    fraction_choices="all",
-    selection_bias_rate=0.0,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.002),
     routed_scaling_factor=1.0,
     num_shared_experts=0,
     input_jitter=0.0,
@@ -409,7 +370,7 @@ mixtral_hf = Preset(
     differs=(
         "One loss per layer, to be added up; Transformers pools the tokens of all layers into one "
         "f and one P, where layers that collapse onto different experts look balanced.",
-        "balance_weight holds for top_k=2: with another top_k it is 0.001 * top_k. Transformers "
+        "balance.weight holds for top_k=2: with another top_k it is 0.001 * top_k. Transformers "
         "adds its loss only with output_router_logits=True, which is not its default.",
         "Transformers' router_jitter_noise (0 by default) also perturbs what the experts see, in "
         "place; input_jitter concerns the router alone.",
@@ -431,12 +392,7 @@ deepseek_v3 = Preset(
     top_k=8,
     gate=Gate(score_function="sigmoid", normalize="topk", num_groups=8, top_groups=4),
     capacity=None,
-    balance_weight=0.0001,
-    z_loss_weight=0.0,
-    fraction_from="sequence",
-    fraction_choices="all",
-    selection_bias_rate=0.001,
-    selection_bias_centred=False,
+    balance=Balance(weight=0.0001, fraction_from="sequence", selection_bias_rate=0.001),
     routed_scaling_factor=2.5,
     num_shared_experts=1,
     input_jitter=0.0,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from op_case import Function, Inputs, OpCase, Outputs, as_tuple, bind, leaves, map_tensors
 from op_harness import OpTests
-from torchmoe.nn import Capacity, Gate, MoE
+from torchmoe.nn import Balance, Capacity, Gate, MoE
 
 DEVICE = "cpu"
 
@@ -134,14 +134,17 @@ def on_stream(stream: torch.cuda.Stream | None) -> Any:
 # The layer's ways through its ops.
 LAYERS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "drop": {"capacity": Capacity(1.0), "z_loss_weight": 1e-3, "bias": True},
+    "drop": {"capacity": Capacity(1.0), "balance": Balance(z_loss_weight=1e-3), "bias": True},
     "next_best": {"capacity": Capacity(1.0, overflow="next_best", order="token")},
     "backup": {
         "capacity": Capacity(1.0, overflow="backup", backup=(1, 2, 3, 4, 5, 6, 7, 0)),
         "activation": "gelu",
     },
     "weight_priority": {"capacity": Capacity(1.0, priority="weight")},
-    "sigmoid": {"gate": Gate(score_function="sigmoid"), "selection_bias_rate": 1e-3},
+    "sigmoid": {
+        "gate": Gate(score_function="sigmoid"),
+        "balance": Balance(selection_bias_rate=1e-3),
+    },
     "straight_through": {"gate": Gate(estimator="straight_through")},
     "dense": {"gate": Gate(estimator="straight_through_dense")},
 }

@@ -6,6 +6,7 @@ import torch
 
 from torchmoe.nn import (
     Assistance,
+    Balance,
     Capacity,
     Decision,
     Gate,
@@ -29,7 +30,7 @@ def random_layer(*, logit_noise: float = 0.0, **options: object) -> MoE:
         K,
         assistance=Assistance((1, 2, 3, 4, 0)),
         router=Router(H, E, logit_noise=logit_noise, track_usage=True),
-        z_loss_weight=0.01,
+        balance=Balance(z_loss_weight=0.01),
         **options,
     )
     moe.assistance.assisted.fill_(True)

@@ -100,7 +100,11 @@ def test_compiles_once_for_all_token_counts() -> None:
     ("arguments", "error", "message"),
     [
         ((-1, 4, 2, 1.0), ValueError, r"expert_capacity: num_tokens must be >= 0, got -1"),
-        ((8, 0, 1, 1.0), ValueError, r"expert_capacity: num_experts must be in \[1, 2147483648\], got 0"),
+        (
+            (8, 0, 1, 1.0),
+            ValueError,
+            r"expert_capacity: num_experts must be in \[1, 2147483648\], got 0",
+        ),
         ((8, 4, 0, 1.0), ValueError, r"expert_capacity: top_k must be in \[1, 4\], got 0"),
         ((8, 4, 5, 1.0), ValueError, r"expert_capacity: top_k must be in \[1, 4\], got 5"),
         (

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from torchmoe import RoutingReplay
-from torchmoe.nn import Estimator, ExpertList, Gate, MoE, MoEOutput, Router
+from torchmoe.nn import Balance, Estimator, ExpertList, Gate, MoE, MoEOutput, Router
 
 RANKS, H, INNER, E, K, T, STEPS = 2, 7, 8, 6, 2, 10, 3
 
@@ -47,7 +47,7 @@ def make(kind: str) -> MoE:
         E,
         K,
         # The mean over ranks of a product of means is not that of all tokens: no balancing loss.
-        balance_weight=0.0,
+        balance=Balance(weight=0.0),
         gate=Gate(estimator=Sums()),
         router=Router(H, E, usage_scaling=True),
         experts=experts,

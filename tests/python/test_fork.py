@@ -10,12 +10,13 @@ import pytest
 SCRIPT = """
 import os, signal, sys, warnings
 import torch
-from torchmoe.nn import Gate, MoE
+from torchmoe.nn import Balance, Gate, MoE
 
 torch.set_num_threads(2)
 estimator = sys.argv[1]
 losses = [("importance_loss", 0.1), ("load_loss", 0.1), ("mutual_information_loss", 0.1)]
-moe = MoE(16, 8, 4, 2, gate=Gate(estimator=estimator), losses=losses, z_loss_weight=0.1)
+balance = Balance(losses=losses, z_loss_weight=0.1)
+moe = MoE(16, 8, 4, 2, gate=Gate(estimator=estimator), balance=balance)
 
 
 def step(tokens):

@@ -12,7 +12,7 @@ from torch.nn.functional import silu
 
 from op_case import C
 from torchmoe import expert_capacity, presets
-from torchmoe.nn import Capacity, Experts, Gate, MoE, Router, SharedExperts
+from torchmoe.nn import Balance, Capacity, Experts, Gate, MoE, Router, SharedExperts
 from torchmoe.presets import PRESETS, Preset
 
 H, INNER, E = 6, 8, 16
@@ -42,15 +42,14 @@ def test_has_the_arguments_it_shows(preset: Preset) -> None:
     moe = preset.layer(H, INNER, E)
     assert moe.top_k == preset.top_k
     assert moe.capacity == preset.capacity
-    assert moe.balance_weight == preset.balance_weight
-    assert moe.z_loss_weight == preset.z_loss_weight
+    assert moe.balance == preset.balance
     assert moe.estimator.score_function == preset.gate.score_function
     assert moe.router.input_jitter == preset.input_jitter
     assert moe.router.logit_noise == preset.logit_noise
-    assert (moe.selection_bias is not None) == (preset.selection_bias_rate > 0)
+    assert (moe.selection_bias is not None) == (preset.balance.selection_bias_rate > 0)
     assert (moe.shared_experts is not None) == (preset.num_shared_experts > 0)
     losses = moe(torch.randn(10, H)).routing.losses
-    assert ("router_z_loss" in losses) == (preset.z_loss_weight > 0)
+    assert ("router_z_loss" in losses) == (preset.balance.z_loss_weight > 0)
 
 
 def test_sets_every_argument_of_the_layer_that_routes() -> None:
@@ -241,25 +240,26 @@ def test_shared_experts_of_ones_own_or_none() -> None:
 
 def test_changes_replace_arguments() -> None:
     capacity = Capacity(Fraction(1, 3))
+    balance = Balance(0.5)
     moe = presets.st_moe.layer(
         *(H, INNER, E),
         top_k=4,
         capacity=capacity,
-        z_loss_weight=0.0,
-        balance_weight=0.5,
+        balance=balance,
         activation="relu",
         bias=True,
         input_jitter=0.25,
         logit_noise=0.125,
         dtype=torch.float64,
     )
-    assert (moe.top_k, moe.capacity, moe.z_loss_weight, moe.balance_weight) == (4, capacity, 0, 0.5)
+    assert (moe.top_k, moe.capacity, moe.balance) == (4, capacity, balance)
     assert (moe.router.input_jitter, moe.router.logit_noise) == (0.25, 0.125)
     assert moe.experts.activation == "relu"
     assert moe.experts.down_proj_bias is not None
     assert {parameter.dtype for parameter in moe.parameters()} == {torch.float64}
     assert presets.st_moe.layer(H, INNER, E, capacity=None).capacity is None
-    assert presets.megatron.layer(H, INNER, E, fraction_from="history").router.usage is not None
+    history = Balance(fraction_from="history")
+    assert presets.megatron.layer(H, INNER, E, balance=history).router.usage is not None
     assert presets.st_moe.top_k == 2
 
 

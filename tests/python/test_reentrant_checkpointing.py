@@ -11,14 +11,14 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from plain_moe import gradients
-from torchmoe.nn import MoE, MoEOutput, Routing, WithAttachedLoss
+from torchmoe.nn import Balance, MoE, MoEOutput, Routing, WithAttachedLoss
 
 T, H, INNER, E, K = 7, 6, 5, 4, 2
 
 
 @pytest.fixture
 def layer() -> MoE:
-    return MoE(H, INNER, E, K, balance_weight=0.5, z_loss_weight=0.1)
+    return MoE(H, INNER, E, K, balance=Balance(weight=0.5, z_loss_weight=0.1))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 from plain_moe import gradients, tensors_of
 from torchmoe import update_selection_bias
-from torchmoe.nn import Capacity, Gate, MoE, Router
+from torchmoe.nn import Balance, Capacity, Gate, MoE, Router
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -25,13 +26,16 @@ def no_experts(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return x * weights.sum(1, keepdim=True)
 
 
-def make(rate: float = 0.01, **options: Any) -> MoE:
+BALANCE = Balance()
+
+
+def make(rate: float = 0.01, balance: Balance = BALANCE, **options: Any) -> MoE:
     return MoE(
         H,
         INNER,
         E,
         K,
-        selection_bias_rate=rate,
+        balance=replace(balance, selection_bias_rate=rate),
         **({"gate": Gate("sigmoid"), "dtype": F64} | options),
     )
 
@@ -160,7 +164,7 @@ def test_a_layer_has_a_bias_only_with_a_rate() -> None:
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_moves_in_update_only(centred: bool) -> None:
-    moe = make(selection_bias_centred=centred)
+    moe = make(balance=Balance(selection_bias_centred=centred))
     x = torch.randn(3, T, H, dtype=F64)
     for mode in (True, False):
         moe.train(mode)
@@ -213,10 +217,10 @@ def test_the_rate_may_change() -> None:
     routing = moe(torch.randn(T, H, dtype=F64)).routing
     moe.update(routing)
     step = moe.selection_bias.clone()
-    moe.selection_bias_rate = 0.0
+    moe.balance = replace(moe.balance, selection_bias_rate=0.0)
     moe.update(routing)
     assert torch.equal(moe.selection_bias, step)
-    moe.selection_bias_rate = 0.02
+    moe.balance = replace(moe.balance, selection_bias_rate=0.02)
     moe.update(routing)
     assert_close(moe.selection_bias, 3 * step)
 
@@ -232,7 +236,7 @@ def test_a_bias_of_ones_own_without_a_rate_stays() -> None:
 @pytest.mark.parametrize("normalize", ["none", "topk"])
 def test_ranks_but_never_weighs(score_function: str, normalize: str) -> None:
     """Values and gradients are those of a layer without a bias that was told the choice."""
-    moe = make(gate=Gate(score_function, normalize), z_loss_weight=0.01)
+    moe = make(gate=Gate(score_function, normalize), balance=Balance(z_loss_weight=0.01))
     with torch.no_grad():
         moe.selection_bias.copy_(torch.tensor([0.4, -0.3, 0.0, 0.2, -0.1]))
     x = torch.randn(T, H, dtype=F64)
@@ -300,7 +304,7 @@ def test_evens_out_a_collapsed_router() -> None:
 def test_centred_keeps_the_mean_of_a_trained_bias() -> None:
     means = []
     for centred in (True, False):
-        moe = make(0.02, selection_bias_centred=centred, experts=no_experts)
+        moe = make(0.02, balance=Balance(selection_bias_centred=centred), experts=no_experts)
         with torch.no_grad():
             moe.selection_bias.fill_(0.25)
         for _ in range(9):
@@ -311,7 +315,7 @@ def test_centred_keeps_the_mean_of_a_trained_bias() -> None:
 
 
 def test_repr_and_reset() -> None:
-    moe = make(0.125, selection_bias_centred=True)
+    moe = make(0.125, balance=Balance(selection_bias_centred=True))
     assert "selection_bias_rate=0.125, selection_bias_centred=True" in repr(moe)
     assert "selection_bias" not in repr(make(0.0))
     moe.update(moe(torch.randn(T, H, dtype=F64)).routing)
@@ -321,12 +325,19 @@ def test_repr_and_reset() -> None:
 
 @pytest.mark.parametrize(("rate", "got"), [(-1.0, "-1.0"), (math.nan, "nan"), (math.inf, "inf")])
 def test_the_layers_rate_is_checked(rate: float, got: str) -> None:
-    message = f"^MoE: selection_bias_rate must be a finite number >= 0, got {got}$"
+    message = f"^Balance: selection_bias_rate must be a finite number >= 0, got {got}$"
     with pytest.raises(ValueError, match=message):
         make(rate)
 
 
 def test_sparsemixer_refuses_a_bias() -> None:
-    moe = make(gate=Gate(estimator="sparsemixer"))
+    message = (
+        r"^MoE: balance.selection_bias_rate must be 0 for the estimator SparseMixer, whose .*, "
+        r"got 0.01$"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(gate=Gate(estimator="sparsemixer"))
+    moe = make(0.0, gate=Gate(estimator="sparsemixer"))
+    moe.selection_bias = torch.zeros(E, dtype=F64)
     with pytest.raises(ValueError, match=r"^SparseMixer: selection_bias must be None, .*, got one"):
         moe(torch.randn(T, H, dtype=F64))

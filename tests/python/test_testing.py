@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
 from torchmoe import ops
-from torchmoe.nn import Capacity, Estimator, Gate, MoE, Router, WithAttachedLoss
+from torchmoe.nn import Balance, Capacity, Estimator, Gate, MoE, Router, WithAttachedLoss
 from torchmoe.testing import UnstableSelectionError, gradcheck
 
 H, INNER, E, K, T = 4, 3, 4, 2, 6
@@ -29,7 +29,7 @@ def test_accepts_a_whole_layer(normalize: str, capacity: Capacity | None) -> Non
         bias=True,
         gate=Gate("sigmoid", normalize),
         capacity=capacity,
-        z_loss_weight=0.1,
+        balance=Balance(z_loss_weight=0.1),
         router=Router(H, E, bias=True, input_jitter=0.1, logit_noise=0.3),
     )
     before = {name: value.clone() for name, value in moe.state_dict().items()}

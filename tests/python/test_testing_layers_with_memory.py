@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from torchmoe.nn import Capacity, Gate, MoE, Router
+from torchmoe.nn import Balance, Capacity, Gate, MoE, Router
 from torchmoe.testing import check_surrogate, compare_estimators, gradcheck
 
 H, INNER, E, K, T = 6, 5, 4, 2, 20
@@ -16,9 +16,12 @@ H, INNER, E, K, T = 6, 5, 4, 2, 20
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
-    "selection_bias": lambda: {"gate": Gate("sigmoid"), "selection_bias_rate": 0.001},
+    "selection_bias": lambda: {
+        "gate": Gate("sigmoid"),
+        "balance": Balance(selection_bias_rate=0.001),
+    },
     "groups": lambda: {"gate": Gate(num_groups=4, top_groups=3)},
-    "history": lambda: {"fraction_from": "history"},
+    "history": lambda: {"balance": Balance(fraction_from="history")},
     "dynamic": lambda: {"capacity": Capacity(1, dynamic=True)},
     "default_vector": lambda: {"gate": Gate(estimator="default_vector")},
     "usage_scaling": lambda: {"router": Router(H, E, usage_scaling=True)},

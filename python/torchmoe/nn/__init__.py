@@ -2,7 +2,9 @@
 
 from torchmoe.nn.assistance import Assistance
 from torchmoe.nn.attached_loss import WithAttachedLoss
+from torchmoe.nn.balance import Balance
 from torchmoe.nn.capacity import Capacity
+from torchmoe.nn.declarations import ExpertsDeclaration, RouterDeclaration
 from torchmoe.nn.estimators.default_vector import DefaultVector
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.exact import Exact
@@ -27,6 +29,7 @@ from torchmoe.nn.shared_experts import SharedExperts
 
 __all__ = [
     "Assistance",
+    "Balance",
     "Capacity",
     "ContextRouter",
     "CosineRouter",
@@ -38,12 +41,14 @@ __all__ = [
     "ExpertCommunication",
     "ExpertList",
     "Experts",
+    "ExpertsDeclaration",
     "Gate",
     "GumbelStraightThrough",
     "HashRouter",
     "MoE",
     "MoEOutput",
     "Router",
+    "RouterDeclaration",
     "RouterOutput",
     "Routing",
     "SequenceRouter",

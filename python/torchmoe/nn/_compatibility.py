@@ -1,147 +1,308 @@
-"""Which parts of a layer go together. A message reads `MoE: argument must ..., got ...`."""
+"""Which parts of a layer go together: one table of pairs, with their reasons.
+
+A message reads `MoE: argument must ..., got ...`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
+from torchmoe._checks import check_experts, check_kind, check_module
 from torchmoe.nn.assistance import Assistance
+from torchmoe.nn.balance import Balance
 from torchmoe.nn.capacity import Capacity
-from torchmoe.nn.estimators.estimator import Estimator
+from torchmoe.nn.declarations import (
+    ExpertsDeclaration,
+    RouterDeclaration,
+    declared_by_experts,
+    declared_by_router,
+)
+from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
 from torchmoe.nn.gate import Gate
 
-
-def check_part(argument: str, part: object, **settings: object) -> None:
-    """Raises ValueError if a replaced part says that it was made for other settings."""
-    for name, expected in settings.items():
-        actual = getattr(part, name, expected)
-        if actual != expected:
-            raise ValueError(f"MoE: {argument} must have {name} {expected}, got {actual}")
+if TYPE_CHECKING:
+    from torchmoe.nn.moe import MoE
 
 
-def check_groups(gate: Gate, num_experts: int, top_k: int) -> None:
-    """Raises ValueError where the groups do not fit the layer's sizes."""
-    if num_experts % gate.num_groups:
-        raise ValueError(
-            f"MoE: gate.num_groups must divide num_experts {num_experts}, got {gate.num_groups}"
-        )
-    offered = gate.top_groups * num_experts // gate.num_groups
-    if top_k > offered:
-        raise ValueError(
-            f"MoE: top_k must be in [1, {offered}], the experts of gate.top_groups "
-            f"{gate.top_groups}, got {top_k}"
-        )
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one layer; the estimator is bound.
 
-
-def check_backup_size(backup: Sequence[int] | None, num_experts: int) -> None:
-    """Raises ValueError unless the capacity's backup, where there is one, is for these experts."""
-    if backup is not None and len(backup) != num_experts:
-        raise ValueError(
-            f"MoE: capacity.backup must have {num_experts} entries, one for each expert, "
-            f"got {len(backup)}"
-        )
-
-
-def check_usage(router: nn.Module, reader: str | None) -> None:
-    """Raises ValueError unless the router keeps usage for whatever reads it, and can move it."""
-    if getattr(router, "usage", None) is None:
-        if reader is not None:
-            raise ValueError(
-                f"MoE: router must keep usage for {reader}, as Router(track_usage=True) does, "
-                "got one without"
-            )
-    elif not callable(getattr(router, "update", None)):
-        raise ValueError(
-            "MoE: router must have update(tokens_per_expert, num_slots) where it has usage, "
-            f"got {type(router).__name__} without"
-        )
-
-
-def check_choosing(
-    router: nn.Module,
-    *,
-    top_k: int,
-    gate: Gate,
-    selection_bias_rate: float,
-    capacity: Capacity | None,
-    assistance: Assistance | None,
-) -> None:
-    """Raises ValueError unless a router that chooses fits the layer, and nothing else chooses."""
-    if not getattr(router, "chooses", False):
-        return
-    check_part("router", router, top_k=top_k, score_function=gate.score_function)
-    name = type(router).__name__
-    for argument, value, without in (
-        ("selection_bias_rate", selection_bias_rate, 0),
-        ("gate.num_groups", gate.num_groups, 1),
-    ):
-        if value != without:
-            raise ValueError(
-                f"MoE: {argument} must be {without} with {name}, which chooses the experts itself, "
-                f"got {value}"
-            )
-    if getattr(router, "scores_all", True):
-        return
-    overflow = None if capacity is None or capacity.overflow == "drop" else capacity.overflow
-    for argument, reroutes in (("capacity.overflow", overflow), ("assistance", assistance)):
-        if reroutes is not None:
-            raise ValueError(
-                f"MoE: {argument} must not lead tokens to experts that {name} gives no score, "
-                f"got {reroutes!r}"
-            )
-
-
-def check_estimator(router: nn.Module, experts: object, estimator: Estimator) -> None:
-    """Raises ValueError where the estimator would draw what is settled, or ask for what is not."""
-    decides_for = getattr(router, "decides_for", "token")
-    chooses = getattr(router, "chooses", False)
-    if estimator.draws and (chooses or decides_for != "token"):
-        reason = "which chooses the experts itself"
-        if not chooses:
-            reason = f"which decides once for each {decides_for}"
-        raise ValueError(
-            f"MoE: gate.estimator must not draw each token's experts with "
-            f"{type(router).__name__}, {reason}, got {type(estimator).__name__}"
-        )
-    if estimator.takes_experts_alone and getattr(experts, "mixes_slots", False):
-        raise ValueError(
-            "MoE: gate.estimator must not need the output of each expert alone with "
-            f"{type(experts).__name__}, where it depends on the token's other experts, "
-            f"got {type(estimator).__name__}"
-        )
-
-
-def least_experts(router: nn.Module, estimator: Estimator) -> int:
-    """How many experts every token is sure to get of the router or the bound estimator."""
-    # One of the user's own may leave slots empty.
-    own = type(estimator).select.__module__.partition(".")[0] == "torchmoe"
-    return estimator.top_k if own and not getattr(router, "chooses", False) else 1
-
-
-def check_assistance(
-    assistance: Assistance | None, router: nn.Module, estimator: Estimator
-) -> None:
-    """Raises ValueError where it could never begin, or weights move only while somebody assists.
-
-    The assistance and the estimator are bound.
+    Attributes:
+        num_experts: E.
+        balance: how loads are kept even.
+        capacity: of an expert, or None.
+        assistance: or None.
+        router: what the router tells.
+        experts: what the experts tell.
+        estimator: the gradient estimator.
+        names: how messages call router and experts.
+        has_bias: whether there is a selection bias.
     """
-    if assistance is None:
-        return
-    num_experts, least = assistance.num_experts, least_experts(router, estimator)
-    if least == num_experts:
-        raise ValueError(
-            f"MoE: assistance must be None with top_k {num_experts}, where every token has every "
-            f"expert already, got {assistance!r}"
+
+    num_experts: int
+    balance: Balance
+    capacity: Capacity | None
+    assistance: Assistance | None
+    router: RouterDeclaration
+    experts: ExpertsDeclaration
+    estimator: Estimator
+    names: tuple[str, str]
+    has_bias: bool
+
+    @classmethod
+    def of(cls, layer: MoE, balance: Balance, capacity: Capacity | None) -> Parts:
+        """Those of a layer, with these settings."""
+        return cls(
+            num_experts=layer.num_experts,
+            balance=balance,
+            capacity=capacity,
+            assistance=layer.assistance,
+            router=declared_by_router(layer.router),
+            experts=declared_by_experts(layer.experts),
+            estimator=layer.estimator,
+            names=(type(layer.router).__name__, type(layer.experts).__name__),
+            has_bias=layer.selection_bias is not None,
         )
-    if assistance.threshold >= num_experts / least:
-        raise ValueError(
-            f"MoE: assistance.threshold must be below num_experts / top_k = {num_experts / least}, "
-            f"the load of an expert that every token chooses, got {assistance.threshold}"
-        )
-    is_constant = estimator.top_k == 1 and estimator.normalize == "topk"
-    if is_constant and estimator.gate_estimator == "exact":
-        raise ValueError(
-            'MoE: gate.normalize must be "none" for top_k 1 with assistance, without which the '
-            'weights are constant and the router learns nothing, got "topk"'
-        )
+
+    @property
+    def overflow(self) -> str:
+        """What happens to slots that find their expert full."""
+        return "drop" if self.capacity is None else self.capacity.overflow
+
+    @property
+    def backup(self) -> Sequence[int]:
+        """The capacity's table, empty without one."""
+        return () if self.capacity is None else self.capacity.backup or ()
+
+    @property
+    def sure_experts(self) -> int:
+        """How many experts every token is sure to get."""
+        return least_experts(self.router, self.estimator)
+
+    @property
+    def usage_readers(self) -> list[str]:
+        """What reads the router's usage."""
+        return usage_readers(self.balance, self.capacity, self.assistance)
+
+    @property
+    def most_load(self) -> float:
+        """Of an expert that every token chooses, in multiples of the even share."""
+        return self.num_experts / self.sure_experts
+
+    @property
+    def update_readers(self) -> list[str]:
+        """What reads something that `MoE.update` moves."""
+        estimator = type(self.estimator)
+        others = {
+            "a selection bias": self.has_bias,
+            "usage_scaling": self.router.reads_usage,
+            f"the estimator {estimator.__name__}": estimator.update is not Estimator.update,
+        }
+        return [*self.usage_readers, *(name for name, reads in others.items() if reads)]
+
+
+class Pair(NamedTuple):
+    """Two parts that do not go together under a condition."""
+
+    argument: str
+    """The one of the two that messages name."""
+    clashes: Callable[[Parts], bool]
+    requirement: Callable[[Parts], str]
+    """What must hold instead, and why."""
+    got: Callable[[Parts], object]
+
+
+def _says(text: str) -> Callable[[Parts], str]:
+    """A requirement in which {router} and {experts} are the names of those."""
+    return lambda p: text.format(router=p.names[0], experts=p.names[1])
+
+
+def _estimator(p: Parts) -> str:
+    return type(p.estimator).__name__
+
+
+_CHOOSES = "{router}, which chooses the experts itself"
+_NO_SCORE = "not lead tokens to experts that {router} gives no score"
+
+PAIRS: tuple[Pair, ...] = (
+    # --- the router's usage, and whatever reads it
+    Pair(
+        "router",
+        lambda p: bool(p.usage_readers) and not p.router.keeps_usage,
+        lambda p: f"keep usage for {p.usage_readers[0]}, as Router(track_usage=True) does",
+        lambda p: f"{p.names[0]} without",
+    ),
+    # --- a router that chooses, and whatever else would
+    Pair(
+        "balance.selection_bias_rate",
+        lambda p: p.router.chooses and p.balance.selection_bias_rate > 0,
+        _says(f"be 0 with {_CHOOSES}"),
+        lambda p: p.balance.selection_bias_rate,
+    ),
+    Pair(
+        "gate.num_groups",
+        lambda p: p.router.chooses and p.estimator.num_groups > 1,
+        _says(f"be 1 with {_CHOOSES}"),
+        lambda p: p.estimator.num_groups,
+    ),
+    Pair(
+        "gate.estimator",
+        lambda p: p.router.chooses and p.estimator.draws,
+        _says(f"not draw each token's experts with {_CHOOSES}"),
+        _estimator,
+    ),
+    Pair(
+        "gate.estimator",
+        lambda p: p.router.decides_for != "token" and p.estimator.draws,
+        lambda p: (
+            f"not draw each token's experts with {p.names[0]}, which decides once for each "
+            f"{p.router.decides_for}"
+        ),
+        _estimator,
+    ),
+    # --- a router whose other experts have no score, and what leads tokens to them
+    Pair(
+        "capacity.overflow",
+        lambda p: not p.router.scores_all and p.overflow != "drop",
+        _says(_NO_SCORE),
+        lambda p: repr(p.overflow),
+    ),
+    Pair(
+        "assistance",
+        lambda p: not p.router.scores_all and p.assistance is not None,
+        _says(_NO_SCORE),
+        lambda p: p.assistance,
+    ),
+    # --- the estimator, and what it has no formula for
+    Pair(
+        "gate.estimator",
+        lambda p: p.estimator.takes_experts_alone and p.experts.mixes_slots,
+        _says(
+            "not need the output of each expert alone with {experts}, where it depends on the "
+            "token's other experts"
+        ),
+        _estimator,
+    ),
+    Pair(
+        "balance.selection_bias_rate",
+        lambda p: p.balance.selection_bias_rate > 0 and not p.estimator.takes_selection_bias,
+        lambda p: f"be 0 for the estimator {_estimator(p)}, {p.estimator.refusal}",
+        lambda p: p.balance.selection_bias_rate,
+    ),
+    Pair(
+        "balance.selection_bias_rate",
+        lambda p: p.balance.selection_bias_rate > 0 and not p.has_bias,
+        _says("stay 0 in a layer that was made without a selection bias"),
+        lambda p: p.balance.selection_bias_rate,
+    ),
+    # --- capacity and assistance, and the number of experts
+    Pair(
+        "capacity.backup",
+        lambda p: len(p.backup) not in (0, p.num_experts),
+        lambda p: f"have {p.num_experts} entries, one for each expert",
+        lambda p: len(p.backup),
+    ),
+    Pair(
+        "assistance",
+        lambda p: p.assistance is not None and p.sure_experts == p.num_experts,
+        lambda p: f"be None with top_k {p.num_experts}, where every token has every expert already",
+        lambda p: p.assistance,
+    ),
+    Pair(
+        "assistance.threshold",
+        lambda p: p.assistance is not None and p.assistance.threshold >= p.most_load,
+        lambda p: (
+            f"be below num_experts / top_k = {p.most_load}, the load of an expert that every "
+            "token chooses"
+        ),
+        lambda p: p.assistance and p.assistance.threshold,
+    ),
+    Pair(
+        "gate.normalize",
+        lambda p: (
+            p.assistance is not None
+            and (p.estimator.top_k, p.estimator.normalize) == (1, "topk")
+            and p.estimator.has_constant_weights(1)
+        ),
+        _says(
+            'be "none" for top_k 1 with assistance, without which the weights are constant and '
+            "the router learns nothing"
+        ),
+        lambda p: f'"{p.estimator.normalize}"',
+    ),
+)
+
+
+def check_pairs(parts: Parts) -> None:
+    """Raises ValueError for the first pair that does not go together."""
+    for pair in PAIRS:
+        if pair.clashes(parts):
+            raise ValueError(
+                f"MoE: {pair.argument} must {pair.requirement(parts)}, got {pair.got(parts)}"
+            )
+
+
+def check_sizes(layer: MoE, gate: Gate, top_k: int) -> None:
+    """Raises ValueError if a replaced part says that it was made for another layer."""
+    router: dict[str, object] = {"num_experts": layer.num_experts}
+    if declared_by_router(layer.router).chooses:
+        router |= {"top_k": top_k, "score_function": gate.score_function}
+    experts = {"num_experts": layer.num_experts, "hidden_size": layer.hidden_size}
+    for argument, part, made_for in (
+        ("router", layer.router, router),
+        ("experts", layer.experts, experts),
+        ("assistance", layer.assistance, {"num_experts": layer.num_experts}),
+    ):
+        for name, expected in made_for.items():
+            actual = getattr(part, name, expected)
+            if actual != expected:
+                raise ValueError(f"MoE: {argument} must have {name} {expected}, got {actual}")
+
+
+def usage_readers(
+    balance: Balance, capacity: Capacity | None, assistance: Assistance | None
+) -> list[str]:
+    """What reads the router's usage."""
+    readers = {
+        "a dynamic capacity": capacity is not None and capacity.dynamic,
+        "assistance": assistance is not None,
+        'balance.fraction_from "history"': balance.fraction_from == "history",
+    }
+    return [name for name, reads in readers.items() if reads]
+
+
+def least_experts(router: RouterDeclaration, estimator: Estimator) -> int:
+    """How many experts every token is sure to get."""
+    return estimator.top_k if estimator.fills_slots and not router.chooses else 1
+
+
+def check_given(
+    gate: Gate,
+    capacity: Capacity | None,
+    balance: Balance,
+    assistance: Assistance | None,
+    shared_experts: nn.Module | None,
+    router: nn.Module | None,
+    experts: ExpertFunction | None,
+) -> None:
+    """Raises TypeError unless each of a layer's parts is of its kind."""
+    estimator = gate if isinstance(gate, str) else "exact"
+    check_kind("MoE", "gate", gate, Gate, example=f'Gate(estimator="{estimator}")')
+    check_settings(balance, capacity)
+    check_kind("MoE", "assistance", assistance, Assistance, optional=True)
+    for argument, module in (("shared_experts", shared_experts), ("router", router)):
+        if module is not None:
+            check_module("MoE", argument, module)
+    if experts is not None:
+        check_experts("MoE", experts)
+
+
+def check_settings(balance: Balance, capacity: Capacity | None) -> None:
+    """Raises TypeError unless both are what they are called."""
+    check_kind("MoE", "balance", balance, Balance, example="Balance(0.01)")
+    check_kind("MoE", "capacity", capacity, Capacity, example="Capacity(1.25)", optional=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 
@@ -18,24 +18,24 @@ class UpdateReminder:
     It counts forward passes in training until `update` is called for the first time, but no
     recomputations and nothing under a compiler. It is no part of the layer's state.
 
-    Args:
+    Attributes:
         readers: what reads something that `update` moves; without any nothing is counted.
     """
 
-    def __init__(self, readers: Iterable[str]) -> None:
-        self._readers = tuple(readers)
-        self._left = _PASSES if self._readers else 0
+    def __init__(self) -> None:
+        self.readers: Sequence[str] = ()
+        self._left = _PASSES
 
     def count(self) -> None:
         """Counts a forward pass in training mode."""
         if torch.compiler.is_compiling():
             return  # a number that is looked at compiles the graph anew
-        if not self._left or in_backward() or not torch.is_grad_enabled():
+        if not self._left or not self.readers or in_backward() or not torch.is_grad_enabled():
             return
         self._left -= 1
         if not self._left:
             warnings.warn(
-                f"MoE: update must be called once per optimizer step for {self._readers[0]}, got "
+                f"MoE: update must be called once per optimizer step for {self.readers[0]}, got "
                 f"{_PASSES} forward passes in training without: moe.update(moe(x).routing)",
                 stacklevel=2,
             )

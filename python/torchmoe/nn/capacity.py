@@ -117,6 +117,15 @@ class Capacity:
             eval_ratio = capacity_ratio(self.eval_factor, op="Capacity", argument="eval_factor")
         object.__setattr__(self, "_ratios", {True: ratio, False: eval_ratio})
 
+    @property
+    def reroutes(self) -> bool:
+        """Whether a slot that finds its expert full may get another one."""
+        return self.overflow != "drop"
+
+    def renormalizes(self, normalize: str) -> bool:
+        """Whether weights are formed over the slots that are left, for this gate's `normalize`."""
+        return self.normalize == "after_drop" and normalize != "none"
+
     def slots(
         self,
         num_tokens: int | Tensor,

@@ -12,10 +12,11 @@ from torchmoe._checks import check_at_least, check_device, check_dtype, check_ex
 from torchmoe.nn._first_values import reset, whole_tensors
 from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
 from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn.declarations import ExpertsDeclaration, declared_by_experts
 from torchmoe.nn.estimators.estimator import ExpertFunction
 
 
-class ExpertCommunication(Unscriptable):
+class ExpertCommunication(ExpertsDeclaration, Unscriptable):
     """Experts of any kind whose outputs exchange information between the slots of a token.
 
         o_j = E_{i_j}(x), the output of slot j
@@ -82,7 +83,7 @@ class ExpertCommunication(Unscriptable):
         check_device("ExpertCommunication", device)
         check_dtype("ExpertCommunication", dtype)
         check_experts("ExpertCommunication", experts)
-        if getattr(experts, "mixes_slots", False):
+        if declared_by_experts(experts).mixes_slots:
             raise ValueError(
                 "ExpertCommunication: experts must not mix a token's slots themselves, "
                 f"got {type(experts).__name__}"

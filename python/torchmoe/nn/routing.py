@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+
+from torchmoe._checks import shown
 
 
 class Decision(NamedTuple):
@@ -128,6 +130,20 @@ _ROLES = {
 }
 for _operator, _role in _ROLES.items():
     setattr(MoEOutput, _operator, _refusal(_role))
+
+
+def routings_of(routing: Routing | Sequence[Routing]) -> list[Routing]:
+    """One or several, as `MoE.update` takes them."""
+    example = "such as moe(x).routing, or a list of them"
+    if not isinstance(routing, Routing | Iterable):
+        raise TypeError(f"MoE: routing must be a Routing, {example}, got {shown(routing)}")
+    routings = [routing] if isinstance(routing, Routing) else list(routing)
+    for item in routings:
+        if not isinstance(item, Routing):
+            raise TypeError(f"MoE: routing must be a Routing, {example}, got {type(item).__name__}")
+    if not routings:
+        raise ValueError("MoE: routing must hold at least one Routing, got an empty list")
+    return routings
 
 
 def before_drop(selected: Tensor, indices: Tensor) -> Tensor:

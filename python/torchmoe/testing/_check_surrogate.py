@@ -18,6 +18,7 @@ from torchmoe._checks import (
     check_positive,
 )
 from torchmoe.nn._sharding import refuse_sharded
+from torchmoe.nn.balance import Balance
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.nn.gate import Gate
@@ -124,9 +125,8 @@ def check_surrogate(
             num_experts,
             top_k,
             gate=Gate(score_function, normalize, estimator),
-            balance_weight=0.0,
             dtype=torch.float64,
-            **layer,
+            **{"balance": Balance(0), **layer},
         ).train(training)
         refuse_sharded("check_surrogate", "layer", moe)
         mask = torch.arange(num_tokens) >= masked_tokens if masked_tokens else None

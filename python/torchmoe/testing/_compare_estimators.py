@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchmoe._checks import check_at_least, check_callable, shown
 from torchmoe.nn import MoE
-from torchmoe.nn._compatibility import check_estimator
+from torchmoe.nn._compatibility import Parts, check_pairs
 from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.estimators.estimator import Estimator
@@ -187,7 +187,7 @@ def compare_estimators(
         raise ValueError("compare_estimators: estimators must hold at least one, got none")
     with same_draws(0, list(moe.parameters())), torch.enable_grad():
         bench = _Bench(moe, batches, loss)
-        candidates = [bench.bound(name) for name in names]
+        candidates = [_bound(moe, name) for name in names]
         for candidate in candidates:
             bench.warm_up(candidate, warm_up, seed=seeds)
         errors = bench.errors(candidates, seeds)
@@ -226,19 +226,6 @@ class _Bench:
                 f"got {len(parameters)} without"
             )
         self._device = parameters[0].device
-
-    def bound(self, name: str | Estimator) -> Estimator:
-        """A new estimator, or a copy of an instance, that belongs to the layer."""
-        estimator = copy.deepcopy(build_estimator(name))
-        layer = dict(self._own_estimator._layer or {})
-        if layer["normalize"] not in estimator.normalizes:
-            layer["normalize"] = None
-        # One that belongs to such a layer already keeps the state it has learnt there.
-        if estimator._layer != layer:
-            dtype = self._router_parameters[0].dtype
-            estimator.bind(**layer, device=self._device, dtype=dtype)
-        check_estimator(self._layer.router, self._layer.experts, estimator)
-        return estimator
 
     def warm_up(self, estimator: Estimator, updates: int, seed: int) -> None:
         """Moves the estimator's state; not the router's, which all estimators are to share."""
@@ -343,20 +330,29 @@ def _input(batch: object) -> Tensor:
 
 
 def _defined_names(moe: MoE) -> tuple[str, ...]:
-    score_function = moe.estimator.score_function
-    return tuple(
-        name
-        for name in known_estimators()
-        if score_function in build_estimator(name).score_functions and _goes_with(moe, name)
-    )
+    return tuple(name for name in known_estimators() if _goes_with(moe, name))
 
 
 def _goes_with(moe: MoE, name: str) -> bool:
     try:
-        check_estimator(moe.router, moe.experts, build_estimator(name))
+        _bound(moe, name)
     except ValueError:
         return False
     return True
+
+
+def _bound(moe: MoE, name: str | Estimator) -> Estimator:
+    """A new estimator, or a copy of an instance, that belongs to the layer."""
+    estimator = copy.deepcopy(build_estimator(name))
+    layer = dict(moe.estimator._layer or {})
+    if layer["normalize"] not in estimator.normalizes:
+        layer["normalize"] = None
+    # One that belongs to such a layer already keeps the state it has learnt there.
+    if estimator._layer != layer:
+        parameter = next(moe.router.parameters())
+        estimator.bind(**layer, device=parameter.device, dtype=parameter.dtype)
+    check_pairs(replace(Parts.of(moe, moe.balance, moe.capacity), estimator=estimator))
+    return estimator
 
 
 def _label(name: str | Estimator) -> str:

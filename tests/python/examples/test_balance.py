@@ -16,6 +16,7 @@ import torch
 import balance
 import torchmoe
 from balance import CONTROL, EXPERTS, HEALTHY, METHODS, TOP_K, Run
+from torchmoe.nn import Balance
 
 COLLAPSED = [name for name, method in METHODS.items() if method.starts_collapsed]
 # Both recover after 200 to 360 steps, with any seed.
@@ -197,8 +198,8 @@ def test_methods_differ_in_nothing_but_arguments_of_the_layer() -> None:
     for name in COLLAPSED:
         routing = balance.make_layer(METHODS[name], 0)(torch.randn(4, 8, balance.HIDDEN_SIZE))
         weighted = routing.aux_loss.item()
-        has_loss = {"balance_weight", "losses"} & set(METHODS[name].arguments)
-        assert (weighted != 0) == bool(has_loss)
+        given = METHODS[name].arguments.get("balance", Balance(0))
+        assert (weighted != 0) == bool(given.weight or given.losses)
 
 
 def test_the_loss_of_the_common_function_alone_is_1() -> None:

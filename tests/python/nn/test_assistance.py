@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import reference
 from plain_moe import gradients, tensors_of
-from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router
+from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Router
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -195,8 +195,10 @@ def test_always_one_more_column(top_k: int) -> None:
 def test_without_anybody_assisted_the_layer_is_the_same() -> None:
     x, mask = torch.randn(T, H, dtype=F64), torch.rand(T) > 0.2
     for capacity in (None, Capacity(0.8), Capacity(0.8, overflow="next_best")):
-        plain = MoE(H, INNER, E, K, capacity=capacity, z_loss_weight=0.1, dtype=F64)
-        moe = make(capacity=capacity, z_loss_weight=0.1)
+        plain = MoE(
+            H, INNER, E, K, capacity=capacity, balance=Balance(z_loss_weight=0.1), dtype=F64
+        )
+        moe = make(capacity=capacity, balance=Balance(z_loss_weight=0.1))
         moe.load_state_dict(plain.state_dict(), strict=False)
         seen = []
         for layer in (plain, moe):
@@ -219,7 +221,7 @@ def test_without_anybody_assisted_the_layer_is_the_same() -> None:
 def test_the_extra_slot_is_weighed_like_any_other(
     score_function: str, normalize: str, estimator: str
 ) -> None:
-    moe = make([0, 3], gate=Gate(score_function, normalize, estimator), balance_weight=0.0)
+    moe = make([0, 3], gate=Gate(score_function, normalize, estimator), balance=Balance(weight=0.0))
     x = torch.randn(T, H, dtype=F64, requires_grad=True)
     output = moe(x)
     output.hidden_states.square().sum().backward()

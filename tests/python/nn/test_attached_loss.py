@@ -8,14 +8,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from plain_moe import gradients
-from torchmoe.nn import MoE, MoEOutput, WithAttachedLoss
+from torchmoe.nn import Balance, MoE, MoEOutput, WithAttachedLoss
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_trains_as_the_added_loss_does(scale: float) -> None:
-    moe = MoE(H, INNER, E, K, balance_weight=0.7, z_loss_weight=0.3)
+    moe = MoE(H, INNER, E, K, balance=Balance(weight=0.7, z_loss_weight=0.3))
     model = nn.Sequential(nn.Linear(H, H), WithAttachedLoss(moe, scale=scale), nn.Linear(H, 1))
     x = torch.randn(2, T, H)
     (scale * model(x).square().mean()).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,12 +37,22 @@ from copies import by_pickle, load_state
 from op_case import tolerance
 from plain_moe import gradients, tensors_of
 from torchmoe import ops
-from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router, Routing, WithAttachedLoss
+from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Router, Routing, WithAttachedLoss
 
 FROM = ("batch", "sequence", "global_batch", "history")
 every_source = pytest.mark.parametrize("fraction_from", FROM)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+ALL_TERMS = Balance(
+    weight=0.5,
+    z_loss_weight=0.25,
+    losses=[*((name, 0.125) for name in TERMS[:-1]), (largest_logit, 0.0625)],
+    fraction_from="history",
+    selection_bias_rate=0.125,
+    selection_bias_centred=True,
+)
 
 
 def everything(**options: Any) -> MoE:
@@ -52,12 +63,7 @@ def everything(**options: Any) -> MoE:
             0.9, overflow="backup", backup=RING, dynamic=True, priority="random", minimum=1
         ),
         "assistance": Assistance(RING, threshold=1.0, lower_threshold=0.5, patience=2),
-        "balance_weight": 0.5,
-        "z_loss_weight": 0.25,
-        "losses": [*((name, 0.125) for name in TERMS[:-1]), (largest_logit, 0.0625)],
-        "fraction_from": "history",
-        "selection_bias_rate": 0.125,
-        "selection_bias_centred": True,
+        "balance": ALL_TERMS,
         "shared_experts": nn.Linear(H, H, dtype=options.get("dtype", F64)),
         "routed_scaling_factor": 2.5,
     } | options
@@ -81,8 +87,7 @@ def test_from_the_batch(
 ) -> None:
     """In one process the global batch is the batch."""
     moe = make(
-        fraction_from=fraction_from,
-        fraction_choices=choices,
+        balance=Balance(fraction_from=fraction_from, fraction_choices=choices),
         gate=Gate(score_function),
         capacity=Capacity(0.5),  # what is dropped counts all the same
     )
@@ -101,7 +106,10 @@ def test_from_the_batch(
 @pytest.mark.parametrize("choices", ["all", "first"])
 @pytest.mark.parametrize("shape", [(B, S), (2, 3, 4), (S,), (), (1, 5), (4, 1)])
 def test_from_each_sequence(shape: tuple[int, ...], choices: str, score_function: str) -> None:
-    moe = make(fraction_from="sequence", fraction_choices=choices, gate=Gate(score_function))
+    moe = make(
+        balance=Balance(fraction_from="sequence", fraction_choices=choices),
+        gate=Gate(score_function),
+    )
     x = torch.randn(*shape, H, dtype=F64)
     masks = [None, torch.ones(shape, dtype=torch.bool)]
     if math.prod(shape) > 4:
@@ -129,7 +137,7 @@ def test_from_each_sequence(shape: tuple[int, ...], choices: str, score_function
 
 
 def test_one_sequence_is_a_batch() -> None:
-    sequence, batch = make(fraction_from="sequence"), make()
+    sequence, batch = make(balance=Balance(fraction_from="sequence")), make()
     batch.load_state_dict(sequence.state_dict())
     x = torch.randn(S, H, dtype=F64)
     assert_close(balance(sequence(x).routing), balance(batch(x).routing))
@@ -141,7 +149,7 @@ def test_one_sequence_is_a_batch() -> None:
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_from_history(score_function: str) -> None:
-    moe = make(fraction_from="history", gate=Gate(score_function))
+    moe = make(balance=Balance(fraction_from="history"), gate=Gate(score_function))
     assert "router.usage" in moe.state_dict()
     x, mask = torch.randn(B, S, H, dtype=F64), torch.rand(B, S) > 0.3
     # An even history: 1, whatever the batch.
@@ -161,7 +169,7 @@ def test_from_history(score_function: str) -> None:
 
 def test_from_the_history_of_a_router_of_ones_own() -> None:
     router = Router(H, E, usage_scaling=True, dtype=F64)
-    moe = make(fraction_from="history", router=router)
+    moe = make(balance=Balance(fraction_from="history"), router=router)
     router.usage.copy_(torch.arange(E) / 28)
     routing = moe(torch.randn(T, H, dtype=F64)).routing
     assert_close(balance(routing), plain_loss(router.usage, shares_of(routing.logits)))
@@ -169,7 +177,7 @@ def test_from_the_history_of_a_router_of_ones_own() -> None:
 
 @every_source
 def test_without_a_counted_token_it_is_zero(fraction_from: str) -> None:
-    moe = make(fraction_from=fraction_from)
+    moe = make(balance=Balance(fraction_from=fraction_from))
     for shape in ((0,), (0, S), (B, 0), (B, S)):
         x = torch.randn(*shape, H, dtype=F64)
         mask = torch.zeros(shape, dtype=torch.bool)
@@ -183,14 +191,14 @@ def test_without_a_counted_token_it_is_zero(fraction_from: str) -> None:
 
 @every_source
 def test_capacity_and_assistance_do_not_touch_the_fractions(fraction_from: str) -> None:
-    plain = make(fraction_from=fraction_from)
+    plain = make(balance=Balance(fraction_from=fraction_from))
     x = torch.randn(B, S, H, dtype=F64)
     for options in (
         {"capacity": Capacity(0.3)},
         {"capacity": Capacity(0.3, overflow="next_best", dynamic=True)},
         {"assistance": Assistance(RING)},
     ):
-        moe = make(fraction_from=fraction_from, **options)
+        moe = make(balance=Balance(fraction_from=fraction_from), **options)
         moe.load_state_dict(plain.state_dict(), strict=False)
         if moe.assistance is not None:
             moe.assistance.assisted[:] = True
@@ -207,7 +215,7 @@ def test_capacity_and_assistance_do_not_touch_the_fractions(fraction_from: str) 
 def test_earlier_counts_make_the_last_fraction_that_of_the_whole(
     fraction_from: str, choices: str
 ) -> None:
-    moe = make(fraction_from=fraction_from, fraction_choices=choices)
+    moe = make(balance=Balance(fraction_from=fraction_from, fraction_choices=choices))
     x = torch.randn(8, S, H, dtype=F64)
     last = slice(None, 1 if choices == "first" else None)
     earlier = None
@@ -228,7 +236,10 @@ def test_earlier_counts_make_the_last_fraction_that_of_the_whole(
 
 
 def test_earlier_counts_change_nothing_but_the_fractions() -> None:
-    moe = make(capacity=Capacity(1.0), z_loss_weight=0.1, losses=[("importance_loss", 0.1)])
+    moe = make(
+        capacity=Capacity(1.0),
+        balance=Balance(z_loss_weight=0.1, losses=[("importance_loss", 0.1)]),
+    )
     x = torch.randn(T, H, dtype=F64)
     for earlier in (torch.arange(E), torch.arange(E, dtype=torch.int32)):
         with_counts, without = moe(x, earlier_counts=earlier), moe(x)
@@ -298,19 +309,19 @@ def differ(moe: MoE) -> bool:
 @pytest.mark.parametrize(
     "options",
     [
-        {"fraction_from": "sequence", "balance_weight": 1.0},
-        {"fraction_from": "sequence", "fraction_choices": "first", "balance_weight": 1.0},
-        {"fraction_from": "history", "balance_weight": 1.0},
-        {"z_loss_weight": 1.0},
-        {"losses": [("router_z_loss", 1.0)]},
-        {"losses": [("local_entropy_loss", 1.0)]},
-        {"fraction_from": "history", "balance_weight": 1.0, "gate": Gate("sigmoid")},
+        {"balance": Balance(weight=1.0, fraction_from="sequence")},
+        {"balance": Balance(weight=1.0, fraction_from="sequence", fraction_choices="first")},
+        {"balance": Balance(weight=1.0, fraction_from="history")},
+        {"balance": Balance(0, z_loss_weight=1.0)},
+        {"balance": Balance(0, losses=[("router_z_loss", 1.0)])},
+        {"balance": Balance(0, losses=[("local_entropy_loss", 1.0)])},
+        {"balance": Balance(weight=1.0, fraction_from="history"), "gate": Gate("sigmoid")},
     ],
     ids=["sequence", "first", "history", "z", "z_by_name", "local_entropy", "sigmoid"],
 )
 def test_eight_micro_batches_are_one_batch(options: dict[str, Any]) -> None:
     """Exactly, where the term is a mean over tokens or sequences of what each of them gives."""
-    moe = make(**({"balance_weight": 0.0} | options))
+    moe = make(**options)
     if moe.router.usage is not None:
         moe.router.usage.copy_(torch.arange(E) / 28)
     assert not differ(moe)
@@ -319,10 +330,10 @@ def test_eight_micro_batches_are_one_batch(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"balance_weight": 1.0},
-        {"balance_weight": 1.0, "fraction_from": "global_batch"},
+        {"balance": Balance(weight=1.0)},
+        {"balance": Balance(weight=1.0, fraction_from="global_batch")},
         *[
-            {"losses": [(name, 1.0)]}
+            {"balance": Balance(0, losses=[(name, 1.0)])}
             for name in (
                 "importance_loss",
                 "load_loss",
@@ -337,12 +348,12 @@ def test_what_is_of_the_whole_batch_is_another_number_for_its_parts(
     options: dict[str, Any],
 ) -> None:
     """So the documentation must not promise it."""
-    assert differ(make(**({"balance_weight": 0.0} | options)))
+    assert differ(make(**options))
 
 
 def test_eight_micro_batches_move_the_state_as_one_batch() -> None:
     options = {
-        "selection_bias_rate": 0.01,
+        "balance": Balance(selection_bias_rate=0.01),
         "gate": Gate("sigmoid"),
         "assistance": Assistance(RING, threshold=1.0, lower_threshold=0.5, patience=1),
     }
@@ -384,7 +395,9 @@ CAPACITIES = {
 @every_source
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_padding_changes_nothing(fraction_from: str, capacity: str) -> None:
-    moe = everything(fraction_from=fraction_from, capacity=CAPACITIES[capacity])
+    moe = everything(
+        balance=replace(ALL_TERMS, fraction_from=fraction_from), capacity=CAPACITIES[capacity]
+    )
     alone = copy.deepcopy(moe)
     x = torch.randn(B, S, H, dtype=F64)
     wide, mask = padded(x)
@@ -418,7 +431,7 @@ def test_padding_changes_nothing(fraction_from: str, capacity: str) -> None:
 
 @every_source
 def test_only_padding_moves_nothing(fraction_from: str) -> None:
-    moe = everything(fraction_from=fraction_from)
+    moe = everything(balance=replace(ALL_TERMS, fraction_from=fraction_from))
     before = copy.deepcopy(moe.state_dict())
     output = moe(torch.randn(B, S, H, dtype=F64), token_mask=torch.zeros(B, S, dtype=torch.bool))
     assert output.aux_loss == 0
@@ -431,9 +444,11 @@ def test_only_padding_moves_nothing(fraction_from: str) -> None:
 def test_repr() -> None:
     text = repr(
         make(
-            losses=[("load_loss", 0.5), (largest_logit, 0.25)],
-            fraction_from="sequence",
-            fraction_choices="first",
+            balance=Balance(
+                losses=[("load_loss", 0.5), (largest_logit, 0.25)],
+                fraction_from="sequence",
+                fraction_choices="first",
+            ),
         )
     )
     assert "losses=[('load_loss', 0.5), ('largest_logit', 0.25)]" in text
@@ -448,7 +463,7 @@ def test_repr() -> None:
 @every_source
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(fraction_from: str, use_reentrant: bool) -> None:
-    plain = everything(fraction_from=fraction_from)
+    plain = everything(balance=replace(ALL_TERMS, fraction_from=fraction_from))
     again = copy.deepcopy(plain)
     calls = []
     again.router.register_forward_hook(lambda *_: calls.append(1))
@@ -517,29 +532,31 @@ SEQUENCES = [(3, 7), (4, 9), (11, 13)]
 
 
 def test_compiles_with_fractions_of_sequences() -> None:
-    check_compiled(make(fraction_from="sequence", fraction_choices="first"), SEQUENCES)
+    check_compiled(
+        make(balance=Balance(fraction_from="sequence", fraction_choices="first")), SEQUENCES
+    )
 
 
 def test_compiles_with_history() -> None:
-    check_compiled(make(fraction_from="history"), TOKENS, masked=False)
+    check_compiled(make(balance=Balance(fraction_from="history")), TOKENS, masked=False)
 
 
 @pytest.mark.parametrize("fraction_from", ["batch", "global_batch"])
 def test_compiles_with_earlier_counts(fraction_from: str) -> None:
     check_compiled(
-        make(fraction_from=fraction_from, fraction_choices="first"),
+        make(balance=Balance(fraction_from=fraction_from, fraction_choices="first")),
         TOKENS,
         options=lambda call: {"earlier_counts": torch.arange(E) * call},
     )
 
 
 def test_compiles_with_every_term() -> None:
-    moe = make(losses=[*((name, 0.1) for name in TERMS), (largest_logit, 0.1)])
+    moe = make(balance=Balance(losses=[*((name, 0.1) for name in TERMS), (largest_logit, 0.1)]))
     check_compiled(moe, TOKENS)
 
 
 def test_compiles_with_everything() -> None:
-    check_compiled(everything(fraction_from="sequence"), SEQUENCES)
+    check_compiled(everything(balance=replace(ALL_TERMS, fraction_from="sequence")), SEQUENCES)
 
 
 # --- life as a module ---------------------------------------------------------------------------
@@ -593,11 +610,11 @@ def test_meta_device_to_empty_reset_parameters() -> None:
         return make(
             capacity=Capacity(0.9, overflow="backup", backup=RING, dynamic=True),
             assistance=Assistance(RING),
-            selection_bias_rate=0.1,
+            balance=Balance(
+                losses=[("load_loss", 0.1)], fraction_from="history", selection_bias_rate=0.1
+            ),
             gate=Gate("sigmoid"),
-            fraction_from="history",
             shared_experts=nn.Linear(H, H, dtype=F64),
-            losses=[("load_loss", 0.1)],
         )
 
     with torch.device("meta"):
@@ -638,7 +655,7 @@ def test_narrow_layers_keep_wide_state() -> None:
 @every_source
 def test_autocast(fraction_from: str) -> None:
     dtype = torch.bfloat16
-    moe = everything(fraction_from=fraction_from, dtype=torch.float32)
+    moe = everything(balance=replace(ALL_TERMS, fraction_from=fraction_from), dtype=torch.float32)
     x = torch.randn(B, S, H)
     torch.manual_seed(1)
     plain = moe(x)
@@ -654,7 +671,7 @@ def test_autocast(fraction_from: str) -> None:
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    moe = everything(dtype=torch.float32, fraction_from="sequence")
+    moe = everything(dtype=torch.float32, balance=replace(ALL_TERMS, fraction_from="sequence"))
     x = torch.randn(8, 250, H)
     seen = []
     for threads in (1, 2, 3, 4):
@@ -691,12 +708,6 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             r'fraction_choices must be "all" with fraction_from "history", got "first"',
         ),
         (
-            {"fraction_from": "history", "router": Router(H, E)},
-            ValueError,
-            r'router must keep usage for fraction_from "history", as Router\(track_usage=True\) '
-            r"does, got one without",
-        ),
-        (
             {"losses": [("entropy", 0.1)]},
             ValueError,
             r'losses must be one of "router_z_loss", "importance_loss", .*, got "entropy"',
@@ -723,13 +734,23 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             (
                 options,
                 ValueError,
-                r"losses must name every term once, and load_balancing_loss by balance_weight, "
+                r"losses must name every term once, router_z_loss here or by "
+                r"z_loss_weight, and load_balancing_loss by weight, "
                 rf'got "{name}"',
             )
             for name, options in (
-                ("load_loss", {"losses": [("load_loss", 0.1), ("load_loss", 0.2)]}),
-                ("router_z_loss", {"losses": [("router_z_loss", 0.1)], "z_loss_weight": 0.1}),
-                ("largest_logit", {"losses": [(largest_logit, 0.1), (largest_logit, 0.2)]}),
+                (
+                    "load_loss",
+                    {"losses": [("load_loss", 0.1), ("load_loss", 0.2)]},
+                ),
+                (
+                    "router_z_loss",
+                    {"z_loss_weight": 0.1, "losses": [("router_z_loss", 0.1)]},
+                ),
+                (
+                    "largest_logit",
+                    {"losses": [(largest_logit, 0.1), (largest_logit, 0.2)]},
+                ),
             )
         ],
         (
@@ -738,15 +759,28 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
             r'losses must be one of "router_z_loss", .*, got "load_balancing_loss"',
         ),
         (
-            {"balance_weight": math.nan},
+            {"weight": math.nan},
             ValueError,
-            r"balance_weight must be a finite number >= 0, got nan",
+            r"weight must be a finite number >= 0, got nan",
         ),
     ],
 )
 def test_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^MoE: {message}$"):
-        make(**options)
+    with pytest.raises(error, match=f"^Balance: {message}$"):
+        Balance(**options)
+
+
+def test_a_history_needs_a_router_that_keeps_one() -> None:
+    message = (
+        r'^MoE: router must keep usage for balance.fraction_from "history", as '
+        r"Router\(track_usage=True\) does, got Router without$"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(balance=Balance(fraction_from="history"), router=Router(H, E))
+    moe = make()
+    with pytest.raises(ValueError, match=message):
+        moe.balance = Balance(fraction_from="history")
+    assert moe.balance == Balance()
 
 
 @pytest.mark.parametrize("fraction_from", ["sequence", "history"])
@@ -756,7 +790,7 @@ def test_earlier_counts_have_no_meaning_there(fraction_from: str) -> None:
         r"got a tensor of torch.int64 of shape \[8\]$"
     )
     with pytest.raises(ValueError, match=message):
-        make(fraction_from=fraction_from)(
+        make(balance=Balance(fraction_from=fraction_from))(
             torch.randn(T, H, dtype=F64), earlier_counts=torch.arange(E)
         )
 

@@ -29,7 +29,7 @@ from balanced import (
     shares_of,
 )
 from torchmoe import update_selection_bias
-from torchmoe.nn import Assistance, Gate, MoE, Routing
+from torchmoe.nn import Assistance, Balance, Gate, MoE, Routing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,10 +44,10 @@ def of_ranks(**options: Any) -> MoE:
     return make(
         **(
             {
-                "fraction_from": "global_batch",
-                "balance_weight": 1.0,
+                "balance": Balance(
+                    weight=1.0, fraction_from="global_batch", selection_bias_rate=0.125
+                ),
                 "gate": Gate("sigmoid"),
-                "selection_bias_rate": 0.125,
                 "assistance": Assistance(RING, threshold=1.0, lower_threshold=0.5, patience=1),
             }
             | options
@@ -89,7 +89,7 @@ def work(rank: int, folder: str) -> None:
         seen = {}
         moe = of_ranks()
         seen["plain"] = seen_of(moe, moe, x)
-        first = of_ranks(fraction_choices="first")
+        first = of_ranks(balance=Balance(fraction_choices="first"))
         seen["first"] = seen_of(first, first, x)
         seen["masked"] = seen_of(moe, moe, x, token_mask=some)
         seen["empty"] = seen_of(moe, moe, x, token_mask=all_or_none)
@@ -194,7 +194,7 @@ def test_a_process_with_padding_only(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_averaged_over_processes_it_is_the_loss_of_the_whole(ranks: list[dict[str, Any]]) -> None:
-    whole = of_ranks(fraction_from="batch")
+    whole = of_ranks(balance=Balance(fraction_from="batch"))
     output = whole(torch.cat([rank_tokens(rank) for rank in range(RANKS)]))
     mean = sum(seen["plain"]["loss"] for seen in ranks) / RANKS
     assert_close(mean, balance(output.routing).detach())
@@ -204,7 +204,7 @@ def test_averaged_over_processes_it_is_the_loss_of_the_whole(ranks: list[dict[st
 
 def test_a_process_group_of_one(ranks: list[dict[str, Any]]) -> None:
     for rank, seen in enumerate(ranks):
-        moe = of_ranks(fraction_from="batch")
+        moe = of_ranks(balance=Balance(fraction_from="batch"))
         output = moe(rank_tokens(rank))
         assert_close(seen["alone"]["loss"], balance(output.routing).detach())
         moe.update(output.routing)
@@ -219,14 +219,14 @@ def test_a_process_group_of_one(ranks: list[dict[str, Any]]) -> None:
 def test_in_evaluation_no_process_waits_for_another(ranks: list[dict[str, Any]]) -> None:
     """What each of them evaluates is its own affair, and so is its batch."""
     for rank, seen in enumerate(ranks):
-        moe = of_ranks(fraction_from="batch").eval()
+        moe = of_ranks(balance=Balance(fraction_from="batch")).eval()
         expected = balance(moe(rank_tokens(rank)).routing)
         assert_close(seen["evaluation"]["loss"], expected.detach())
         assert_close(seen["evaluation"]["gradient"], gradient_of(expected, moe))
 
 
 def test_all_processes_move_alike(ranks: list[dict[str, Any]]) -> None:
-    moe = of_ranks(fraction_from="batch")
+    moe = of_ranks(balance=Balance(fraction_from="batch"))
     parts = [moe(rank_tokens(rank, part)).routing for rank in range(RANKS) for part in range(2)]
     moe.update(parts)
     assert moe.assistance.assisted.any()

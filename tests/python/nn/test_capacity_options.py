@@ -18,7 +18,7 @@ import reference
 from limited import F64, by_logits
 from plain_moe import gradients, tensors_of
 from torchmoe import dynamic_capacity
-from torchmoe.nn import Capacity, Gate, MoE, Router
+from torchmoe.nn import Balance, Capacity, Gate, MoE, Router
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 RING = (1, 2, 3, 4, 0)
@@ -181,7 +181,9 @@ def test_the_least_weights_are_dropped(estimator: str) -> None:
 
 
 def test_ranking_by_weight_is_no_part_of_the_graph() -> None:
-    by_weight, plain = (make(Capacity(9, priority=p), z_loss_weight=0.1) for p in ("weight", None))
+    by_weight, plain = (
+        make(Capacity(9, priority=p), balance=Balance(z_loss_weight=0.1)) for p in ("weight", None)
+    )
     plain.load_state_dict(by_weight.state_dict())
     x = torch.randn(T, H, dtype=F64)
     seen = []
@@ -315,7 +317,7 @@ def test_weights_are_those_of_the_new_experts(
         normalize="after_drop" if after_drop else "before_drop",
     )
     gate = Gate(score_function, normalize, estimator)
-    moe = make(capacity, gate=gate, balance_weight=0.0)
+    moe = make(capacity, gate=gate, balance=Balance(weight=0.0))
     moe.update(moe(torch.randn(T, H, dtype=F64)).routing)  # default vectors that are not 0
     x = torch.randn(T, H, dtype=F64, requires_grad=True)
     direction = torch.randn(T, H, dtype=F64)

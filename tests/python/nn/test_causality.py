@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from limited import F64, by_logits
-from torchmoe.nn import Assistance, Capacity, Gate, MoE
+from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +71,7 @@ def test_token_by_token_is_causal(
         {
             "capacity": Capacity(0.8, order="token", **NEXT_BEST),
             "gate": Gate("sigmoid", num_groups=2, top_groups=1),
-            "selection_bias_rate": 0.1,
+            "balance": Balance(selection_bias_rate=0.1),
         },
         {"capacity": None, "assistance": Assistance((1, 2, 3, 0))},
         {"capacity": None},

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from plain_moe import gradients
 from torchmoe import ops
-from torchmoe.nn import Estimator, Exact, Gate, MoE, StraightThrough, register_estimator
+from torchmoe.nn import Balance, Estimator, Exact, Gate, MoE, StraightThrough, register_estimator
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -23,7 +23,10 @@ def make(estimator: str | Estimator, **options: object) -> MoE:
 
 
 def test_built_in_estimators_differ_in_the_gradient_only() -> None:
-    exact, other = make("exact", balance_weight=0.0), make("straight_through", balance_weight=0.0)
+    exact, other = (
+        make("exact", balance=Balance(weight=0.0)),
+        make("straight_through", balance=Balance(weight=0.0)),
+    )
     assert isinstance(exact.estimator, Exact)
     assert isinstance(other.estimator, StraightThrough)
     other.load_state_dict(exact.state_dict())
@@ -52,7 +55,10 @@ def test_an_estimator_of_ones_own_in_ten_lines() -> None:
         def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
             return super().weigh(ops.scale_gradient(logits, torch.tensor(2.0)), indices)
 
-    mine, exact = make(Doubled(), balance_weight=0.0), make("exact", balance_weight=0.0)
+    mine, exact = (
+        make(Doubled(), balance=Balance(weight=0.0)),
+        make("exact", balance=Balance(weight=0.0)),
+    )
     exact.load_state_dict(mine.state_dict())
     x = torch.randn(T, H, dtype=F64)
     for moe in (mine, exact):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe.nn import (
+    Balance,
     Capacity,
     DefaultVector,
     Estimator,
@@ -124,7 +125,9 @@ def layer(estimator: str | Estimator, **options: Any) -> MoE:
     """Experts that are matrices; logits of order one."""
     experts = ExpertList(nn.Linear(H, H, bias=False, dtype=F64) for _ in range(E))
     gate = Gate(estimator=estimator)
-    moe = MoE(H, None, E, K, gate=gate, experts=experts, balance_weight=0.0, dtype=F64, **options)
+    moe = MoE(
+        H, None, E, K, gate=gate, experts=experts, balance=Balance(weight=0.0), dtype=F64, **options
+    )
     nn.init.normal_(moe.router.weight)
     return moe
 

@@ -14,7 +14,16 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from plain_moe import gradients, tensors_of
-from torchmoe.nn import Capacity, ExpertList, Gate, MoE, MoEOutput, Router, known_estimators
+from torchmoe.nn import (
+    Balance,
+    Capacity,
+    ExpertList,
+    Gate,
+    MoE,
+    MoEOutput,
+    Router,
+    known_estimators,
+)
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -172,7 +181,7 @@ def test_masked_tokens_have_no_part_in_it(name: str) -> None:
 
 @every_estimator
 def test_a_masked_tokens_output_gives_no_gradient(name: str) -> None:
-    moe = make(name, dtype=F64, balance_weight=0.0)
+    moe = make(name, dtype=F64, balance=Balance(weight=0.0))
     mask = torch.arange(T) > 3
     torch.manual_seed(0)
     y = moe(torch.randn(T, H, dtype=F64), token_mask=mask).hidden_states

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchmoe.nn import (
+    Balance,
     CosineRouter,
     ExpertChoiceRouter,
     ExpertCommunication,
@@ -61,7 +62,7 @@ def layer(device: str | None) -> MoE:
         bias=True,
         gate=Gate(estimator="default_vector"),
         router=CosineRouter(H, E, projection_size=H, track_usage=True, device=device),
-        selection_bias_rate=0.01,
+        balance=Balance(selection_bias_rate=0.01),
         shared_experts=mlp(device),
         device=device,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from torchmoe.nn import Capacity, CosineRouter, Gate, MoE, SequenceRouter
+from torchmoe.nn import Balance, Capacity, CosineRouter, Gate, MoE, SequenceRouter
 
 T, H, INNER, E = 12, 6, 5, 4
 
@@ -24,7 +24,7 @@ CONSTANT: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("top_k", "options"), CONSTANT)
 def test_a_frozen_router_is_a_choice(top_k: int, options: dict[str, Any]) -> None:
-    moe = MoE(H, INNER, E, top_k, balance_weight=0.0, **options)
+    moe = MoE(H, INNER, E, top_k, balance=Balance(weight=0.0), **options)
     moe.router.requires_grad_(False)
     x = torch.randn(3, T // 3, H, requires_grad=True)
     output = moe(x)

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import reference
 from plain_moe import gradients, tensors_of
-from torchmoe.nn import Capacity, Exact, Gate, MoE, SparseMixer
+from torchmoe.nn import Balance, Capacity, Exact, Gate, MoE, SparseMixer
 
 H, INNER, E, K, T = 6, 7, 8, 3, 23
 F64 = torch.float64
@@ -169,7 +169,7 @@ def test_groups_of_one_expert() -> None:
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_layer_chooses_by_groups_and_weighs_without(score_function: str, biased: bool) -> None:
-    options = {"selection_bias_rate": 0.01} if biased else {}
+    options = {"balance": Balance(selection_bias_rate=0.01)} if biased else {}
     moe = make(gate={"score_function": score_function}, **options)
     if biased:
         moe.selection_bias = torch.randn(E, dtype=F64) - 2.0  # all scores are negative
@@ -276,7 +276,7 @@ def test_rerouting_stays_in_the_groups_while_they_have_room(overflow: str, order
 
 
 def test_compiles_once_for_all_token_counts() -> None:
-    moe = make(selection_bias_rate=0.01, dtype=torch.float32)
+    moe = make(balance=Balance(selection_bias_rate=0.01), dtype=torch.float32)
     moe.update(moe(torch.randn(T, H)).routing)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
@@ -316,7 +316,9 @@ def test_equals_the_router_of_transformers(num_groups: int, top_groups: int) -> 
     torch.nn.init.normal_(router.weight)
     # Positive biases: older versions mask with 0.0, which only then does what ours does.
     router.e_score_correction_bias.uniform_(0, 0.5)
-    moe = make(num_groups, top_groups, selection_bias_rate=0.01, dtype=torch.float32)
+    moe = make(
+        num_groups, top_groups, balance=Balance(selection_bias_rate=0.01), dtype=torch.float32
+    )
     with torch.no_grad():
         moe.router.weight.copy_(router.weight)
         moe.selection_bias.copy_(router.e_score_correction_bias)

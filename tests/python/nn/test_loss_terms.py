@@ -24,7 +24,7 @@ from balanced import (
 )
 from torchmoe import losses
 from torchmoe.losses import LossInputs
-from torchmoe.nn import Assistance, Capacity, Gate, MoE, Routing
+from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Routing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +54,9 @@ def expected_terms(moe: MoE, routing: Routing, mask: Tensor | None) -> dict[str,
 def test_the_terms_by_name(score_function: str, masked: bool, capacity: Capacity | None) -> None:
     weights = [2.0**-j for j in range(len(TERMS))]
     moe = make(
-        losses=list(zip(TERMS, weights, strict=True)), capacity=capacity, gate=Gate(score_function)
+        balance=Balance(losses=list(zip(TERMS, weights, strict=True))),
+        capacity=capacity,
+        gate=Gate(score_function),
     )
     x = torch.randn(T, H, dtype=F64)
     mask = torch.rand(T) > 0.3 if masked else None
@@ -71,7 +73,7 @@ def test_the_terms_by_name(score_function: str, masked: bool, capacity: Capacity
 
 
 def test_importance_counts_the_slots_of_assistance() -> None:
-    moe = make(losses=[("importance_loss", 1.0)], assistance=Assistance(RING))
+    moe = make(balance=Balance(losses=[("importance_loss", 1.0)]), assistance=Assistance(RING))
     moe.assistance.assisted[:] = True
     routing = moe(torch.randn(T, H, dtype=F64)).routing
     totals = torch.zeros(E, dtype=F64)
@@ -92,7 +94,7 @@ def test_a_function_of_ones_own(masked: bool) -> None:
         return largest_logit(given)
 
     moe = make(
-        losses=[(my_term, 0.5), ("load_loss", 0.25)],
+        balance=Balance(losses=[(my_term, 0.5), ("load_loss", 0.25)]),
         gate=Gate("sigmoid"),
         capacity=Capacity(0.7, overflow="next_best"),
     )
@@ -123,14 +125,16 @@ def test_a_function_of_ones_own(masked: bool) -> None:
 
 def test_the_z_loss_by_either_way() -> None:
     x = torch.randn(T, H, dtype=F64)
-    one, other = make(z_loss_weight=0.5), make(losses=[("router_z_loss", 0.5)])
+    one, other = (
+        make(balance=Balance(z_loss_weight=0.5)),
+        make(balance=Balance(losses=[("router_z_loss", 0.5)])),
+    )
     other.load_state_dict(one.state_dict())
-    assert other.z_loss_weight == 0.5
     assert torch.equal(one(x).aux_loss, other(x).aux_loss)
     assert set(one(x).routing.losses) == set(other(x).routing.losses)
-    other.z_loss_weight = 0.0
+    other.balance = Balance()
     assert set(other(x).routing.losses) == {"load_balancing_loss"}
-    none = make(losses=[("router_z_loss", 0.0)])
+    none = make(balance=Balance(losses=[("router_z_loss", 0.0)]))
     assert set(none(x).routing.losses) == {"load_balancing_loss"}
 
 
@@ -138,12 +142,16 @@ def test_a_function_named_like_a_term_is_not_taken_for_it() -> None:
     def router_z_loss(given: LossInputs) -> Tensor:
         return 0 * given.logits.sum() + 7
 
-    routing = make(losses=[(router_z_loss, 0.5)])(torch.randn(T, H, dtype=F64)).routing
+    routing = make(balance=Balance(losses=[(router_z_loss, 0.5)]))(
+        torch.randn(T, H, dtype=F64)
+    ).routing
     assert routing.losses["router_z_loss"] == 7
 
 
 def test_a_term_with_weight_zero_is_reported() -> None:
-    output = make(losses=[("load_loss", 0.0)], balance_weight=0.0)(torch.randn(T, H, dtype=F64))
+    output = make(balance=Balance(weight=0.0, losses=[("load_loss", 0.0)]))(
+        torch.randn(T, H, dtype=F64)
+    )
     assert output.aux_loss == 0
     assert output.routing.losses["load_loss"] > 0
 
@@ -152,14 +160,18 @@ def test_a_function_may_not_be_called_load_balancing_loss() -> None:
     def load_balancing_loss(given: LossInputs) -> Tensor:
         return given.logits.sum()
 
-    with pytest.raises(ValueError, match=r'^MoE: losses must name every term once, .*, got "load'):
-        make(losses=[(load_balancing_loss, 0.1)])
+    with pytest.raises(
+        ValueError, match=r'^Balance: losses must name every term once, .*, got "load'
+    ):
+        make(balance=Balance(losses=[(load_balancing_loss, 0.1)]))
 
 
 def test_pairs_and_functions_that_are_no_terms() -> None:
     for bad in ("importance_loss", ("importance_loss",)):
-        with pytest.raises(TypeError, match=r"^MoE: losses must be pairs of a term .*, got"):
-            make(losses=[bad])
-    message = r'^MoE: losses must have "importance_loss" for that function, .*, got the function'
+        with pytest.raises(TypeError, match=r"^Balance: losses must be pairs of a term .*, got"):
+            make(balance=Balance(losses=[bad]))
+    message = (
+        r'^Balance: losses must have "importance_loss" for that function, .*, got the function'
+    )
     with pytest.raises(TypeError, match=message):
-        make(losses=[(losses.importance_loss, 0.1)])
+        make(balance=Balance(losses=[(losses.importance_loss, 0.1)]))

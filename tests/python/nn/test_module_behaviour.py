@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from copies import by_pickle, load_state
 from plain_moe import gradients, tensors_of
-from torchmoe.nn import Capacity, Gate, MoE, Router, WithAttachedLoss
+from torchmoe.nn import Balance, Capacity, Gate, MoE, Router, WithAttachedLoss
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 
@@ -30,7 +30,7 @@ def make(**options: object) -> MoE:
         bias=True,
         gate=Gate(estimator="straight_through"),
         capacity=Capacity(1.1),
-        z_loss_weight=0.01,
+        balance=Balance(z_loss_weight=0.01),
         router=Router(
             H,
             E,
@@ -189,7 +189,7 @@ def test_gradient_accumulation() -> None:
         INNER,
         E,
         K,
-        balance_weight=0.0,
+        balance=Balance(weight=0.0),
         router=Router(H, E, usage_scaling=True, dtype=torch.float64),
         dtype=torch.float64,
     )
@@ -210,7 +210,9 @@ def test_gradient_accumulation() -> None:
 
 @pytest.mark.parametrize("token_mask", [False, True])
 def test_compile_once_for_all_token_counts(token_mask: bool) -> None:
-    moe = MoE(H, INNER, E, K, capacity=Capacity(1.1, order="token"), z_loss_weight=0.01)
+    moe = MoE(
+        H, INNER, E, K, capacity=Capacity(1.1, order="token"), balance=Balance(z_loss_weight=0.01)
+    )
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
     for num_tokens in (11, 17, 40, 13):
@@ -232,13 +234,13 @@ def test_compile_once_for_all_token_counts(token_mask: bool) -> None:
 
 
 def test_compile_once_for_all_coefficients() -> None:
-    layer = WithAttachedLoss(MoE(H, INNER, E, K, z_loss_weight=0.01))
+    layer = WithAttachedLoss(MoE(H, INNER, E, K, balance=Balance(z_loss_weight=0.01)))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
     x = torch.randn(T, H)
     for factor in (1.0, 0.5, 0.25):
         layer.scale = 1024.0 * factor
-        layer.moe.balance_weight = layer.moe.z_loss_weight = 0.1 * factor
+        layer.moe.balance = Balance(0.1 * factor, z_loss_weight=0.1 * factor)
         seen = []
         for run in (layer, compiled):
             layer.zero_grad()
@@ -264,7 +266,9 @@ def test_compile_with_noise_usage_and_attached_loss() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
-    moe = MoE(H, INNER, E, K, bias=True, capacity=Capacity(1.1), z_loss_weight=0.01)
+    moe = MoE(
+        H, INNER, E, K, bias=True, capacity=Capacity(1.1), balance=Balance(z_loss_weight=0.01)
+    )
     x = torch.randn(2, T, H, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         output = moe(x)

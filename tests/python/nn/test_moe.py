@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,17 @@ from torch.testing import assert_close
 
 from plain_moe import gradients, plain_balance, plain_moe
 from torchmoe import ops
-from torchmoe.nn import Capacity, ExpertList, Experts, Gate, MoE, MoEOutput, Router, Routing
+from torchmoe.nn import (
+    Balance,
+    Capacity,
+    ExpertList,
+    Experts,
+    Gate,
+    MoE,
+    MoEOutput,
+    Router,
+    Routing,
+)
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -25,7 +37,9 @@ def make(**options: object) -> MoE:
 def test_equals_plain_pytorch(
     score_function: str, normalize: str, capacity: Capacity | None
 ) -> None:
-    moe = make(gate=Gate(score_function, normalize), capacity=capacity, z_loss_weight=0.01)
+    moe = make(
+        gate=Gate(score_function, normalize), capacity=capacity, balance=Balance(z_loss_weight=0.01)
+    )
     x = torch.randn(T, H, dtype=F64, requires_grad=True)
     direction = torch.randn(T, H, dtype=F64)
 
@@ -90,7 +104,7 @@ def test_leading_dimensions_are_kept() -> None:
 
 @pytest.mark.parametrize("capacity", [None, Capacity(1.1), Capacity(1.1, order="token")])
 def test_a_masked_token_might_as_well_not_be_there(capacity: Capacity | None) -> None:
-    moe = make(capacity=capacity, z_loss_weight=0.1)
+    moe = make(capacity=capacity, balance=Balance(z_loss_weight=0.1))
     x = torch.randn(3, 8, H, dtype=F64)
     mask = torch.rand(3, 8) > 0.4
     x[~mask] = torch.nan
@@ -121,7 +135,7 @@ def test_a_masked_token_might_as_well_not_be_there(capacity: Capacity | None) ->
 
 @pytest.mark.parametrize("num_tokens", [0, 4])
 def test_without_a_counted_token_everything_is_zero(num_tokens: int) -> None:
-    moe = make(capacity=Capacity(1.0, minimum=2), z_loss_weight=0.1)
+    moe = make(capacity=Capacity(1.0, minimum=2), balance=Balance(z_loss_weight=0.1))
     x = torch.randn(num_tokens, H, dtype=F64, requires_grad=True)
     masks = [torch.zeros(num_tokens, dtype=torch.bool)] + ([None] if num_tokens == 0 else [])
     for mask in masks:
@@ -181,7 +195,7 @@ def test_aux_loss_is_the_weighted_sum_of_the_unweighted_losses() -> None:
     output = make()(x)
     assert set(output.routing.losses) == {"load_balancing_loss"}
     assert_close(output.aux_loss, 0.01 * output.routing.losses["load_balancing_loss"])
-    output = make(balance_weight=0.5, z_loss_weight=0.25)(x)
+    output = make(balance=Balance(weight=0.5, z_loss_weight=0.25))(x)
     losses = output.routing.losses
     assert_close(
         output.aux_loss, 0.5 * losses["load_balancing_loss"] + 0.25 * losses["router_z_loss"]
@@ -190,19 +204,19 @@ def test_aux_loss_is_the_weighted_sum_of_the_unweighted_losses() -> None:
         losses["load_balancing_loss"],
         plain_balance(output.routing.logits, output.routing.tokens_per_expert, K),
     )
-    assert make(balance_weight=0.0)(x).aux_loss == 0
+    assert make(balance=Balance(weight=0.0))(x).aux_loss == 0
 
 
 def test_coefficients_may_change() -> None:
     moe, x = make(), torch.randn(T, H, dtype=F64)
-    assert moe.z_loss_weight == 0.0
-    moe.balance_weight, moe.z_loss_weight = 0.0, 2.0
+    assert moe.balance == Balance()
+    moe.balance = Balance(0.0, z_loss_weight=2.0)
     output = moe(x)
     assert_close(output.aux_loss, 2.0 * output.routing.losses["router_z_loss"])
-    moe.z_loss_weight = 0.0
+    moe.balance = replace(moe.balance, z_loss_weight=0.0)
     assert set(moe(x).routing.losses) == {"load_balancing_loss"}
-    with pytest.raises(ValueError, match=r"MoE: z_loss_weight must be a finite .*, got -1.0"):
-        moe.z_loss_weight = -1.0
+    with pytest.raises(ValueError, match=r"Balance: z_loss_weight must be a finite .*, got -1.0"):
+        moe.balance = replace(moe.balance, z_loss_weight=-1.0)
 
 
 def test_a_selection_bias_ranks_and_does_not_weigh() -> None:
@@ -264,7 +278,9 @@ def test_top_k_1_with_a_constant_weight_is_refused_with_the_way_out() -> None:
     moe(x).hidden_states.sum().backward()
     assert moe.router.weight.grad.abs().sum() > 0
 
-    moe = MoE(H, INNER, E, 1, balance_weight=0.0, dtype=F64)  # the default weight is p itself
+    moe = MoE(
+        H, INNER, E, 1, balance=Balance(weight=0.0), dtype=F64
+    )  # the default weight is p itself
     output = moe(x)
     chosen = output.routing.logits.softmax(-1).amax(-1, keepdim=True)
     assert_close(output.routing.weights, chosen)
@@ -299,13 +315,7 @@ def test_all_experts_may_be_chosen() -> None:
             ValueError,
             r"Experts: activation must .*\"tanh\"",
         ),
-        ((H, INNER, E, K), {"balance_weight": -1.0}, ValueError, r"MoE: balance_weight .*got -1.0"),
-        (
-            (H, INNER, E, K),
-            {"z_loss_weight": float("nan")},
-            ValueError,
-            r"MoE: z_loss_weight .* nan",
-        ),
+        ((H, INNER, E, K), {"balance": 0.1}, TypeError, r"MoE: balance must be a Balance, .* 0.1"),
         (
             (H, INNER, E, K),
             {"gate": "exact"},

@@ -18,6 +18,7 @@ from balanced import F64, INNER, B, E, H, K, S, T, gradient_of, make
 from torchmoe import losses
 from torchmoe.losses import LossInputs
 from torchmoe.nn import (
+    Balance,
     ContextRouter,
     ExpertChoiceRouter,
     MoE,
@@ -37,7 +38,7 @@ def noisy_router(**options: Any) -> Router:
 
 def noisy_layer(router: nn.Module | None = None, **options: Any) -> MoE:
     router = noisy_router() if router is None else router
-    return make(router=router, losses=[("load_loss", 0.5)], **options)
+    return make(router=router, balance=Balance(losses=[("load_loss", 0.5)]), **options)
 
 
 def by_formula(clean: Tensor, noisy: Tensor, deviation: float, top_k: int = K) -> Tensor:
@@ -119,7 +120,7 @@ class Collected:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_loss_of_ones_own_finds_both(training: bool) -> None:
     collected = Collected()
-    moe = make(router=noisy_router(), losses=[(collected, 1.0)]).train(training)
+    moe = make(router=noisy_router(), balance=Balance(losses=[(collected, 1.0)])).train(training)
     x = torch.randn(B, S, H, dtype=F64)
     routing = moe(x).routing
     [given] = collected.given
@@ -331,7 +332,12 @@ def test_a_router_that_is_compiled_alone_and_copies() -> None:
 
 def test_bfloat16() -> None:
     moe = MoE(
-        H, INNER, E, K, router=Router(H, E, logit_noise=NOISE), losses=[("load_loss", 0.5)]
+        H,
+        INNER,
+        E,
+        K,
+        router=Router(H, E, logit_noise=NOISE),
+        balance=Balance(losses=[("load_loss", 0.5)]),
     ).bfloat16()
     routing = moe(torch.randn(T, H, dtype=torch.bfloat16)).routing
     assert routing.losses["load_loss"].dtype == torch.float32

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from torchmoe.nn import MoE, WithAttachedLoss
+from torchmoe.nn import Balance, MoE, WithAttachedLoss
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 
 
 def layer(group: dist.ProcessGroup | None) -> MoE:
-    return MoE(6, 5, 4, 2, fraction_from="global_batch", process_group=group)
+    return MoE(6, 5, 4, 2, balance=Balance(fraction_from="global_batch"), process_group=group)
 
 
 X = torch.randn(7, 6)

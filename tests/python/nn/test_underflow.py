@@ -10,7 +10,7 @@ from torch import Tensor
 
 import torchmoe
 from reference import log_sigmoid
-from torchmoe.nn import Capacity, ExpertChoiceRouter, Gate, MoE
+from torchmoe.nn import Balance, Capacity, ExpertChoiceRouter, Gate, MoE
 
 E, K, H = 4, 2, 3
 
@@ -45,7 +45,7 @@ class TestRanking:
     def test_with_a_selection_bias(
         self, score_function: str, logits: list[float], expected: list[int]
     ) -> None:
-        moe = layer(gate=Gate(score_function), selection_bias_rate=0.001)
+        moe = layer(gate=Gate(score_function), balance=Balance(selection_bias_rate=0.001))
         assert selected(moe, logits) == [expected]
         moe.selection_bias.fill_(0.5)  # absorbs what is left of them
         assert selected(moe, logits) == [expected]
@@ -70,7 +70,7 @@ class TestRanking:
         """Four tokens with the same logits: those who come late get the experts that are left."""
         moe = layer(
             gate=Gate(score_function),
-            selection_bias_rate=0.001,
+            balance=Balance(selection_bias_rate=0.001),
             capacity=Capacity(1, order="token", overflow="next_best"),
         )
         x = torch.randn(4, H)
@@ -126,7 +126,7 @@ def test_entropies(term: str, low: float) -> None:
 
 
 def test_a_router_cannot_leave_the_loss_by_going_down() -> None:
-    moe = layer(gate=Gate("sigmoid"), balance_weight=1.0)
+    moe = layer(gate=Gate("sigmoid"), balance=Balance(weight=1.0))
     logits = torch.tensor([[-90.0, -91.0, -95.0, -99.0]]).repeat(8, 1).requires_grad_()
     output = moe(torch.randn(8, H), router_input=logits)
     (grad,) = torch.autograd.grad(output.aux_loss, logits)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from balanced import F64, E, H, K, counts_of, make, plain_loss, shares_of
 from torchmoe import ops
-from torchmoe.nn import Gate, MoE
+from torchmoe.nn import Balance, Gate, MoE
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"
@@ -41,7 +41,10 @@ EQUAL = 7
 
 def layer(**options: Any) -> MoE:
     torch.manual_seed(0)
-    settings = {"fraction_from": "global_batch", "balance_weight": 1.0, "gate": Gate("sigmoid")}
+    settings = {
+        "balance": Balance(weight=1.0, fraction_from="global_batch"),
+        "gate": Gate("sigmoid"),
+    }
     return make(**(settings | options))
 
 
@@ -114,7 +117,7 @@ def work(rank: int, folder: str) -> None:
             if rank >= world:
                 continue
             moe = layer(process_group=group)
-            first = layer(process_group=group, fraction_choices="first")
+            first = layer(process_group=group, balance=Balance(fraction_choices="first"))
             seen["equal", world] = seen_with_equal_numbers(group, rank)
             for case in NUMBERS:
                 x, run, options = tokens_of(case, rank), moe, {"token_mask": mask_of(case, rank)}
@@ -227,7 +230,7 @@ def test_equal_numbers_change_no_bit(ranks: list[dict[Any, Any]], world: int) ->
 
 def test_evaluation_asks_nobody(ranks: list[dict[Any, Any]]) -> None:
     for rank, seen in enumerate(ranks):
-        moe = layer(fraction_from="batch").eval()
+        moe = layer(balance=Balance(fraction_from="batch")).eval()
         expected = moe(tokens_of("uneven", rank)).aux_loss.detach()
         assert torch.equal(seen["evaluation"]["loss"], expected)
         assert seen["evaluation"]["reductions"] == 0

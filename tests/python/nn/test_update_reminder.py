@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router, SequenceRouter
+from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Router, SequenceRouter
 
 T, H, INNER, E, K = 4, 6, 5, 4, 2
 
 READERS: dict[str, Callable[[], dict[str, Any]]] = {
-    'fraction_from "history"': lambda: {"fraction_from": "history"},
+    'fraction_from "history"': lambda: {"balance": Balance(fraction_from="history")},
     "a dynamic capacity": lambda: {"capacity": Capacity(1, dynamic=True)},
     "assistance": lambda: {"assistance": Assistance((1, 2, 3, 0))},
-    "a selection bias": lambda: {"selection_bias_rate": 0.001},
+    "a selection bias": lambda: {"balance": Balance(selection_bias_rate=0.001)},
     "usage_scaling": lambda: {"router": SequenceRouter(Router(H, E, usage_scaling=True))},
     "the estimator DefaultVector": lambda: {"gate": Gate(estimator="default_vector")},
 }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe.nn import (
+    Balance,
     Estimator,
     Exact,
     ExpertCommunication,
@@ -108,7 +109,7 @@ def test_experts_that_talk(
 )
 def test_terms_of_the_loss(term: Any, error: type[Exception], got: str) -> None:
     term.__name__ = "mine"
-    moe = MoE(H, INNER, E, K, losses=[(term, 0.1)])
+    moe = MoE(H, INNER, E, K, balance=Balance(losses=[(term, 0.1)]))
     with pytest.raises(error, match=rf'^MoE: the term "mine" of losses must return .*, got {got}$'):
         moe(torch.randn(T, H))
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router
+from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Router
 
 T, H, INNER, E, K = 12, 8, 6, 4, 2
 
 LAYERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "usage": (lambda: {"fraction_from": "history"}, "router.usage"),
+    "usage": (lambda: {"balance": Balance(fraction_from="history")}, "router.usage"),
     "usage_scaling": (lambda: {"router": Router(H, E, usage_scaling=True)}, "router.usage"),
     "dynamic": (lambda: {"capacity": Capacity(1, dynamic=True)}, "router.usage"),
     "assistance": (lambda: {"assistance": Assistance((1, 2, 3, 0))}, "router.usage"),
-    "selection_bias": (lambda: {"selection_bias_rate": 0.001}, "selection_bias"),
+    "selection_bias": (lambda: {"balance": Balance(selection_bias_rate=0.001)}, "selection_bias"),
     "default_vectors": (
         lambda: {"gate": Gate(estimator="default_vector")},
         "estimator.default_vectors",
@@ -72,7 +72,7 @@ def test_steps_are_not_lost(
 @pytest.mark.parametrize("load", [by_loading, by_attribute, in_place])
 def test_a_thousand_small_steps(load: Callable[[MoE, str, torch.dtype], None]) -> None:
     """Of 0.001 from 0.5 on, where bfloat16 knows no step below 0.002."""
-    moe = MoE(H, INNER, E, K, selection_bias_rate=0.001)
+    moe = MoE(H, INNER, E, K, balance=Balance(selection_bias_rate=0.001))
     moe.selection_bias.fill_(0.5)
     load(moe, "selection_bias", torch.bfloat16)
     routing = moe(torch.randn(T, H, dtype=moe.experts.down_proj.dtype)).routing
@@ -94,7 +94,7 @@ def test_float64_stays(layer: str) -> None:
 
 
 def test_the_caller_s_state_dict_is_left_alone() -> None:
-    moe = MoE(H, INNER, E, K, selection_bias_rate=0.001)
+    moe = MoE(H, INNER, E, K, balance=Balance(selection_bias_rate=0.001))
     state = {key: value.bfloat16() for key, value in moe.state_dict().items()}
     moe.load_state_dict(state, assign=True)
     assert all(value.dtype == torch.bfloat16 for value in state.values())
@@ -102,7 +102,7 @@ def test_the_caller_s_state_dict_is_left_alone() -> None:
 
 def test_what_a_loader_narrowed_is_wide_after_the_next_load_or_conversion() -> None:
     usage = torch.tensor([0.2001, 0.1999, 0.3003, 0.2997])  # no bfloat16 numbers
-    moe = MoE(H, INNER, E, K, fraction_from="history")
+    moe = MoE(H, INNER, E, K, balance=Balance(fraction_from="history"))
     state = moe.state_dict() | {"router.usage": usage}
     in_place(moe, "router.usage", torch.bfloat16)
     moe.load_state_dict(state)
@@ -116,7 +116,7 @@ def test_what_a_loader_narrowed_is_wide_after_the_next_load_or_conversion() -> N
 
 def test_widening_keeps_the_tensor_that_others_hold() -> None:
     """DistributedDataParallel looks for a module's buffers once."""
-    moe = MoE(H, INNER, E, K, fraction_from="history")
+    moe = MoE(H, INNER, E, K, balance=Balance(fraction_from="history"))
     held = moe.router.usage
     held.data = held.data.bfloat16()
     moe.update(moe(torch.randn(T, H)).routing)

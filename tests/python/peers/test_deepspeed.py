@@ -27,7 +27,7 @@ from peers.comparison import (
     table,
 )
 from torchmoe import ops, presets
-from torchmoe.nn import ExpertList, Gate, MoE
+from torchmoe.nn import Balance, ExpertList, Gate, MoE
 
 sharded_moe = pytest.importorskip("deepspeed.moe.sharded_moe")
 deepspeed_layer = pytest.importorskip("deepspeed.moe.layer")
@@ -66,7 +66,7 @@ def make(sizes: Sizes, top_k: int, **options: Any) -> nn.Module:
 def ours_like(layer: nn.Module, sizes: Sizes, **changes: Any) -> MoE:
     experts = ExpertList(deepcopy(list(layer.experts.deepspeed_experts)))
     moe = presets.deepspeed.layer(sizes.H, None, sizes.E, experts=experts, **changes)
-    assert moe.balance_weight == COEFFICIENT
+    assert moe.balance.weight == COEFFICIENT
     copy_router(moe, layer.gate.wg.weight)
     return moe
 
@@ -107,7 +107,9 @@ def test_one_expert_and_random_tokens(sizes: Sizes, draws: dict[torch.device, An
 def test_two_experts(sizes: Sizes) -> None:
     layer = make(sizes, 2)
     capacity = replace(presets.deepspeed.capacity, priority=None)
-    moe = ours_like(layer, sizes, top_k=2, capacity=capacity, fraction_choices="first")
+    moe = ours_like(
+        layer, sizes, top_k=2, capacity=capacity, balance=Balance(fraction_choices="first")
+    )
     x, direction = sizes.inputs(F32)
     ours = step(moe, x, direction)
     assert_agree(ours, peer_step(layer, x, direction), sizes)

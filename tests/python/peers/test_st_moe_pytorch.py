@@ -92,7 +92,7 @@ def balance_after_drop(moe: MoE, x: Tensor) -> Tensor:
 def test_st_moe(sizes: Sizes, dtype: torch.dtype) -> None:
     """Its own factors, minimum and z-loss; without the balancing loss in the gradients."""
     peer, moe = make(sizes, dtype, presets.st_moe, balance_loss_coef=0.0)
-    moe.balance_weight = 0.0
+    moe.balance = replace(moe.balance, weight=0.0)
     x, direction = sizes.inputs(dtype)
     ours = step(moe, x, direction)
     assert ours.losses["load_balancing_loss"] > 0
@@ -131,10 +131,11 @@ def test_st_moe_in_evaluation(sizes: Sizes, dtype: torch.dtype) -> None:
 def test_st_moe_of_more_experts(top_k: int) -> None:
     sizes, dtype = CASES[1]
     capacity = replace(presets.st_moe.capacity, factor=Fraction(5, 4) / top_k)
+    balance = replace(presets.st_moe.balance, weight=0.0)
     peer, moe = make(
         sizes,
         dtype,
-        replace(presets.st_moe, top_k=top_k, capacity=capacity, balance_weight=0.0),
+        replace(presets.st_moe, top_k=top_k, capacity=capacity, balance=balance),
         gating_top_n=top_k,
         balance_loss_coef=0.0,
     )
@@ -154,7 +155,7 @@ def test_gshard(sizes: Sizes, dtype: torch.dtype) -> None:
         router_z_loss_coef=0.0,
         balance_loss_coef=0.0,
     )
-    moe.balance_weight = 0.0
+    moe.balance = replace(moe.balance, weight=0.0)
     x, direction = sizes.inputs(dtype)
     ours, expected = step(moe, x, direction), peer_step(peer, x, direction)
     ours.losses["load_balancing_loss"] = balance_after_drop(moe, x)
@@ -167,7 +168,7 @@ def test_a_group_is_a_call() -> None:
     """Two sequences there are two calls here, their losses averaged."""
     sizes, dtype = CASES[0]
     peer, moe = make(sizes, dtype, presets.st_moe, balance_loss_coef=0.0)
-    moe.balance_weight = 0.0
+    moe.balance = replace(moe.balance, weight=0.0)
     x = torch.stack([sizes.inputs(dtype)[0] for _ in range(2)])
     outputs = [moe(sequence) for sequence in x]
     y = torch.stack([output.hidden_states for output in outputs]).detach()

@@ -27,7 +27,7 @@ from peers.comparison import (
     table,
 )
 from torchmoe import expert_capacity, presets
-from torchmoe.nn import ExpertList, MoE
+from torchmoe.nn import Balance, ExpertList, MoE
 
 pytest.importorskip("transformers")
 
@@ -51,7 +51,7 @@ def mixtral_block(sizes: Sizes, top_k: int) -> nn.Module:
     config._experts_implementation = "eager"
     assert config.router_jitter_noise == presets.mixtral_hf.input_jitter
     coefficient = config.router_aux_loss_coef
-    assert presets.mixtral_hf.balance_weight == coefficient * presets.mixtral_hf.top_k
+    assert presets.mixtral_hf.balance.weight == coefficient * presets.mixtral_hf.top_k
     block = mixtral.MixtralSparseMoeBlock(config)
     randomize([block])
     return block
@@ -63,7 +63,7 @@ def test_mixtral(sizes: Sizes, top_k: int) -> None:
     coefficient = 0.001
     block = mixtral_block(sizes, top_k)
     moe = presets.mixtral_hf.layer(
-        sizes.H, sizes.I, sizes.E, top_k=top_k, balance_weight=coefficient * top_k
+        sizes.H, sizes.I, sizes.E, top_k=top_k, balance=Balance(weight=coefficient * top_k)
     )
     copy_router(moe, block.gate.weight)
     moe.experts.load_state_dict(block.experts.state_dict())
@@ -128,7 +128,7 @@ def switch_moe(sizes: Sizes, layer: nn.Module, **changes: Any) -> MoE:
 def test_switch(sizes: Sizes) -> None:
     """One sequence, since capacity is per sequence there; without jitter, see below."""
     layer = switch_layer(sizes, router_jitter_noise=0.0)
-    moe = switch_moe(sizes, layer, input_jitter=0.0, z_loss_weight=0.001)
+    moe = switch_moe(sizes, layer, input_jitter=0.0, balance=Balance(z_loss_weight=0.001))
     x, direction = sizes.inputs(F32)
     ours = step(moe, x, direction)
 
@@ -201,7 +201,7 @@ def test_deepseek_v3(sizes: Sizes, groups: int, top_groups: int, top_k: int) -> 
         sizes.E,
         top_k=top_k,
         gate=replace(preset.gate, num_groups=groups, top_groups=top_groups),
-        balance_weight=0.0,  # Transformers has no loss for it
+        balance=replace(preset.balance, weight=0.0),  # Transformers has no loss for it
     )
     assert config.n_shared_experts == preset.num_shared_experts
     theirs, shared = block.shared_experts, moe.shared_experts.experts

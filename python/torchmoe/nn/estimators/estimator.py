@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
-from torchmoe._checks import check_output
+from torchmoe._checks import Fixed, check_output
 from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.estimators._groups import limit_to_groups
 from torchmoe.ops import SCORE_FUNCTIONS
@@ -70,23 +70,27 @@ class Estimator(Unscriptable):
         score_functions: the score functions that the estimator is defined for.
         normalizes: the normalisations that it is defined for.
         takes_groups: whether its selection heeds the gate's groups.
+        takes_selection_bias: whether its selection heeds a selection bias.
+        fills_slots: whether its selection gives every token that counts top_k experts.
         draws: whether its selection is a draw for each token, or a draw is made on the way to it.
         takes_experts_alone: whether `combine` asks for the output of each expert by itself.
         refusal: why it is not defined for the others: the end of that error's requirement.
         settings: the names of its own attributes that repr shows.
     """
 
-    top_k: int
-    num_experts: int
-    hidden_size: int
-    score_function: str
-    normalize: str
-    num_groups: int = 1
-    top_groups: int = 1
+    top_k = Fixed[int]()
+    num_experts = Fixed[int]()
+    hidden_size = Fixed[int]()
+    score_function = Fixed[str]()
+    normalize = Fixed[str]()
+    num_groups = Fixed[int]()
+    top_groups = Fixed[int]()
     gate_estimator: str = "exact"
     score_functions: tuple[str, ...] = SCORE_FUNCTIONS
     normalizes: tuple[str, ...] = NORMALIZES
     takes_groups: bool = True
+    takes_selection_bias: bool = True
+    fills_slots: bool = True
     draws: bool = False
     takes_experts_alone: bool = False
     refusal: str = ""
@@ -148,6 +152,16 @@ class Estimator(Unscriptable):
             raise ValueError(
                 f"MoE: gate.num_groups must be 1 for the estimator {type(self).__name__}, "
                 f"{self.refusal}, got {num_groups}"
+            )
+        if num_experts % num_groups:
+            raise ValueError(
+                f"MoE: gate.num_groups must divide num_experts {num_experts}, got {num_groups}"
+            )
+        offered = top_groups * num_experts // num_groups
+        if top_k > offered:
+            raise ValueError(
+                f"MoE: top_k must be in [1, {offered}], the experts of gate.top_groups "
+                f"{top_groups}, got {top_k}"
             )
         self._layer = layer
         self.top_k = top_k

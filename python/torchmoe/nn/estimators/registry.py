@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from torchmoe._checks import check_callable, check_choice, shown
+from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.estimators.default_vector import DefaultVector
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.exact import Exact
@@ -12,6 +14,12 @@ from torchmoe.nn.estimators.gumbel_straight_through import GumbelStraightThrough
 from torchmoe.nn.estimators.sparsemixer import SparseMixer
 from torchmoe.nn.estimators.straight_through import StraightThrough
 from torchmoe.nn.estimators.straight_through_dense import StraightThroughDense
+
+if TYPE_CHECKING:
+    import torch
+
+    from torchmoe.nn.gate import Gate
+    from torchmoe.nn.moe import MoE
 
 _REGISTRY: dict[str, Callable[[], Estimator]] = {
     "exact": Exact,
@@ -55,3 +63,27 @@ def build_estimator(estimator: str | Estimator) -> Estimator:
             f"got {shown(built)}"
         )
     return built
+
+
+def bound_estimator(
+    gate: Gate,
+    layer: MoE,
+    top_k: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Estimator:
+    """The gate's estimator, told about the layer, which has its router."""
+    estimator = build_estimator(gate.estimator)
+    normalize = gate.normalize or declared_by_router(layer.router).default_normalize
+    estimator.bind(
+        top_k=top_k,
+        num_experts=layer.num_experts,
+        hidden_size=layer.hidden_size,
+        score_function=gate.score_function,
+        normalize=normalize,
+        num_groups=gate.num_groups,
+        top_groups=gate.top_groups,
+        device=device,
+        dtype=dtype,
+    )
+    return estimator

@@ -48,6 +48,7 @@ class SparseMixer(Estimator):
     score_functions = ("softmax",)
     normalizes = ("none",)
     takes_groups = False
+    takes_selection_bias = False
     refusal = "whose gradient is that of a draw from the softmax"
     settings = ("jitter",)
     draws = True

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_counts, check_flag
+from torchmoe._checks import Checked, Fixed, check_counts, check_flag, check_share
 from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._rows import wide
+from torchmoe.nn.declarations import RouterDeclaration, declared_by_router
 
 # Weight of the past in the running average: a memory of about a hundred steps.
 _USAGE_DECAY = 0.99
 
 
-class UsageTracking(Remembering):
+class UsageTracking(RouterDeclaration, Remembering):
     """Keeps the running share of the slots of each expert where that is wanted.
 
     Attributes:
@@ -27,8 +28,18 @@ class UsageTracking(Remembering):
     wide_buffers = ("usage",)
     num_experts: int
     usage: Tensor | None
-    usage_decay: float
-    usage_scaling: bool
+    usage_decay = Checked(check_share)
+    usage_scaling = Fixed[bool]()
+
+    @property
+    def keeps_usage(self) -> bool:  # type: ignore[override]
+        """Whether there is `usage`."""
+        return self.usage is not None
+
+    @property
+    def reads_usage(self) -> bool:  # type: ignore[override]
+        """Whether `scale_by_usage` does anything."""
+        return self.usage_scaling
 
     def register_usage(
         self,
@@ -101,3 +112,8 @@ class UsageTracking(Remembering):
         if self.usage_scaling:
             return ["usage_scaling=True"]
         return [] if self.usage is None else ["track_usage=True"]
+
+
+def usage_of(router: nn.Module) -> Tensor | None:
+    """A router's usage, where it keeps any."""
+    return router.usage if declared_by_router(router).keeps_usage else None

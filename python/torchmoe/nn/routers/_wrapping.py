@@ -7,6 +7,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from torchmoe.nn._first_values import reset
+from torchmoe.nn.declarations import declared_by_router
+from torchmoe.nn.routers._usage import usage_of
 from torchmoe.nn.routers.context_router import ContextRouter
 
 
@@ -22,7 +24,7 @@ class WrappingRouter(ContextRouter):
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
-        chooses = isinstance(router, ContextRouter) or getattr(router, "chooses", False)
+        chooses = isinstance(router, ContextRouter) or declared_by_router(router).chooses
         if not isinstance(router, nn.Module) or chooses:
             raise TypeError(
                 f"{type(self).__name__}: router must be a module that scores each token alone, "
@@ -41,9 +43,19 @@ class WrappingRouter(ContextRouter):
         )
 
     @property
+    def keeps_usage(self) -> bool:  # type: ignore[override]
+        """Whether the router inside does."""
+        return declared_by_router(self.router).keeps_usage
+
+    @property
+    def reads_usage(self) -> bool:  # type: ignore[override]
+        """Whether the router inside does."""
+        return declared_by_router(self.router).reads_usage
+
+    @property
     def usage(self) -> Tensor | None:
         """That of the router inside."""
-        return getattr(self.router, "usage", None)
+        return usage_of(self.router)
 
     def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
         """Moves the usage of the router inside, see `Router.update`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from torchmoe.nn._rows import wide
 from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn.declarations import RouterDeclaration, declared_by_router
 
 
 class RouterOutput(NamedTuple):
@@ -33,7 +34,7 @@ class RouterOutput(NamedTuple):
     """That of the noise, above 0; None where none was added."""
 
 
-class ContextRouter(Unscriptable):
+class ContextRouter(RouterDeclaration, Unscriptable):
     """Base class of routers that see x as the layer got it, with its sequences.
 
     One of your own overrides `forward`:
@@ -48,25 +49,15 @@ class ContextRouter(Unscriptable):
                 before = torch.nn.functional.pad(x, (0, 0, 1, -1))  # each token's predecessor
                 return RouterOutput(self.linear(torch.cat([x, before], dim=-1)))
 
+    It may tell more of itself, see `RouterDeclaration`. One that chooses may return indices, and
+    the estimator's `select` is then not called. A causal language model must not use a router that
+    looks ahead: what its held-out loss says would not be true of text that is yet to be written.
+
     Attributes:
         num_experts: E.
-        looks_ahead: why a token's decision may depend on later tokens of its sequence, as the end
-            of a sentence that begins with the router's name; None if it never does. A causal
-            language model must not use a router that looks ahead: what its held-out loss says would
-            not be true of text that is yet to be written.
-        decides_for: "token", or "sequence" where all tokens of a sequence get one decision, which
-            an estimator that draws the experts of each token would break.
-        chooses: whether it leaves no choice to anything else. It may then return indices, and the
-            estimator's `select` is not called.
-        default_normalize: the normalisation of the weights where the gate leaves the choice; None
-            leaves it to the estimator.
     """
 
     num_experts: int
-    looks_ahead: str | None = None
-    decides_for: str = "token"
-    chooses: bool = False
-    default_normalize: str | None = None
 
     def forward(
         self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
@@ -172,7 +163,7 @@ def score(router: nn.Module, x: Tensor) -> RouterOutput:
     Returns:
         What it returned, unchecked.
     """
-    if getattr(router, "tells_noise", False):
+    if declared_by_router(router).tells_noise:
         return cast(RouterOutput, router(x, as_output=True))
     return RouterOutput(cast(Tensor, router(x)))
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
-from torchmoe._checks import check_among, check_at_least, check_integer
+from torchmoe._checks import Fixed, check_among, check_at_least, check_integer
 from torchmoe.nn._buffers import Remembering
 from torchmoe.nn._table import Table
+from torchmoe.nn.declarations import RouterDeclaration
 
 # Far below the logit of a chosen expert, 0, yet finite: its score is 0, and no loss turns 0 times
 # -inf into NaN. An int, since torch.compile takes a float from outside for a variable at first and
@@ -24,7 +25,7 @@ _STEP = 0x9E3779B97F4A7C15 - 2**64
 Numbers = TypeVar("Numbers", int, Tensor)
 
 
-class HashRouter(Remembering):
+class HashRouter(RouterDeclaration, Remembering):
     """The experts are a fixed hash of the token's id (Roller et al., arXiv 2106.04426).
 
     Each pair of an id and an expert has a random number that never changes, and an id goes to the
@@ -47,15 +48,16 @@ class HashRouter(Remembering):
     # whose score is 0.
     chooses = True
     scores_all = False
+    num_experts = Fixed[int]()
+    top_k = Fixed[int]()
+    seed = Fixed[int]()
 
     def __init__(self, num_experts: int, top_k: int = 1, *, seed: int = 0) -> None:
         super().__init__()
         check_at_least("HashRouter", "num_experts", num_experts, 1)
         check_among("HashRouter", "top_k", top_k, num_experts)
         check_integer("HashRouter", "seed", seed)
-        self.num_experts = num_experts
-        self.top_k = top_k
-        self.seed = seed
+        self.num_experts, self.top_k, self.seed = num_experts, top_k, seed
         # A number for each expert, as a tensor: one compiled graph then serves every seed.
         first = seed * num_experts
         self._salt = Table([_mix(_wrapped((first + i) * _STEP)) for i in range(num_experts)])

@@ -110,7 +110,7 @@ class Router(UsageTracking):
         self.reset_usage()
 
     @property
-    def tells_noise(self) -> bool:
+    def tells_noise(self) -> bool:  # type: ignore[override]
         """Whether noise is added to the logits, which `forward` tells by as_output=True."""
         # The forward of a subclass may take x alone.
         return (

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from plain_moe import gradients
 from torchmoe.nn import (
     Assistance,
+    Balance,
     Capacity,
     ContextRouter,
     CosineRouter,
@@ -312,14 +313,14 @@ def by_sequence() -> SequenceRouter:
     [
         (
             choosing(),
-            {"selection_bias_rate": 0.01},
-            "MoE: selection_bias_rate must be 0 with ExpertChoiceRouter, "
+            {"balance": Balance(selection_bias_rate=0.01)},
+            "MoE: balance.selection_bias_rate must be 0 with ExpertChoiceRouter, "
             "which chooses the experts itself, got 0.01",
         ),
         (
             HashRouter(E, K),
-            {"selection_bias_rate": 0.01},
-            "MoE: selection_bias_rate must be 0 with HashRouter, "
+            {"balance": Balance(selection_bias_rate=0.01)},
+            "MoE: balance.selection_bias_rate must be 0 with HashRouter, "
             "which chooses the experts itself, got 0.01",
         ),
         (
@@ -425,7 +426,7 @@ def test_router_input_must_be_a_tensor(router_input: Any) -> None:
 def test_parts_that_do() -> None:
     x = torch.randn(B, S, H)
     make(choosing(), capacity=Capacity(1, overflow="next_best"))(x)
-    make(by_sequence(), selection_bias_rate=0.01)(x)
+    make(by_sequence(), balance=Balance(selection_bias_rate=0.01))(x)
     make(by_sequence(), gate=Gate(num_groups=5, top_groups=2))(x)
     make(Router(H, E), gate=Gate(estimator="sparsemixer"))(x)
     for name in ("straight_through", "straight_through_dense", "default_vector"):
@@ -435,7 +436,7 @@ def test_parts_that_do() -> None:
 
 @pytest.mark.parametrize("rate", [0.01])
 def test_a_selection_bias_keeps_a_sequence_together(rate: float) -> None:
-    moe = make(by_sequence(), selection_bias_rate=rate)
+    moe = make(by_sequence(), balance=Balance(selection_bias_rate=rate))
     moe.selection_bias.copy_(torch.randn(E))
     ids = moe(torch.randn(B, S, H)).routing.selected.view(B, S, K)
     assert torch.equal(ids, ids[:, :1].expand(B, S, K))

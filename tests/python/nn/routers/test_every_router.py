@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from copies import by_pickle, load_state
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import (
+    Balance,
     Capacity,
     CosineRouter,
     ExpertChoiceRouter,
@@ -330,7 +331,7 @@ def test_activation_checkpointing(name: str, use_reentrant: bool) -> None:
 @every_router
 def test_gradient_accumulation(name: str) -> None:
     x = torch.randn(4, S, H, dtype=F64)
-    moe = make(name, dtype=F64, balance_weight=0.0)
+    moe = make(name, dtype=F64, balance=Balance(weight=0.0))
     if name == "expert_choice_batch":
         pytest.skip("its choice depends on the batch")
     expected = step(name, moe, x)

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from plain_moe import gradients
 from torchmoe.nn import (
     Assistance,
+    Balance,
     Capacity,
     CosineRouter,
     ExpertChoiceRouter,
@@ -221,7 +222,7 @@ def test_the_balancing_loss_is_1() -> None:
     routing = make()(torch.randn(B, S, H, dtype=F64)).routing
     expected = torch.tensor(1.0, dtype=F64)
     assert_close(routing.losses["load_balancing_loss"], expected, rtol=0, atol=1e-14)
-    moe = make("sequence", fraction_from="sequence")
+    moe = make("sequence", balance=Balance(fraction_from="sequence"))
     routing = moe(torch.randn(B, S, H, dtype=F64)).routing
     assert_close(routing.losses["load_balancing_loss"], expected, rtol=0, atol=1e-14)
 
@@ -253,7 +254,7 @@ def test_wraps_other_routers(inner: nn.Module) -> None:
 
 def test_usage_is_that_of_the_router_inside() -> None:
     inner = Router(H, E, track_usage=True, dtype=F64)
-    moe = make(inner=inner, fraction_from="history", most=1)
+    moe = make(inner=inner, balance=Balance(fraction_from="history"), most=1)
     routing = moe(torch.randn(B, S, H, dtype=F64)).routing
     moe.update(routing)
     counts = routing.tokens_per_expert

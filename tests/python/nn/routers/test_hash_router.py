@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from torchmoe.losses import LOSSES
-from torchmoe.nn import Gate, HashRouter, MoE
+from torchmoe.nn import Balance, Gate, HashRouter, MoE
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -172,7 +172,7 @@ def test_there_is_nothing_to_learn() -> None:
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_every_loss_is_a_number(name: str, score_function: str, token_mask: bool) -> None:
-    moe = make(gate=Gate(score_function), losses=[(name, 0.1)])
+    moe = make(gate=Gate(score_function), balance=Balance(losses=[(name, 0.1)]))
     x = torch.randn(T, H, requires_grad=True)
     mask = torch.arange(T) % 3 > 0 if token_mask else None
     output = moe(x, router_input=torch.arange(T), token_mask=mask)

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from plain_moe import gradients
 from torchmoe.nn import (
+    Balance,
     CosineRouter,
     ExpertChoiceRouter,
     Gate,
@@ -333,7 +334,15 @@ def test_attention_scores_of_any_size(scale: float) -> None:
 
 def test_usage_is_that_of_the_router_inside() -> None:
     inner = CosineRouter(H, E, track_usage=True, dtype=F64)
-    moe = MoE(H, INNER, E, K, router=SequenceRouter(inner), fraction_from="history", dtype=F64)
+    moe = MoE(
+        H,
+        INNER,
+        E,
+        K,
+        router=SequenceRouter(inner),
+        balance=Balance(fraction_from="history"),
+        dtype=F64,
+    )
     assert moe.router.usage is inner.usage
     inner.usage.copy_(torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0]))
     before = inner.usage.clone()
@@ -345,7 +354,7 @@ def test_usage_is_that_of_the_router_inside() -> None:
     assert_close(inner.usage, expected)
     assert SequenceRouter(Router(H, E)).usage is None
     with pytest.raises(ValueError, match=r"MoE: router must keep usage for fraction_from"):
-        make("mean", fraction_from="history")
+        make("mean", balance=Balance(fraction_from="history"))
 
 
 @every_pooling
@@ -376,7 +385,7 @@ def test_second_derivatives(pooling: str) -> None:
 
 
 def test_gradients_reach_every_token_of_the_sequence_and_no_other() -> None:
-    moe = make("attention", balance_weight=0.0)
+    moe = make("attention", balance=Balance(weight=0.0))
     x = torch.randn(B, S, H, dtype=F64, requires_grad=True)
     moe(x).hidden_states[1, 2].square().sum().backward()
     norms = x.grad.norm(dim=-1)

@@ -1,0 +1,24 @@
+"""Slots per expert, and shares of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def count(indices: Tensor, num_experts: int) -> Tensor:
+    """How often each expert is named along the last dimension: [..., N] -> [..., E] int64.
+
+    An id outside [0, E) counts nowhere. Integers add up to the same in any order.
+    """
+    routed = (indices >= 0) & (indices < num_experts)
+    ids = indices.where(routed, num_experts)
+    counts = indices.new_zeros((*indices.shape[:-1], num_experts + 1))
+    return counts.scatter_add(-1, ids, torch.ones_like(ids))[..., :num_experts]
+
+
+def shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The counts over their sum along the last dimension; 0 where nothing is counted."""
+    if counts.is_floating_point():
+        return counts.to(dtype)
+    return counts.to(dtype) / counts.sum(dim=-1, keepdim=True).clamp(min=1)

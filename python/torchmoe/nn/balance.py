@@ -1,0 +1,235 @@
+"""How a layer keeps its experts' loads even: the terms of aux_loss, and the rate of the bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+import torchmoe.losses
+from torchmoe import ops
+from torchmoe._checks import (
+    check_choice,
+    check_counts,
+    check_flag,
+    check_not_negative,
+    check_output,
+    shown,
+)
+from torchmoe.losses import LOSSES, Loss, LossInputs
+from torchmoe.nn import _reduce
+from torchmoe.nn._counts import count, shares
+from torchmoe.nn._rows import wide
+
+FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")
+FRACTION_CHOICES = ("all", "first")
+
+
+class Load(NamedTuple):
+    """The router's choices in one forward pass, of which fractions are formed."""
+
+    chosen: Tensor
+    """[T, K] int64, -1 = not routed."""
+    tokens_per_expert: Tensor
+    """[E] int64, their counts."""
+    num_tokens: int | Tensor
+    """How many tokens count."""
+    leading: torch.Size
+    """The leading dimensions of the layer's input; the last one is the sequence."""
+    training: bool
+    """Whether the layer trains: only then are processes asked for their counts."""
+    earlier_counts: Tensor | None
+    """See `MoE.forward`."""
+    usage: Tensor | None
+    """[E], the router's, where it keeps any."""
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The weighted terms of aux_loss, and the selection bias.
+
+    One line each:
+
+        Balance(0.001)                                         a weaker load-balancing loss
+        Balance(0)                                             none
+        Balance(z_loss_weight=0.001)                           and a router z-loss (ST-MoE)
+        Balance(0, selection_bias_rate=0.001)                  balance without a loss (DeepSeek-V3)
+        Balance(fraction_from="history")                       one loss for any number of micro-batches
+        Balance(losses=[("local_entropy_loss", 0.01)])         a further term
+
+    Attributes:
+        weight: coefficient of load_balancing_loss in aux_loss.
+        z_loss_weight: coefficient of router_z_loss in aux_loss; at 0 it is not computed.
+        losses: further terms of aux_loss as (term, weight): the name of a function in
+            `torchmoe.losses`, or a function of your own from `torchmoe.losses.LossInputs` to a
+            scalar, which goes by its __name__.
+        fraction_from: where the fractions of load_balancing_loss come from, each expert's share of
+            the slots. "batch": the tokens of this call. "sequence": each sequence on its own, the
+            losses averaged (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv
+            2412.19437, equation 17). "global_batch": the calls of all processes, summed by an
+            all-reduce in forward, in training mode only, which every process must reach (Qiu et
+            al., arXiv 2501.11873), also one without tokens; each process's mean scores are its own.
+            With n_r counted tokens here, n in all and W processes, the term is n_r W / n times the
+            process's own, so that the mean over the processes of terms and of gradients is that of
+            one batch of all tokens, whatever each holds. The other terms of aux_loss are means over
+            the process's own tokens. "history": the router's `usage`. With "history" and, for equal
+            numbers of sequences, "sequence", accumulating the gradients of micro-batches gives
+            exactly that of one batch; see `MoE.forward` about `earlier_counts` for the others.
+        fraction_choices: "all" choices of a token count in the fractions, or the "first" only
+            (GShard, arXiv 2006.16668). History knows all choices only.
+        selection_bias_rate: above 0 the layer has a selection bias that `MoE.update` moves by this
+            much against the load, see `torchmoe.update_selection_bias`.
+        selection_bias_centred: keeps the mean of the selection bias where it is.
+
+    Raises:
+        TypeError: a value has another type.
+        ValueError: a value is out of range or unknown, or does not go with another.
+    """
+
+    weight: float = 0.01
+    z_loss_weight: float = 0.0
+    losses: Sequence[tuple[str | Loss, float]] = ()
+    fraction_from: str = "batch"
+    fraction_choices: str = "all"
+    selection_bias_rate: float = 0.0
+    selection_bias_centred: bool = False
+    # Every term beside load_balancing_loss, router_z_loss among them.
+    _terms: tuple[tuple[str | Loss, float], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_choice("Balance", "fraction_from", self.fraction_from, FRACTIONS_FROM)
+        check_choice("Balance", "fraction_choices", self.fraction_choices, FRACTION_CHOICES)
+        check_flag("Balance", "selection_bias_centred", self.selection_bias_centred)
+        if self.fraction_from == "history" and self.fraction_choices != "all":
+            raise ValueError(
+                'Balance: fraction_choices must be "all" with fraction_from "history", '
+                f'got "{self.fraction_choices}"'
+            )
+        numbers = ("weight", "z_loss_weight", "selection_bias_rate")
+        values = {
+            name: check_not_negative("Balance", name, getattr(self, name)) for name in numbers
+        }
+        losses = _pairs(self.losses)
+        z_loss = (("router_z_loss", weight),) if (weight := values["z_loss_weight"]) else ()
+        terms = (*z_loss, *losses)
+        _check_names([_name(term) for term, _ in terms])
+        for name, value in (*values.items(), ("losses", losses), ("_terms", terms)):
+            object.__setattr__(self, name, value)
+
+    def account(
+        self, inputs: LossInputs, load: Load, group: _reduce.SharedGroup
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The auxiliary loss of a forward pass.
+
+        Args:
+            inputs: what the terms are formed from.
+            load: what fractions are formed of.
+            group: the processes of "global_batch".
+
+        Returns:
+            aux_loss, a scalar, and its unweighted terms by name.
+
+        Raises:
+            TypeError: a term returns no tensor, or earlier_counts are none.
+            RuntimeError: a term's result, or earlier_counts, has another shape, dtype or device.
+            ValueError: earlier_counts have no meaning here, or hold a negative number.
+        """
+        losses = {"load_balancing_loss": self._load_balancing_loss(inputs, load, group)}
+        aux_loss = self.weight * losses["load_balancing_loss"]
+        device = inputs.logits.device
+        for term, weight in self._terms:
+            name, function = _name(term), LOSSES[term] if isinstance(term, str) else term
+            part = f'the term "{name}" of balance.losses'
+            losses[name] = check_output("MoE", part, function(inputs), (), "a scalar", device)
+            aux_loss = aux_loss + weight * losses[name]
+        return aux_loss, losses
+
+    def _load_balancing_loss(
+        self, inputs: LossInputs, load: Load, group: _reduce.SharedGroup
+    ) -> Tensor:
+        logits, mask, num_experts = inputs.logits, inputs.token_mask, inputs.num_experts
+        choices, counts = load.chosen, load.tokens_per_expert
+        part = None
+        if self.fraction_choices == "first":
+            choices = choices[:, :1]
+            counts = count(choices.flatten(), num_experts)
+        if load.earlier_counts is not None:
+            self._check_earlier(load.earlier_counts, counts)
+            counts = counts + load.earlier_counts
+        if self.fraction_from == "history":
+            counts = cast(Tensor, load.usage)
+        elif self.fraction_from == "global_batch" and load.training:
+            counts, part = _reduce.counts_and_part(
+                counts, load.num_tokens, group.group, wide(logits[:0]).dtype
+            )
+        elif self.fraction_from == "sequence":
+            length = load.leading[-1] if load.leading else 1
+            sequences = math.prod(load.leading[:-1])
+            logits = logits.view(sequences, length, num_experts)
+            mask = None if mask is None else mask.view(sequences, length)
+            counts = count(choices.reshape(sequences, length * choices.shape[1]), num_experts)
+        loss = ops.load_balancing_loss(
+            logits,
+            shares(counts, logits.dtype),
+            score_function=inputs.score_function,
+            token_mask=mask,
+        )
+        return loss if part is None else part * loss
+
+    def _check_earlier(self, earlier_counts: Tensor, counts: Tensor) -> None:
+        if self.fraction_from not in ("batch", "global_batch"):
+            raise ValueError(
+                f'MoE: earlier_counts must be None with fraction_from "{self.fraction_from}", '
+                f"got {shown(earlier_counts)}"
+            )
+        check_counts(
+            "MoE", "earlier_counts", earlier_counts, counts.shape[0], counts.device, whole=True
+        )
+
+
+def _pairs(losses: Sequence[tuple[str | Loss, float]]) -> tuple[tuple[str | Loss, float], ...]:
+    """The terms, each a known name or a function and a weight."""
+    if not isinstance(losses, Sequence) or isinstance(losses, str):
+        raise TypeError(
+            f"Balance: losses must be pairs of a term and its weight, got {shown(losses)}"
+        )
+    pairs = []
+    for pair in losses:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"Balance: losses must be pairs of a term and its weight, got {pair!r}")
+        term, weight = pair
+        if isinstance(term, str):
+            check_choice("Balance", "losses", term, LOSSES)
+        elif not callable(term) or not hasattr(term, "__name__"):
+            raise TypeError(
+                "Balance: losses must hold a name or a function with a __name__ in each pair, "
+                f"got {term!r}"
+            )
+        elif getattr(torchmoe.losses, term.__name__, None) is term:
+            raise TypeError(
+                f'Balance: losses must have "{term.__name__}" for that function, which takes '
+                "other arguments than a term of a layer, got the function"
+            )
+        pairs.append(
+            (term, check_not_negative("Balance", f'the weight of "{_name(term)}"', weight))
+        )
+    return tuple(pairs)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raises ValueError where a term is named twice."""
+    for i, name in enumerate(names):
+        if name == "load_balancing_loss" or name in names[:i]:
+            raise ValueError(
+                "Balance: losses must name every term once, router_z_loss here or by "
+                f'z_loss_weight, and load_balancing_loss by weight, got "{name}"'
+            )
+
+
+def _name(term: str | Loss) -> str:
+    return term if isinstance(term, str) else term.__name__
