@@ -51,7 +51,7 @@ from lm import figures, run_folder, trials
 from lm.intervals import Values
 from lm.run_folder import FolderError
 from lm.settings import Parser, Settings, SettingsError, number
-from torchmoe.nn import Capacity, MoE, Router
+from torchmoe.nn import Balance, Capacity, MoE, Router
 
 HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 32, 16, 8, 2
 SEQUENCES, LENGTH = 16, 32  # of a batch

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import torchmoe
 from torchmoe import ops
-from torchmoe.nn import Assistance, Balance, Experts, Gate, MoE, Router, SequenceRouter
+from torchmoe.nn import Assistance, Experts, Gate, MoE, Router, SequenceRouter
 
 DTYPE = torch.float64  # what a pencil finds agrees in every digit that is shown
 TOKENS = ("write", "a", "about", "quantum physics", "love poem")
@@ -98,7 +98,9 @@ def make_layer(router: Router, *, balance_weight: float, assisted: bool = False)
         TOP_K,
         gate=Gate(normalize="topk", estimator="straight_through"),
         assistance=assistance,
-        balance=Balance(weight=balance_weight, fraction_from="history" if assisted else "batch"),
+        balance=torchmoe.nn.Balance(
+            balance_weight, fraction_from="history" if assisted else "batch"
+        ),
         router=router,
         experts=experts,
     )

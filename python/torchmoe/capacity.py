@@ -2,7 +2,7 @@
 
 A float product rounds 1.1 * 2 * 200 / 4 up past 110, and a ceiling then gives 111. So a capacity
 factor is taken as the nearest fraction with a denominator of at most 10^6 (1.1 is 11/10, 4 / 3 is
-4/3), and everything after that is integer arithmetic, which is exact, is the same in Python and C++,
+4/3), and everything after that is integer arithmetic, which is exact, the same in Python and C++,
 and traces with a symbolic number of tokens.
 """
 

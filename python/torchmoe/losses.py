@@ -4,7 +4,7 @@ Each is a few ops; sums over tokens have the same bits for any number of threads
 p = score_function(logits), q = p / sum of p over the experts, and CV^2 = variance / mean^2 over the
 E experts, the variance with divisor E. Tokens that token_mask leaves out count nowhere; without a
 counted token every term is 0. The coefficient belongs to the caller, as in
-`MoE(losses=[("importance_loss", 0.1), (my_function, 0.01)])`.
+`Balance(losses=[("importance_loss", 0.1), (my_function, 0.01)])`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from tool_arguments import TOOLS
 from torchmoe import losses, ops
 from torchmoe.nn import (
     Assistance,
+    Balance,
     Capacity,
     CosineRouter,
     DefaultVector,
@@ -65,21 +66,29 @@ CASES = [
             "bias": "flag",
             "gate": "part",
             "capacity": "part",
+            "balance": "part",
             "assistance": "part",
-            "balance_weight": "number",
-            "z_loss_weight": "number",
-            "losses": "part",
-            "fraction_from": "name",
-            "fraction_choices": "name",
             "process_group": "part",
-            "selection_bias_rate": "number",
-            "selection_bias_centred": "flag",
             "shared_experts": "module",
             "routed_scaling_factor": "number",
             "router": "module",
             "experts": "part",
         },
         parts=("Experts",),
+    ),
+    Case(
+        Balance,
+        "Balance",
+        {},
+        {
+            "weight": "number",
+            "z_loss_weight": "number",
+            "losses": "part",
+            "fraction_from": "name",
+            "fraction_choices": "name",
+            "selection_bias_rate": "number",
+            "selection_bias_centred": "flag",
+        },
     ),
     Case(
         SharedExperts,
@@ -197,6 +206,7 @@ CASES = [
     ),
     Case(
         Assistance,
+        Balance,
         "Assistance",
         {"backup": (1, 2, 3, 0)},
         {

@@ -1,4 +1,4 @@
-"""The second step of `MoE.forward`: which experts, and what becomes of slots that find them full."""
+"""The second step of `MoE.forward`: which experts, and what the full ones drop."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from torchmoe.losses import LOSSES, Loss, LossInputs
 from torchmoe.nn import _reduce
 from torchmoe.nn._counts import count, shares
 from torchmoe.nn._rows import wide
+from torchmoe.nn._settings import Settings
 
 FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")
 FRACTION_CHOICES = ("all", "first")
@@ -48,8 +49,8 @@ class Load(NamedTuple):
     """[E], the router's, where it keeps any."""
 
 
-@dataclass(frozen=True)
-class Balance:
+@dataclass(frozen=True, repr=False)
+class Balance(Settings):
     """The weighted terms of aux_loss, and the selection bias.
 
     One line each:
@@ -58,7 +59,7 @@ class Balance:
         Balance(0)                                             none
         Balance(z_loss_weight=0.001)                           and a router z-loss (ST-MoE)
         Balance(0, selection_bias_rate=0.001)                  balance without a loss (DeepSeek-V3)
-        Balance(fraction_from="history")                       one loss for any number of micro-batches
+        Balance(fraction_from="history")                       the same for any micro-batches
         Balance(losses=[("local_entropy_loss", 0.01)])         a further term
 
     Attributes:

@@ -20,6 +20,7 @@ from torchmoe.capacity import (
     check_usage,
     dynamic_from_ratio,
 )
+from torchmoe.nn._settings import Settings
 
 ORDERS = ("choice", "token")
 OVERFLOWS = ("drop", "next_best", "backup")
@@ -27,8 +28,8 @@ _PRIORITIES = ("random", "weight")
 _NORMALIZES = ("before_drop", "after_drop")
 
 
-@dataclass(frozen=True)
-class Capacity:
+@dataclass(frozen=True, repr=False)
+class Capacity(Settings):
     """Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts).
 
     The arithmetic is that of `torchmoe.expert_capacity`. One line each:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchmoe._checks import check_at_least, check_choice, shown
+from torchmoe.nn._settings import Settings
 from torchmoe.nn.estimators.estimator import NORMALIZES, Estimator
 from torchmoe.nn.estimators.registry import known_estimators
 from torchmoe.ops import SCORE_FUNCTIONS
 
 
-@dataclass(frozen=True)
-class Gate:
+@dataclass(frozen=True, repr=False)
+class Gate(Settings):
     """The gate rule of a layer; the formulas are those of `torchmoe.ops.gate_weights`.
 
     Attributes:

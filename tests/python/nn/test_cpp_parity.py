@@ -158,8 +158,7 @@ def python_layer(settings: dict[str, Any], dtype: torch.dtype) -> torchmoe.nn.Mo
             estimator=settings["estimator"],
         ),
         capacity=capacity,
-        balance_weight=settings["balance_weight"],
-        z_loss_weight=settings["z_loss_weight"],
+        balance=nn.Balance(settings["balance_weight"], z_loss_weight=settings["z_loss_weight"]),
         router=router,
     )
     return layer.to(dtype)
