@@ -14,6 +14,7 @@ from torchmoe.nn import (
     Router,
     SequenceRouter,
 )
+from torchmoe.nn.declarations import declared_by_router
 
 #: From hidden size, number of experts, experts per token and the layer's number to a router.
 Make = Callable[[int, int, int, int], nn.Module]
@@ -40,12 +41,7 @@ ROUTERS: Mapping[str, Make] = {
 READS_TOKEN_IDS = ("hash",)  # as router_input, the others none
 
 
-def example_of(name: str) -> nn.Module:
-    """A router of this name, to be asked what it does; without weights, and nothing is drawn."""
-    with torch.device("meta"):
-        return ROUTERS[name](1, 1, 1, 0)
-
-
 def looks_ahead(name: str) -> str | None:
     """Why a router of this name may decide by later tokens; None if it never does."""
-    return getattr(example_of(name), "looks_ahead", None)
+    with torch.device("meta"):
+        return declared_by_router(ROUTERS[name](1, 1, 1, 0)).looks_ahead

@@ -12,8 +12,15 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 
-from lm.model import BALANCES, FEED_FORWARDS, HEAD_SIZE, OVERFLOWS, ModelConfig
-from lm.routers import ROUTERS, example_of
+from lm.model import (
+    BALANCES,
+    FEED_FORWARDS,
+    HEAD_SIZE,
+    OVERFLOWS,
+    ModelConfig,
+    make_moe,
+)
+from lm.routers import ROUTERS, looks_ahead
 from torchmoe.nn import known_estimators
 from torchmoe.nn.capacity import ORDERS
 from torchmoe.nn.estimators.estimator import NORMALIZES
@@ -27,8 +34,13 @@ DTYPES = tuple(TORCH_DTYPES)
 FREE_TO_CHANGE = ("threads", "device", "checkpoint_every", "out")
 # None says that there is none.
 OPTIONAL = ("normalize", "steps", "minutes", "capacity_factor", "load")
-# Estimators that no bias may come between, since they draw the experts from the scores.
-REFUSE_BIAS = ("sparsemixer",)
+# What the layer calls a setting that it may refuse beside the others.
+REFUSED_BY_LAYER = {
+    "gate.estimator": "estimator",
+    "gate.normalize": "normalize",
+    "balance.selection_bias_rate": "balance",
+    "capacity.overflow": "overflow",
+}
 
 Value = TypeVar("Value")
 
@@ -195,37 +207,18 @@ class Settings:
             raise SettingsError(
                 f"--top-k must be at most --experts ({self.experts}), got {self.top_k}"
             )
-        router = example_of(self.router)
-        chooses = getattr(router, "chooses", False)
-        decides_for = getattr(router, "decides_for", "token")
-        if (reason := getattr(router, "looks_ahead", None)) is not None:
+        if (reason := looks_ahead(self.router)) is not None:
             raise SettingsError(
                 "--router must not look ahead in a causal language model (examples/classify.py has "
                 f"those that do), got {self.router}, which {reason}"
-            )
-        estimator = build_estimator(self.estimator)
-        if self.communication and estimator.takes_experts_alone:
-            raise SettingsError(
-                "--estimator must not need the output of each expert alone with --communication, "
-                f"got {self.estimator}"
             )
         if self.communication and self.top_k == 1:
             raise SettingsError(
                 "--top-k must be at least 2 with --communication, got 1: nobody to talk to"
             )
-        if estimator.draws and (chooses or decides_for != "token"):
-            raise SettingsError(
-                f"--estimator must not draw each byte's experts with --router {self.router}, "
-                f"got {self.estimator}"
-            )
-        if self.normalize is not None and self.normalize not in estimator.normalizes:
-            allowed = " or ".join(estimator.normalizes)
-            raise SettingsError(
-                f"--normalize must be {allowed} with --estimator {self.estimator}, "
-                f"got {self.normalize}"
-            )
+        self._ask_layer()
         constant = self.normalize == "uniform" or (self.normalize == "topk" and self.top_k == 1)
-        if constant and estimator.gate_estimator == "exact":
+        if constant and build_estimator(self.estimator).gate_estimator == "exact":
             raise SettingsError(
                 f"--normalize must not make the weights constant with --estimator {self.estimator},"
                 f" whose router would learn nothing, got {self.normalize}"
@@ -234,21 +227,6 @@ class Settings:
             raise SettingsError(
                 f"--overflow must be drop without --capacity-factor, got {self.overflow}"
             )
-        if self.balance == "bias" and self.estimator in REFUSE_BIAS:
-            raise SettingsError(
-                f"--balance must be loss or none with --estimator {self.estimator}, which draws "
-                f"its experts, got {self.balance}"
-            )
-        if chooses and self.balance == "bias":
-            raise SettingsError(
-                f"--balance must be loss or none with --router {self.router}, which leaves no "
-                "choice to a bias, got bias"
-            )
-        if chooses and self.overflow != "drop":
-            raise SettingsError(
-                f"--overflow must be drop with --router {self.router}, which scores no expert "
-                f"beside its choice, got {self.overflow}"
-            )
         if self.steps is None and self.minutes is None:
             raise SettingsError("--steps or --minutes must say when training ends, got neither")
         if self.batch_tokens < self.context:
@@ -256,6 +234,20 @@ class Settings:
                 f"--batch-tokens must be at least --context ({self.context}), "
                 f"got {self.batch_tokens}"
             )
+
+    def _ask_layer(self) -> None:
+        """Raises SettingsError where the layer refuses what the settings make of it."""
+        try:
+            with torch.device("meta"):
+                make_moe(self.model(), 0)
+        except ValueError as error:
+            message = str(error).removeprefix("MoE: ")
+            argument = message.partition(" must ")[0]
+            name = REFUSED_BY_LAYER[argument]
+            raise SettingsError(
+                f"{flag(name)} {getattr(self, name)} does not go with the other settings: the "
+                f"layer's {message}"
+            ) from error
 
     @property
     def rows(self) -> int:

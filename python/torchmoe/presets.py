@@ -302,8 +302,8 @@ megatron = Preset(
         "Megatron-Core drops nothing until moe_expert_capacity_factor is given (capacity=None is "
         "that) and has no balancing loss until moe_aux_loss_coeff is; 1.0 and 1e-2 are the values "
         "its documentation names.",
-        'f is that of this process; Balance(fraction_from="global_batch") with a process_group adds '
-        "the counts of tensor- and context-parallel processes, as Megatron-Core does.",
+        'f is that of this process; with a process_group Balance(fraction_from="global_batch") adds'
+        " the counts of tensor- and context-parallel processes, as Megatron-Core does.",
         "Of equal weights the earlier slot is kept; Megatron-Core leaves that to torch.topk.",
         'moe_token_drop_policy="position" keeps arbitrary slots there, as a top-k over equal '
         'values; Capacity(priority=None, order="token") keeps the first.',

@@ -71,7 +71,7 @@ def test_prints_every_argument(preset: Preset) -> None:
     expected: dict[str, object] = {}
     for field in dataclasses.fields(Preset):
         value = getattr(preset, field.name)
-        if isinstance(value, Gate | Capacity):
+        if isinstance(value, Balance | Gate | Capacity):
             parts = [f.name for f in dataclasses.fields(value) if f.init]
             expected |= {f"{field.name}.{part}": getattr(value, part) for part in parts}
         elif field.name not in TEXTS:

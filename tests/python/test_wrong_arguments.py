@@ -206,7 +206,6 @@ CASES = [
     ),
     Case(
         Assistance,
-        Balance,
         "Assistance",
         {"backup": (1, 2, 3, 0)},
         {

@@ -247,16 +247,22 @@ def check_pairs(parts: Parts) -> None:
             )
 
 
-def check_sizes(layer: MoE, gate: Gate, top_k: int) -> None:
+def check_sizes(
+    layer: MoE,
+    gate: Gate,
+    top_k: int,
+    router: nn.Module,
+    experts: ExpertFunction,
+    assistance: Assistance | None,
+) -> None:
     """Raises ValueError if a replaced part says that it was made for another layer."""
-    router: dict[str, object] = {"num_experts": layer.num_experts}
-    if declared_by_router(layer.router).chooses:
-        router |= {"top_k": top_k, "score_function": gate.score_function}
-    experts = {"num_experts": layer.num_experts, "hidden_size": layer.hidden_size}
+    number: dict[str, object] = {"num_experts": layer.num_experts}
+    choice: dict[str, object] = {"top_k": top_k, "score_function": gate.score_function}
     for argument, part, made_for in (
-        ("router", layer.router, router),
-        ("experts", layer.experts, experts),
-        ("assistance", layer.assistance, {"num_experts": layer.num_experts}),
+        ("router", router, number),
+        ("router", router, choice if declared_by_router(router).chooses else {}),
+        ("experts", experts, number | {"hidden_size": layer.hidden_size}),
+        ("assistance", assistance, number),
     ):
         for name, expected in made_for.items():
             actual = getattr(part, name, expected)

@@ -12,8 +12,11 @@ class Settings:
 
     def __repr__(self) -> str:
         """What makes an equal record."""
-        shown = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in self._changed())
+        shown = ", ".join(f"{f.name}={self._shown(f.name)}" for f in self._changed())
         return f"{type(self).__name__}({shown})"
+
+    def _shown(self, name: str) -> str:
+        return repr(getattr(self, name))
 
     def _changed(self) -> Iterator[Field[Any]]:
         for field in fields(self):  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from torchmoe._checks import check_at_least, check_backup, check_number
+from torchmoe._checks import Fixed, check_at_least, check_backup, check_number
 from torchmoe.nn._buffers import Remembering
 from torchmoe.nn._table import Table
 
@@ -50,6 +50,10 @@ class Assistance(Remembering):
     """
 
     wide_buffers = ("assisted", "updates_above")
+    num_experts = Fixed[int]()
+    threshold = Fixed[float]()
+    lower_threshold = Fixed[float]()
+    patience = Fixed[int]()
     assisted: Tensor
     updates_above: Tensor
 
@@ -104,7 +108,8 @@ class Assistance(Remembering):
                 f"Assistance: lower_threshold must be in (0, threshold] = (0, {threshold}], "
                 f"got {lower}"
             )
-        self.threshold, self.lower_threshold = threshold, lower
+        # What a layer settles, nobody else changes.
+        self._threshold, self._lower_threshold = threshold, lower
 
     def reset_parameters(self) -> None:
         """Nobody is assisted."""

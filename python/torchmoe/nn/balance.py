@@ -49,6 +49,19 @@ class Load(NamedTuple):
     """[E], the router's, where it keeps any."""
 
 
+@dataclass(frozen=True)
+class _Term:
+    """A weighted term; under torch.compile an attribute may change, where an entry may not."""
+
+    name: str
+    term: str | Loss
+    weight: float
+
+    def of(self, inputs: LossInputs) -> object:
+        """The term itself, unweighted."""
+        return (LOSSES[self.term] if isinstance(self.term, str) else self.term)(inputs)
+
+
 @dataclass(frozen=True, repr=False)
 class Balance(Settings):
     """The weighted terms of aux_loss, and the selection bias.
@@ -99,7 +112,7 @@ class Balance(Settings):
     selection_bias_rate: float = 0.0
     selection_bias_centred: bool = False
     # Every term beside load_balancing_loss, router_z_loss among them.
-    _terms: tuple[tuple[str | Loss, float], ...] = field(init=False, repr=False, compare=False)
+    _terms: tuple[_Term, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -116,9 +129,13 @@ class Balance(Settings):
             name: check_not_negative("Balance", name, getattr(self, name)) for name in numbers
         }
         losses = _pairs(self.losses)
-        z_loss = (("router_z_loss", weight),) if (weight := values["z_loss_weight"]) else ()
-        terms = (*z_loss, *losses)
-        _check_names([_name(term) for term, _ in terms])
+        pairs = [("router_z_loss", values["z_loss_weight"]), *losses]
+        terms = tuple(
+            _Term(_name(term), term, weight)
+            for term, weight in pairs
+            if weight > 0 or term != "router_z_loss"
+        )
+        _check_names([term.name for term in terms])
         for name, value in (*values.items(), ("losses", losses), ("_terms", terms)):
             object.__setattr__(self, name, value)
 
@@ -143,12 +160,17 @@ class Balance(Settings):
         losses = {"load_balancing_loss": self._load_balancing_loss(inputs, load, group)}
         aux_loss = self.weight * losses["load_balancing_loss"]
         device = inputs.logits.device
-        for term, weight in self._terms:
-            name, function = _name(term), LOSSES[term] if isinstance(term, str) else term
-            part = f'the term "{name}" of balance.losses'
-            losses[name] = check_output("MoE", part, function(inputs), (), "a scalar", device)
-            aux_loss = aux_loss + weight * losses[name]
+        for term in self._terms:
+            part = f'the term "{term.name}" of balance.losses'
+            loss = check_output("MoE", part, term.of(inputs), (), "a scalar", device)
+            aux_loss = aux_loss + term.weight * loss
+            losses[term.name] = loss
         return aux_loss, losses
+
+    def _shown(self, name: str) -> str:
+        if name == "losses":
+            return repr([(_name(term), weight) for term, weight in self.losses])
+        return super()._shown(name)
 
     def _load_balancing_loss(
         self, inputs: LossInputs, load: Load, group: _reduce.SharedGroup

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_at_least, check_device, check_dtype, check_experts, check_output
+from torchmoe._checks import (
+    Fixed,
+    check_at_least,
+    check_device,
+    check_dtype,
+    check_experts,
+    check_output,
+)
 from torchmoe.nn._first_values import reset, whole_tensors
 from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
 from torchmoe.nn._scripting import Unscriptable
@@ -56,6 +63,10 @@ class ExpertCommunication(ExpertsDeclaration, Unscriptable):
     # What an expert gives depends on the token's other experts: estimators that ask for each one's
     # output by itself look at this.
     mixes_slots = True
+    hidden_size = Fixed[int]()
+    num_experts = Fixed[int]()
+    size = Fixed[int]()
+    num_heads = Fixed[int]()
 
     def __init__(
         self,

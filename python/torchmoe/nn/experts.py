@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_at_least, check_choice, check_device, check_dtype, check_flag
+from torchmoe._checks import (
+    Fixed,
+    check_at_least,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_flag,
+)
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.declarations import ExpertsDeclaration
@@ -45,6 +52,10 @@ class Experts(ExpertsDeclaration, Unscriptable):
         ValueError: a size is below 1 or the activation is unknown.
     """
 
+    hidden_size = Fixed[int]()
+    intermediate_size = Fixed[int]()
+    num_experts = Fixed[int]()
+    activation = Fixed[str]()
     down_proj: nn.Parameter
     down_proj_bias: nn.Parameter | None
 
@@ -67,10 +78,8 @@ class Experts(ExpertsDeclaration, Unscriptable):
         check_flag("Experts", "bias", bias)
         check_device("Experts", device)
         check_dtype("Experts", dtype)
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_experts = num_experts
-        self.activation = activation
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_experts, self.activation = num_experts, activation
 
         gated = activation in GATED_ACTIVATIONS
         inner = 2 * intermediate_size if gated else intermediate_size

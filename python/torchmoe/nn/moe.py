@@ -127,6 +127,8 @@ class MoE(Remembering):
 
     wide_buffers = ("selection_bias",)
     selection_bias: Tensor | None
+    assistance: Assistance | None
+    shared_experts: nn.Module | None
     hidden_size = Fixed[int]()
     num_experts = Fixed[int]()
     top_k = Fixed[int](of="estimator")
@@ -177,17 +179,19 @@ class MoE(Remembering):
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
             sizes = hidden_size, intermediate_size, num_experts
             experts = Experts(*sizes, activation=activation, bias=bias, device=device, dtype=dtype)
-        self.router, self.experts, self.shared_experts = router, experts, shared_experts
-        self.assistance = assistance
-        check_sizes(self, gate, top_k)
+        check_sizes(self, gate, top_k, router, experts, assistance)
+        self.router = router
         self.estimator = bound_estimator(gate, self, top_k, device, dtype)
         if assistance is not None:
             assistance.bind(least_experts(declared_by_router(router), self.estimator))
             assistance.to(device)
-        bias = None
+        self.register_module("assistance", assistance)
+        self.experts = experts
+        self.register_module("shared_experts", shared_experts)
+        selection_bias = None
         if balance.selection_bias_rate > 0:
-            bias = torch.zeros(num_experts, device=device, dtype=wide_dtype(dtype))
-        self.register_buffer("selection_bias", bias)
+            selection_bias = torch.zeros(num_experts, device=device, dtype=wide_dtype(dtype))
+        self.register_buffer("selection_bias", selection_bias)
         self._reminder = UpdateReminder()
         self._balance, self._capacity = balance, capacity
         self._take(device)
@@ -276,21 +280,23 @@ class MoE(Remembering):
             token_mask=token_mask,
         )
 
+        logits = routed.logits  # [T, E]
+
         # 2. Decide which experts, who assists them, and what becomes of the slots that find them
         # full: integers only.
         num_tokens = tokens.shape[0] if mask is None else mask.sum()
         if decision is None:
             choice = decide(self, routed, mask, num_tokens)
         else:
-            choice = repeat(self, decision, routed.logits, mask)
+            choice = repeat(self, decision, logits, mask)
 
         # 3. Weigh: from the unbiased logits.
         weights = choice.weights  # [T, K']
         if weights is None:
-            weights = weigh(self, routed.logits, choice.weighed)
+            weights = weigh(self, logits, choice.weighed)
 
         # 4. Dispatch and compute.
-        y, statistics = compute(self, tokens, routed.logits, choice.indices, weights, mask)
+        y, statistics = compute(self, tokens, logits, choice.indices, weights, mask)
 
         # 5. Account: counts, the losses, and everything above for whoever wants to look.
         tokens_per_expert = count(choice.chosen.flatten(), self.num_experts)  # [E]
@@ -299,14 +305,14 @@ class MoE(Remembering):
             kept_per_expert = count(choice.indices.flatten(), self.num_experts)
         aux_loss, losses = self._balance.account(
             LossInputs(
-                logits=routed.logits,
+                logits=logits,
                 weights=weights,
                 indices=choice.weighed,
                 token_mask=mask,
                 score_function=self.estimator.score_function,
                 num_experts=self.num_experts,
                 top_k=self.top_k,
-                clean_logits=routed.clean_logits,
+                clean_logits=logits if routed.clean_logits is None else routed.clean_logits,
                 noise_deviation=routed.noise_deviation,
             ),
             Load(
@@ -321,7 +327,7 @@ class MoE(Remembering):
             self._process_group,
         )
         routing = Routing(
-            logits=routed.logits,
+            logits=logits,
             weights=weights,
             selected=choice.selected,
             indices=choice.indices,
@@ -375,7 +381,8 @@ class MoE(Remembering):
         """The settings that no part of the layer shows."""
         text = f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
         experts = None if isinstance(self.experts, nn.Module) else self.experts
-        settings = {"capacity": self._capacity, "experts": experts, "balance": self._balance}
+        balance = None if self._balance == _BALANCE else self._balance
+        settings = {"capacity": self._capacity, "experts": experts, "balance": balance}
         for name, value in settings.items():
             text += "" if value is None else f", {name}={value!r}"
         scale = self.routed_scaling_factor

@@ -132,7 +132,9 @@ def test_an_estimator_may_come_with_a_normalisation() -> None:
     assert (kind.estimator, kind.normalize) == ("exact", "none")
     (name,) = study.plan({"exact:none": kind}, 1)
     assert name == "exact-none-seed0-steps24"
-    with pytest.raises(SettingsError, match=r"--normalize must be none with --estimator sparse"):
+    with pytest.raises(
+        SettingsError, match=r"--normalize topk does not go with the other settings"
+    ):
         STUDY.settings_of("sparsemixer:topk", common)
 
 

@@ -198,6 +198,9 @@ def test_each_option_sets_its_value() -> None:
     assert read() == {}
 
 
+NOT_WITH = "does not go with the other settings: the layer's"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -224,7 +227,8 @@ def test_each_option_sets_its_value() -> None:
         ("--experts 2 --top-k 3", r"--top-k must be at most --experts \(2\), got 3"),
         (
             "--estimator sparsemixer --normalize topk",
-            "--normalize must be none with --estimator sparsemixer, got topk",
+            f'--normalize topk {NOT_WITH} gate.normalize must be "none" '
+            "for the estimator SparseMixer",
         ),
         ("--normalize uniform", "--normalize must not make .* --estimator exact, .* got uniform"),
         ("--normalize topk --top-k 1", "--normalize must not make the weights .* got topk"),
@@ -235,7 +239,8 @@ def test_each_option_sets_its_value() -> None:
         ("--overflow backup", "argument --overflow: .*'backup'.*drop.*next_best"),
         (
             "--balance bias --estimator sparsemixer",
-            "--balance must be loss or none with --estimator sparsemixer, .* got bias",
+            f"--balance bias {NOT_WITH} balance.selection_bias_rate must be "
+            "0 for the estimator SparseMixer",
         ),
         *(
             (
@@ -246,24 +251,28 @@ def test_each_option_sets_its_value() -> None:
         ),
         (
             "--router sequence_first --estimator gumbel_straight_through",
-            "--estimator must not draw each byte's experts with --router sequence_first, got gum",
+            f"--estimator gumbel_straight_through {NOT_WITH} gate.estimator "
+            "must not draw each token's experts with SequenceRouter",
         ),
         (
             "--communication --estimator default_vector",
-            "--estimator must not need the output of each expert alone .*, got default_vector",
+            f"--estimator default_vector {NOT_WITH} gate.estimator must not "
+            "need the output of each expert alone",
         ),
         ("--communication --top-k 1", "--top-k must be at least 2 with --communication, got 1"),
         (
             "--router hash --estimator sparsemixer",
-            "--estimator must not draw each byte's experts with --router hash, got sparsemixer",
+            f"--estimator sparsemixer {NOT_WITH} gate.estimator must not "
+            "draw each token's experts with HashRouter",
         ),
         (
             "--router hash --capacity-factor 1 --overflow next_best",
-            "--overflow must be drop with --router hash, .*, got next_best",
+            f"--overflow next_best {NOT_WITH} capacity.overflow must not "
+            "lead tokens to experts that HashRouter gives no score",
         ),
         (
             "--router hash --balance bias",
-            "--balance must be loss or none with --router hash, which leaves no .* got bias",
+            f"--balance bias {NOT_WITH} balance.selection_bias_rate must be 0 with HashRouter",
         ),
         ("--balance both", "argument --balance: .*'both'.*loss.*bias.*none"),
         ("--batch-tokens 64", r"--batch-tokens must be at least --context \(128\), got 64"),

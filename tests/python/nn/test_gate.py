@@ -15,7 +15,7 @@ from torchmoe.nn import Capacity, Gate, MoE
 def test_defaults() -> None:
     assert Gate() == Gate(score_function="softmax", normalize=None, estimator="exact")
     assert Capacity(1.25) == Capacity(1.25, None, 0, "choice", "drop", "before_drop")
-    assert repr(Capacity(1.25)).startswith("Capacity(factor=1.25, eval_factor=None, minimum=0")
+    assert repr(Capacity(1.25, order="token")) == "Capacity(factor=1.25, order='token')"
     assert MoE(4, 4, 4, 2).estimator.normalize == "topk"
     assert MoE(4, 4, 4, 1).estimator.normalize == "none"
     assert MoE(4, 4, 4, 1, gate=Gate(normalize="uniform")).estimator.normalize == "uniform"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_share
+from torchmoe._checks import Checked, check_share
 from torchmoe._slots import named
 from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._rows import linear, wide
@@ -49,9 +49,10 @@ class DefaultVector(Estimator, Remembering):
     wide_buffers = ("default_vectors",)
     default_vectors: Tensor
 
+    decay = Checked(check_share)
+
     def __init__(self, decay: float = 0.99) -> None:
         super().__init__()
-        check_share("DefaultVector", "decay", decay)
         self.decay = decay
 
     def bind(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from torchmoe._checks import check_not_negative
+from torchmoe._checks import Checked, check_not_negative
 from torchmoe.nn.estimators._noise import gumbel_like
 from torchmoe.nn.estimators.straight_through import StraightThrough
 
@@ -32,9 +32,10 @@ class GumbelStraightThrough(StraightThrough):
     settings = ("temperature",)
     draws = True
 
+    temperature = Checked(check_not_negative)
+
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        check_not_negative("GumbelStraightThrough", "temperature", temperature)
         self.temperature = temperature
 
     def select(

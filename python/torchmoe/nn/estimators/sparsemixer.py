@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
-from torchmoe._checks import check_not_negative
+from torchmoe._checks import Checked, check_not_negative
 from torchmoe._slots import by_expert, named
 from torchmoe.nn.estimators._noise import gumbel_like
 from torchmoe.nn.estimators.estimator import Estimator
@@ -53,9 +53,10 @@ class SparseMixer(Estimator):
     settings = ("jitter",)
     draws = True
 
+    jitter = Checked(check_not_negative)
+
     def __init__(self, jitter: float = 0.01) -> None:
         super().__init__()
-        check_not_negative("SparseMixer", "jitter", jitter)
         self.jitter = jitter
 
     def select(

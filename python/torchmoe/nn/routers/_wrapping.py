@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from torchmoe._checks import Fixed
 from torchmoe.nn._first_values import reset
 from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.routers._usage import usage_of
@@ -21,6 +22,8 @@ class WrappingRouter(ContextRouter):
     Raises:
         TypeError: router is something else.
     """
+
+    num_experts = Fixed[int]()
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()

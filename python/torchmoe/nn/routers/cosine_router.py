@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_at_least, check_device, check_dtype, check_positive
+from torchmoe._checks import (
+    Checked,
+    Fixed,
+    check_at_least,
+    check_device,
+    check_dtype,
+    check_positive,
+)
 from torchmoe._directions import percent, unit
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import wide, widened
@@ -53,6 +60,11 @@ class CosineRouter(UsageTracking):
     Raises:
         ValueError: a size is below 1, or not 0 < min_temperature <= temperature.
     """
+
+    hidden_size = Fixed[int]()
+    num_experts = Fixed[int]()
+    projection_size = Fixed[int]()
+    min_temperature = Checked(check_positive)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_among, check_choice
+from torchmoe._checks import Fixed, check_among, check_choice
 from torchmoe.capacity import expert_capacity
 from torchmoe.nn._rows import wide
 from torchmoe.nn.routers._wrapping import WrappingRouter
@@ -49,6 +49,10 @@ class ExpertChoiceRouter(WrappingRouter):
     """
 
     chooses = True
+    top_k = Fixed[int]()
+    among = Fixed[str]()
+    most_per_token = Fixed[int]()
+    score_function = Fixed[str]()
     default_normalize = "none"
 
     def __init__(
@@ -70,9 +74,13 @@ class ExpertChoiceRouter(WrappingRouter):
         self.among = among
         self.most_per_token = most
         self.score_function = score_function
-        self.looks_ahead = (
-            f"lets experts pick from all tokens of a {among}, and whether an early one is picked "
-            "depends on later ones"
+
+    @property
+    def looks_ahead(self) -> str:  # type: ignore[override]
+        """Why it does."""
+        return (
+            f"lets experts pick from all tokens of a {self.among}, and whether an early one is "
+            "picked depends on later ones"
         )
 
     def forward(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import (
+    Fixed,
     Level,
     check_at_least,
     check_device,
@@ -56,6 +57,8 @@ class Router(UsageTracking):
         ValueError: a size is below 1, or a noise level negative or not finite.
     """
 
+    hidden_size = Fixed[int]()
+    num_experts = Fixed[int]()
     input_jitter = Level()
     logit_noise = Level()
     _input_jitter: float | None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_choice
+from torchmoe._checks import Fixed, check_choice
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import exponentials, in_slot_order, wide, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
@@ -48,6 +48,7 @@ class SequenceRouter(WrappingRouter):
     """
 
     decides_for = "sequence"
+    pooling = Fixed[str]()
     query: nn.Parameter | None
 
     def __init__(self, router: nn.Module, *, pooling: str = "attention") -> None:
@@ -60,10 +61,14 @@ class SequenceRouter(WrappingRouter):
             like = next(router.parameters(), torch.zeros(()))
             query = nn.Parameter(torch.zeros(hidden_size, device=like.device, dtype=like.dtype))
         self.register_parameter("query", query)
-        if pooling != "first":
-            self.looks_ahead = (
-                f'with pooling "{pooling}" decides by all tokens of a sequence, later ones included'
-            )
+
+    @property
+    def looks_ahead(self) -> str | None:  # type: ignore[override]
+        """None with pooling "first" alone."""
+        if self.pooling == "first":
+            return None
+        pooling = self.pooling
+        return f'with pooling "{pooling}" decides by all tokens of a sequence, later ones included'
 
     def reset_parameters(self) -> None:
         """Sets the query to 0, and gives the router inside its first values again."""
