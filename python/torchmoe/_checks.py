@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Self
 
 _SHORT = (bool, int, float, complex, str, Decimal, numbers.Number, torch.dtype, torch.device)
 
@@ -360,10 +361,32 @@ def readable(tensor: Tensor) -> bool:
     )
 
 
-class Checked(Generic[Value]):
-    """A module's attribute that is checked whenever it is set, and kept in `_name`.
+class Attribute(Generic[Value]):
+    """A module's attribute that says what may be set, and is kept in `_name`.
 
-    torch.compile of torch 2.11 would ask this again for what lies in `__dict__` by its own name.
+    torch.compile of torch 2.11 would ask it again for what lies in `__dict__` by its own name.
+    """
+
+    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, module: None, owner: type[nn.Module]) -> Self: ...
+    @overload
+    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Self:
+        return self if module is None else self._of(module)
+
+    def __set__(self, module: nn.Module, value: Value) -> None:
+        raise NotImplementedError
+
+    def _of(self, module: nn.Module) -> Value:
+        value: Value = module.__dict__["_" + self._name]
+        return value
+
+
+class Checked(Attribute[Value]):
+    """One that is checked whenever it is set.
 
     Args:
         check: one of the functions above that give the value.
@@ -372,85 +395,48 @@ class Checked(Generic[Value]):
     def __init__(self, check: Callable[[str, str, Value], Value]) -> None:
         self._check = check
 
-    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, module: None, owner: type[nn.Module]) -> Checked[Value]: ...
-    @overload
-    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Checked[Value]:
-        if module is None:
-            return self
-        value: Value = module.__dict__["_" + self._name]
-        return value
-
     def __set__(self, module: nn.Module, value: Value) -> None:
         checked = self._check(type(module).__name__, self._name, value)
         module.__dict__["_" + self._name] = checked
 
 
-class Fixed(Generic[Value]):
-    """A module's attribute that is set once, where the module is made, and kept in `_name`.
+class Fixed(Attribute[Value]):
+    """One that is set once, where the module is made.
 
     Args:
         of: the part of the module that has it, under the same name; None is the module itself.
     """
 
     def __init__(self, of: str | None = None) -> None:
-        self._of = of
-
-    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, module: None, owner: type[nn.Module]) -> Fixed[Value]: ...
-    @overload
-    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Fixed[Value]:
-        if module is None:
-            return self
-        value: Value
-        if self._of is None:
-            value = module.__dict__["_" + self._name]
-        else:
-            value = getattr(getattr(module, self._of), self._name)
-        return value
+        self._part = of
 
     def __set__(self, module: nn.Module, value: Value) -> None:
         made = module.__dict__
-        if self._of is None and "_" + self._name not in made:
+        if self._part is None and "_" + self._name not in made:
             made["_" + self._name] = value
-        elif (fixed := getattr(module, self._name)) is not value and fixed != value:
+        elif (fixed := self._of(module)) is not value and fixed != value:
             raise AttributeError(
                 f"{type(module).__name__}: {self._name} must stay {shown(fixed)}, as the module "
                 f"was made, got {shown(value)}"
             )
 
-
-class Setting(Generic[Value]):
-    """A module's record of settings, kept in `_name`, which the module's `_take` replaces."""
-
-    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, module: None, owner: type[nn.Module]) -> Setting[Value]: ...
-    @overload
-    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Setting[Value]:
-        if module is None:
-            return self
-        value: Value = module.__dict__["_" + self._name]
+    def _of(self, module: nn.Module) -> Value:
+        if self._part is None:
+            return super()._of(module)
+        value: Value = getattr(getattr(module, self._part), self._name)
         return value
+
+
+class Setting(Attribute[Value]):
+    """A record of settings, which the module's `_take` replaces."""
 
     def __set__(self, module: nn.Module, value: Value) -> None:
         take: Callable[..., None] = module._take
         take(**{self._name: value})
 
 
-class Level:
-    """A module's float attribute that is >= 0, kept as None in `_name` while it has no effect.
+class Level(Attribute[float]):
+    """A float that is >= 0, kept as None while it has no effect.
 
     Under torch.compile(dynamic=True) a float is symbolic, and asking whether it is above 0 compiles
     the graph twice; asking whether it is None does not.
@@ -462,19 +448,10 @@ class Level:
     def __init__(self, neutral: float = 0.0) -> None:
         self._neutral = neutral
 
-    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, module: None, owner: type[nn.Module]) -> Level: ...
-    @overload
-    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> float: ...
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> float | Level:
-        if module is None:
-            return self
-        level: float | None = module.__dict__["_" + self._name]
-        return self._neutral if level is None else level
-
     def __set__(self, module: nn.Module, value: float) -> None:
         value = check_not_negative(type(module).__name__, self._name, value)
         module.__dict__["_" + self._name] = None if value == self._neutral else value
+
+    def _of(self, module: nn.Module) -> float:
+        level: float | None = module.__dict__["_" + self._name]
+        return self._neutral if level is None else level

@@ -379,6 +379,8 @@ WITHOUT_ARGUMENTS = {
     "ContextRouter",
     "Estimator",
     "Exact",
+    "ExpertsDeclaration",
+    "RouterDeclaration",
     "StraightThrough",
     "StraightThroughDense",
     "build_info",

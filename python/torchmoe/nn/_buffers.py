@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from torchmoe.nn._part import Part
 from torchmoe.nn._rows import wide
-from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn._table import Table
 
 Self = TypeVar("Self", bound="Remembering")
 
 
-class Remembering(Unscriptable):
+class Remembering(Part):
     """Base of modules with buffers that stay float32 or wider, and with tables.
 
     A 16-bit running average stops moving: its steps are smaller than half a unit in the last place.

@@ -56,7 +56,8 @@ class Parts:
 
     @classmethod
     def of(cls, layer: MoE, balance: Balance, capacity: Capacity | None) -> Parts:
-        """Those of a layer, with these settings."""
+        """Those of a layer, with these settings; raises TypeError unless they are such."""
+        check_settings(balance, capacity)
         return cls(
             num_experts=layer.num_experts,
             balance=balance,

@@ -88,7 +88,7 @@ class Assistance(Remembering):
         """For each expert another one."""
         return self._table.entries
 
-    def bind(self, top_k: int) -> None:
+    def bind(self, top_k: int) -> Assistance:
         """Sets the thresholds that were left open; `MoE` calls it.
 
         Args:
@@ -110,6 +110,7 @@ class Assistance(Remembering):
             )
         # What a layer settles, nobody else changes.
         self._threshold, self._lower_threshold = threshold, lower
+        return self
 
     def reset_parameters(self) -> None:
         """Nobody is assisted."""

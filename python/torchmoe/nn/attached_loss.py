@@ -48,7 +48,7 @@ class WithAttachedLoss(nn.Module):
         if not isinstance(moe, nn.Module) or not any(isinstance(m, MoE) for m in moe.modules()):
             raise TypeError(f"WithAttachedLoss: moe must be a MoE, got {shown(moe)}")
         self.moe = moe
-        self.scale = check_finite("WithAttachedLoss", "scale", scale)
+        self.scale = scale
         self.register_forward_pre_hook(_do_nothing)
 
     def forward(

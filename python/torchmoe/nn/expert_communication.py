@@ -17,13 +17,13 @@ from torchmoe._checks import (
     check_output,
 )
 from torchmoe.nn._first_values import reset, whole_tensors
+from torchmoe.nn._part import Part
 from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
-from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.declarations import ExpertsDeclaration, declared_by_experts
 from torchmoe.nn.estimators.estimator import ExpertFunction
 
 
-class ExpertCommunication(ExpertsDeclaration, Unscriptable):
+class ExpertCommunication(ExpertsDeclaration, Part):
     """Experts of any kind whose outputs exchange information between the slots of a token.
 
         o_j = E_{i_j}(x), the output of slot j

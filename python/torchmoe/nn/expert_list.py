@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._checks import check_module, check_output, shown
 from torchmoe.nn._first_values import reset_all
-from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn._part import Part
 from torchmoe.nn.declarations import ExpertsDeclaration
 
 
-class ExpertList(ExpertsDeclaration, Unscriptable):
+class ExpertList(ExpertsDeclaration, Part):
     """Any modules as experts, one each, called on their own tokens [n, H] and returning [n, H].
 
     Every expert runs in every forward pass, on no rows if it must, so that each parameter always

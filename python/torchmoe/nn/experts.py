@@ -17,14 +17,14 @@ from torchmoe._checks import (
     check_flag,
 )
 from torchmoe.nn._first_values import whole_tensors
-from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn._part import Part
 from torchmoe.nn.declarations import ExpertsDeclaration
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
 PLAIN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
-class Experts(ExpertsDeclaration, Unscriptable):
+class Experts(ExpertsDeclaration, Part):
     """E feed-forward networks of one shape, in the layout of Hugging Face Transformers v5.
 
     A gated expert is down_proj(act(gate) * up), a plain one down_proj(act(up)); see

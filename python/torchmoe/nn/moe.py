@@ -20,30 +20,19 @@ from torchmoe._checks import (
     check_device,
     check_dtype,
     check_flag,
-    check_not_negative,
     check_process_group,
 )
-from torchmoe.losses import LossInputs
-from torchmoe.nn import _reduce
+from torchmoe.nn import _compatibility, _reduce
+from torchmoe.nn._accounting import account
 from torchmoe.nn._buffers import Remembering, wide_dtype
-from torchmoe.nn._compatibility import (
-    Parts,
-    check_given,
-    check_pairs,
-    check_settings,
-    check_sizes,
-    least_experts,
-    usage_readers,
-)
 from torchmoe.nn._computation import compute
-from torchmoe.nn._counts import count
 from torchmoe.nn._decision import decide, repeat, weigh
 from torchmoe.nn._first_values import reset, reset_all
 from torchmoe.nn._reminder import UpdateReminder
 from torchmoe.nn._table import Table
 from torchmoe.nn._tokens import flatten
 from torchmoe.nn.assistance import Assistance
-from torchmoe.nn.balance import Balance, Load
+from torchmoe.nn.balance import Balance
 from torchmoe.nn.capacity import Capacity
 from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.estimators.estimator import ExpertFunction
@@ -111,11 +100,8 @@ class MoE(Remembering):
         hidden_size: H; fixed, as num_experts and top_k.
         capacity: see above; may be replaced at any time, as balance, routed_scaling_factor and
             process_group.
-        router: the router.
-        estimator: the gradient estimator, from gate.
-        assistance: see above.
-        experts: the experts.
-        shared_experts: see above.
+        estimator: the gradient estimator, from gate; a submodule, as router, assistance, experts
+            and shared_experts.
         selection_bias: [E] buffer, float32 or wider, or None: when set, experts are ranked by
             score_function(logits) + selection_bias. It never enters the weights.
 
@@ -163,28 +149,28 @@ class MoE(Remembering):
         check_at_least("MoE", "num_experts", num_experts, 1)
         check_among("MoE", "top_k", top_k, num_experts)
         check_flag("MoE", "bias", bias)
-        # Before it is set: a module in its place would become a part of this one.
-        check_not_negative("MoE", "routed_scaling_factor", routed_scaling_factor)
         check_device("MoE", device)
         check_dtype("MoE", dtype)
-        check_given(gate, capacity, balance, assistance, shared_experts, router, experts)
+        _compatibility.check_given(
+            gate, capacity, balance, assistance, shared_experts, router, experts
+        )
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.routed_scaling_factor = routed_scaling_factor
         self.process_group = process_group
         if router is None:
-            reads = bool(usage_readers(balance, capacity, assistance))
+            reads = bool(_compatibility.usage_readers(balance, capacity, assistance))
             router = Router(hidden_size, num_experts, track_usage=reads, device=device, dtype=dtype)
         if experts is None:
             if intermediate_size is None:
                 raise ValueError("MoE: intermediate_size must be given without experts, got None")
             sizes = hidden_size, intermediate_size, num_experts
             experts = Experts(*sizes, activation=activation, bias=bias, device=device, dtype=dtype)
-        check_sizes(self, gate, top_k, router, experts, assistance)
+        _compatibility.check_sizes(self, gate, top_k, router, experts, assistance)
         self.router = router
         self.estimator = bound_estimator(gate, self, top_k, device, dtype)
         if assistance is not None:
-            assistance.bind(least_experts(declared_by_router(router), self.estimator))
-            assistance.to(device)
+            least = _compatibility.least_experts(declared_by_router(router), self.estimator)
+            assistance.bind(least).to(device)
         self.register_module("assistance", assistance)
         self.experts = experts
         self.register_module("shared_experts", shared_experts)
@@ -206,13 +192,12 @@ class MoE(Remembering):
         check_process_group("MoE", "process_group", group)
         self._process_group = _reduce.SharedGroup(group)
 
-    def _take(self, device: torch.device | str | None = None, **settings: Any) -> None:  # noqa: ANN401 (checked below)
+    def _take(self, device: torch.device | str | None = None, **settings: Any) -> None:  # noqa: ANN401
         """Takes settings that go with the layer's parts, else none of them."""
         balance = settings.get("balance", self._balance)
         capacity = settings.get("capacity", self._capacity)
-        check_settings(balance, capacity)
-        parts = Parts.of(self, balance, capacity)
-        check_pairs(parts)
+        parts = _compatibility.Parts.of(self, balance, capacity)
+        _compatibility.check_pairs(parts)
         self._balance, self._capacity = balance, capacity
         self._backup = Table(parts.backup, device) if parts.backup else None
         self._reminder.readers = parts.update_readers
@@ -299,32 +284,8 @@ class MoE(Remembering):
         y, statistics = compute(self, tokens, logits, choice.indices, weights, mask)
 
         # 5. Account: counts, the losses, and everything above for whoever wants to look.
-        tokens_per_expert = count(choice.chosen.flatten(), self.num_experts)  # [E]
-        kept_per_expert = tokens_per_expert
-        if not choice.is_kept:
-            kept_per_expert = count(choice.indices.flatten(), self.num_experts)
-        aux_loss, losses = self._balance.account(
-            LossInputs(
-                logits=logits,
-                weights=weights,
-                indices=choice.weighed,
-                token_mask=mask,
-                score_function=self.estimator.score_function,
-                num_experts=self.num_experts,
-                top_k=self.top_k,
-                clean_logits=logits if routed.clean_logits is None else routed.clean_logits,
-                noise_deviation=routed.noise_deviation,
-            ),
-            Load(
-                chosen=choice.chosen,
-                tokens_per_expert=tokens_per_expert,
-                num_tokens=num_tokens,
-                leading=x.shape[:-1],
-                training=self.training,
-                earlier_counts=earlier_counts,
-                usage=usage_of(self.router),
-            ),
-            self._process_group,
+        accounted = account(
+            self, routed, choice, weights, mask, num_tokens, x.shape[:-1], earlier_counts
         )
         routing = Routing(
             logits=logits,
@@ -332,13 +293,13 @@ class MoE(Remembering):
             selected=choice.selected,
             indices=choice.indices,
             token_mask=mask,
-            tokens_per_expert=tokens_per_expert,
-            kept_per_expert=kept_per_expert,
-            losses=losses,
+            tokens_per_expert=accounted.tokens_per_expert,
+            kept_per_expert=accounted.kept_per_expert,
+            losses=accounted.losses,
             statistics=statistics,
             details=dict(routed.details or {}),
         )
-        return MoEOutput(y.reshape(x.shape), aux_loss, routing)
+        return MoEOutput(y.reshape(x.shape), accounted.aux_loss, routing)
 
     @torch.no_grad()
     def update(

@@ -502,7 +502,7 @@ class Logits(nn.Module):
                 {"router": router},
                 ValueError,
                 r"router must keep usage for assistance, as Router\(track_usage=True\) does, "
-                r"got one without",
+                r"got \w+ without",
             )
             for router in (Router(H, E), Logits())
         ],

@@ -142,6 +142,8 @@ def test_every_estimator_of_the_library_fills_its_slots(name: str) -> None:
 class Best(Estimator):
     """Leaves the second slot empty."""
 
+    fills_slots = False
+
     def select(self, logits: Tensor, **options: Any) -> Tensor:
         indices = super().select(logits, **options)
         return torch.cat([indices[:, :1], torch.full_like(indices[:, 1:], -1)], dim=1)
@@ -151,6 +153,7 @@ class BestRouter(ContextRouter):
     """The same by a router that chooses."""
 
     chooses = True
+    keeps_usage = True
     num_experts = 4
 
     def __init__(self) -> None:

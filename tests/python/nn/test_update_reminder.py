@@ -16,7 +16,7 @@ from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Router, Sequen
 T, H, INNER, E, K = 4, 6, 5, 4, 2
 
 READERS: dict[str, Callable[[], dict[str, Any]]] = {
-    'fraction_from "history"': lambda: {"balance": Balance(fraction_from="history")},
+    'balance.fraction_from "history"': lambda: {"balance": Balance(fraction_from="history")},
     "a dynamic capacity": lambda: {"capacity": Capacity(1, dynamic=True)},
     "assistance": lambda: {"assistance": Assistance((1, 2, 3, 0))},
     "a selection bias": lambda: {"balance": Balance(selection_bias_rate=0.001)},

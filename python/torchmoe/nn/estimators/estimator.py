@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torchmoe import ops
 from torchmoe._checks import Fixed, check_output
-from torchmoe.nn._scripting import Unscriptable
+from torchmoe.nn._part import Part
 from torchmoe.nn.estimators._groups import limit_to_groups
 from torchmoe.ops import SCORE_FUNCTIONS
 
@@ -42,7 +42,7 @@ def call_experts(experts: ExpertFunction, x: Tensor, indices: Tensor, weights: T
     )
 
 
-class Estimator(Unscriptable):
+class Estimator(Part):
     """Base class of the gradient estimators; as it stands, the exact derivative of the weights.
 
     A layer sets the attributes below through `bind` before it first calls one of the methods. An

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from torchmoe.nn._part import Part
 from torchmoe.nn._rows import wide
-from torchmoe.nn._scripting import Unscriptable
 from torchmoe.nn.declarations import RouterDeclaration, declared_by_router
 
 
@@ -34,7 +34,7 @@ class RouterOutput(NamedTuple):
     """That of the noise, above 0; None where none was added."""
 
 
-class ContextRouter(RouterDeclaration, Unscriptable):
+class ContextRouter(RouterDeclaration, Part):
     """Base class of routers that see x as the layer got it, with its sequences.
 
     One of your own overrides `forward`:

@@ -86,9 +86,9 @@ class CosineRouter(UsageTracking):
             projection_size = max(2, num_experts // 2)
         check_at_least("CosineRouter", "projection_size", projection_size, 1)
         check_positive("CosineRouter", "temperature", temperature)
-        check_positive("CosineRouter", "min_temperature", min_temperature)
         check_device("CosineRouter", device)
         check_dtype("CosineRouter", dtype)
+        self.min_temperature = min_temperature
         if temperature < min_temperature:
             raise ValueError(
                 f"CosineRouter: temperature must be at least min_temperature {min_temperature}, "
@@ -97,7 +97,6 @@ class CosineRouter(UsageTracking):
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.projection_size = projection_size
-        self.min_temperature = min_temperature
         self._first_temperature = temperature
 
         def parameter(*shape: int) -> nn.Parameter:

@@ -16,7 +16,6 @@ from torchmoe._checks import (
     check_device,
     check_dtype,
     check_flag,
-    check_not_negative,
 )
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import widened
@@ -81,9 +80,6 @@ class Router(UsageTracking):
         check_at_least("Router", "hidden_size", hidden_size, 1)
         check_at_least("Router", "num_experts", num_experts, 1)
         check_flag("Router", "bias", bias)
-        # Before they are set: a module in their place would become a part of this one.
-        check_not_negative("Router", "input_jitter", input_jitter)
-        check_not_negative("Router", "logit_noise", logit_noise)
         check_device("Router", device)
         check_dtype("Router", dtype)
         self.hidden_size = hidden_size

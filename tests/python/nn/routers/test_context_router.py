@@ -369,7 +369,7 @@ def by_sequence() -> SequenceRouter:
             HashRouter(E, K),
             {"assistance": Assistance((1, 2, 3, 4, 0))},
             "MoE: router must keep usage for assistance, as Router(track_usage=True) does, "
-            "got one without",
+            "got HashRouter without",
         ),
         (
             choosing(),
@@ -402,12 +402,20 @@ def test_a_router_that_does_not_choose_may_have_a_top_k_of_its_own() -> None:
     make(Mine(H, E))(torch.randn(B, S, H))
 
 
-def test_a_router_with_usage_must_be_able_to_move_it() -> None:
-    router = nn.Linear(H, E)
+def test_a_router_that_tells_nothing_is_asked_for_nothing() -> None:
+    """Whatever its attributes are called."""
+
+    class Mine(nn.Linear):
+        chooses = True
+        tells_noise = True
+
+    router = Mine(H, E)
     router.register_buffer("usage", torch.full((E,), 1 / E))
-    message = r"MoE: router must have update\(.*\) where it has usage, got Linear without"
-    with pytest.raises(ValueError, match=message):
-        make(router)
+    moe = make(router)
+    moe.update(moe(torch.randn(B, S, H)).routing)
+    assert torch.equal(router.usage, torch.full((E,), 1 / E))
+    with pytest.raises(ValueError, match=r"^MoE: router must keep usage for .*, got Mine without$"):
+        make(router, balance=Balance(fraction_from="history"))
 
 
 def test_router_input_of_one_masked_token() -> None:

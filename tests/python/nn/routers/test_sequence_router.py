@@ -353,7 +353,7 @@ def test_usage_is_that_of_the_router_inside() -> None:
     expected = 0.99 * before + 0.01 * routing.tokens_per_expert / (K * B * S)
     assert_close(inner.usage, expected)
     assert SequenceRouter(Router(H, E)).usage is None
-    with pytest.raises(ValueError, match=r"MoE: router must keep usage for fraction_from"):
+    with pytest.raises(ValueError, match=r"MoE: router must keep usage for balance.fraction_from"):
         make("mean", balance=Balance(fraction_from="history"))
 
 
