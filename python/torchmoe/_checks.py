@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -431,7 +431,7 @@ class Setting(Attribute[Value]):
     """A record of settings, which the module's `_take` replaces."""
 
     def __set__(self, module: nn.Module, value: Value) -> None:
-        take: Callable[..., None] = module._take
+        take = cast(Callable[..., None], module._take)
         take(**{self._name: value})
 
 

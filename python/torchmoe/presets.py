@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,21 +33,24 @@ from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.shared_experts import SharedExperts
 
-_TEXTS = ("name", "description", "source", "differs")
+_TEXTS = ("name", "description", "source", "sources", "differs")
 _ROUTER_OPTIONS = ("input_jitter", "logit_noise")
 _SHARED_OPTIONS = ("activation", "bias", "device", "dtype")
 _SIZES = ("hidden_size", "intermediate_size", "num_experts")
 _WIDTH = 88
+_GATE, _BALANCE = Gate(), Balance()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A named set of arguments of `MoE`, each of them written out.
+    """A named set of arguments of `MoE`; what is not named is the layer's default.
 
     Attributes:
         name: as in this module.
         description: what it is, one paragraph.
         source: the paper and the code that it follows.
+        sources: for each argument that the preset sets, a Gate's and the like one by one, where in
+            them its value stands.
         top_k: see `MoE`, also for the following ones.
         gate: see there.
         capacity: see there.
@@ -63,14 +66,15 @@ class Preset:
     name: str
     description: str
     source: str
+    sources: Mapping[str, str]
     top_k: int
-    gate: Gate
-    capacity: Capacity | None
-    balance: Balance
-    routed_scaling_factor: float
-    num_shared_experts: int
-    input_jitter: float
-    logit_noise: float
+    gate: Gate = _GATE
+    capacity: Capacity | None = None
+    balance: Balance = _BALANCE
+    routed_scaling_factor: float = 1.0
+    num_shared_experts: int = 0
+    input_jitter: float = 0.0
+    logit_noise: float = 0.0
     differs: tuple[str, ...]
 
     def layer(
@@ -137,16 +141,19 @@ class Preset:
         return moe
 
     def __str__(self) -> str:
-        """Every argument with its value, the source and the differences."""
-        lines = dict(_lines(self._arguments()))
-        longest = max(map(len, lines))
+        """Every argument with its value and where it stands, the source and the differences."""
+        lines = {name: repr(value) for name, value in _lines(self._arguments())}
+        names, values = max(map(len, lines)), max(map(len, lines.values()))
         return "\n".join(
             [
                 self.name,
                 "",
                 *textwrap.wrap(self.description, _WIDTH),
                 "",
-                *(f"  {name:<{longest}}  {value!r}" for name, value in lines.items()),
+                *(
+                    f"  {name:<{names}}  {value:<{values}}  {self.sources.get(name, '')}".rstrip()
+                    for name, value in lines.items()
+                ),
                 "",
                 *textwrap.wrap(f"Source: {self.source}", _WIDTH),
                 "",
@@ -190,14 +197,20 @@ switch = Preset(
         "Fedus et al., arXiv 2101.03961; mesh_tensorflow/transformer/moe.py (MoE1D with "
         'moe_gating="switch": _switch_gating).'
     ),
+    sources={
+        "top_k": "section 2.1",
+        "gate.normalize": "equation 2: y = sum of p_i E_i(x)",
+        "capacity.factor": "moe_capacity_factor_train",
+        "capacity.eval_factor": "moe_capacity_factor_eval",
+        "capacity.minimum": "moe_min_expert_capacity",
+        "capacity.rounding": "_switch_gating: int()",
+        "balance.weight": "section 2.2: alpha = 10^-2",
+        "input_jitter": "moe_switch_jitter",
+    },
     top_k=1,
-    gate=Gate(score_function="softmax", normalize="none"),
+    gate=Gate(normalize="none"),
     capacity=Capacity(1.25, eval_factor=2.0, minimum=4, rounding="down"),
-    balance=Balance(weight=0.01),
-    routed_scaling_factor=1.0,
-    num_shared_experts=0,
     input_jitter=0.01,
-    logit_noise=0.0,
     differs=(
         _WHOLE_CALL,
         "Padding counts in f there, and in the number of tokens of the loss's means.",
@@ -221,15 +234,19 @@ gshard = Preset(
         "Lepikhin et al., arXiv 2006.16668, algorithm 1; lingvo/core/gshard_layers.py "
         "(Top2GatingOnLogits) and gshard_builder.py (aux_loss_coef)."
     ),
+    sources={
+        "top_k": "algorithm 1",
+        "gate.normalize": "algorithm 1: g_i / (g_1 + g_2)",
+        "capacity.factor": "algorithm 1: 2 S / E, over top_k",
+        "capacity.rounding": "Top2GatingOnLogits: integer division",
+        "balance.weight": "aux_loss_coef",
+        "balance.fraction_choices": "algorithm 1: c_e of first choices",
+    },
     top_k=2,
-    gate=Gate(score_function="softmax", normalize="topk"),
+    gate=Gate(normalize="topk"),
     # C = 2 S / E for the S tokens of a group: top_k times 1.
-    capacity=Capacity(1.0, rounding="down", order="choice", normalize="before_drop"),
-    balance=Balance(weight=0.01, fraction_choices="first"),
-    routed_scaling_factor=1.0,
-    num_shared_experts=0,
-    input_jitter=0.0,
-    logit_noise=0.0,
+    capacity=Capacity(1.0, rounding="down"),
+    balance=Balance(fraction_choices="first"),
     differs=(
         _WHOLE_CALL,
         "Padding counts in the number of tokens of the loss's means in Lingvo, not with "
@@ -254,17 +271,22 @@ st_moe = Preset(
         "Zoph et al., arXiv 2202.08906; mesh_tensorflow/transformer/moe.py (MoE1D with "
         'moe_gating="top_2": _top_2_gating); st-moe-pytorch (TopNGating).'
     ),
+    sources={
+        "top_k": "moe_gating=\"top_2\"",
+        "gate.normalize": "_top_2_gating: gates over their sum",
+        "capacity.factor": "1.25 in training, over top_k",
+        "capacity.eval_factor": "2.0 in evaluation, over top_k",
+        "capacity.minimum": "moe_min_expert_capacity",
+        "capacity.rounding": "_top_2_gating: int()",
+        "balance.weight": "moe_loss_coef",
+        "balance.z_loss_weight": "the paper: c_z = 0.001",
+        "balance.fraction_choices": "_top_2_gating: density_1",
+    },
     top_k=2,
-    gate=Gate(score_function="softmax", normalize="topk"),
+    gate=Gate(normalize="topk"),
     # 1.25 and 2.0 of T / E, over top_k = 2.
-    capacity=Capacity(
-        0.625, eval_factor=1.0, minimum=4, rounding="down", order="choice", normalize="before_drop"
-    ),
-    balance=Balance(weight=0.01, z_loss_weight=0.001, fraction_choices="first"),
-    routed_scaling_factor=1.0,
-    num_shared_experts=0,
-    input_jitter=0.0,
-    logit_noise=0.0,
+    capacity=Capacity(0.625, eval_factor=1.0, minimum=4, rounding="down"),
+    balance=Balance(z_loss_weight=0.001, fraction_choices="first"),
     differs=(
         _WHOLE_CALL,
         "Padding counts in the number of tokens of the loss's means in Mesh TensorFlow, which has "
@@ -290,14 +312,16 @@ megatron = Preset(
         "megatron/core/transformer/moe/moe_utils.py (topk_routing_with_score_function, "
         "apply_router_token_dropping, switch_load_balancing_loss_func) and router.py."
     ),
+    sources={
+        "top_k": "moe_router_topk",
+        "gate.normalize": "softmax of the chosen logits",
+        "capacity.factor": "moe_expert_capacity_factor",
+        "capacity.priority": "moe_token_drop_policy: probs",
+        "balance.weight": "moe_aux_loss_coeff",
+    },
     top_k=2,
-    gate=Gate(score_function="softmax", normalize="topk"),
-    capacity=Capacity(1.0, rounding="up", priority="weight", normalize="before_drop"),
-    balance=Balance(weight=0.01),
-    routed_scaling_factor=1.0,
-    num_shared_experts=0,
-    input_jitter=0.0,
-    logit_noise=0.0,
+    gate=Gate(normalize="topk"),
+    capacity=Capacity(1.0, priority="weight"),
     differs=(
         "Megatron-Core drops nothing until moe_expert_capacity_factor is given (capacity=None is "
         "that) and has no balancing loss until moe_aux_loss_coeff is; 1.0 and 1e-2 are the values "
@@ -321,18 +345,16 @@ deepspeed = Preset(
         "Rajbhandari et al., arXiv 2201.05596; deepspeed/moe/sharded_moe.py (top1gating, "
         "top2gating, topkgating)."
     ),
+    sources={
+        "top_k": "k",
+        "capacity.factor": "capacity_factor",
+        "capacity.minimum": "min_capacity",
+        "capacity.priority": "use_rts",
+        "capacity.normalize": "top2gating: after the mask of locations",
+        "balance.weight": "moe-loss-coeff of the examples",
+    },
     top_k=1,
-    # Also for larger top_k what DeepSpeed does: weights as they are for one expert, else
-    # normalised, over the slots that are left.
-    gate=Gate(score_function="softmax", normalize=None),
-    capacity=Capacity(
-        1.0, minimum=4, rounding="up", order="choice", priority="random", normalize="after_drop"
-    ),
-    balance=Balance(weight=0.01),
-    routed_scaling_factor=1.0,
-    num_shared_experts=0,
-    input_jitter=0.0,
-    logit_noise=0.0,
+    capacity=Capacity(1.0, minimum=4, priority="random", normalize="after_drop"),
     differs=(
         "DeepSpeed leaves the coefficient of its loss to the training script; 0.01 is that of "
         "Megatron-DeepSpeed's examples.",
@@ -358,15 +380,15 @@ mixtral_hf = Preset(
         "Jiang et al., arXiv 2401.04088; transformers/models/mixtral/modeling_mixtral.py "
         "(MixtralSparseMoeBlock, load_balancing_loss_func)."
     ),
+    sources={
+        "top_k": "num_experts_per_tok",
+        "gate.normalize": "MixtralSparseMoeBlock: over their sum",
+        "balance.weight": "router_aux_loss_coef 0.001, times top_k",
+    },
     top_k=2,
-    gate=Gate(score_function="softmax", normalize="topk"),
-    capacity=None,
+    gate=Gate(normalize="topk"),
     # router_aux_loss_coef = 0.001, times top_k.
-    balance=Balance(weight=0.002),
-    routed_scaling_factor=1.0,
-    num_shared_experts=0,
-    input_jitter=0.0,
-    logit_noise=0.0,
+    balance=Balance(0.002),
     differs=(
         "One loss per layer, to be added up; Transformers pools the tokens of all layers into one "
         "f and one P, where layers that collapse onto different experts look balanced.",
@@ -389,14 +411,23 @@ deepseek_v3 = Preset(
         "DeepSeek-AI, arXiv 2412.19437; inference/model.py of DeepSeek-V3 (Gate, MoE) and "
         "config_671B.json; transformers/models/deepseek_v3/modeling_deepseek_v3.py (DeepseekV3MoE)."
     ),
+    sources={
+        "top_k": "n_activated_experts",
+        "gate.score_function": "score_func",
+        "gate.normalize": "Gate: weights over their sum",
+        "gate.num_groups": "n_expert_groups",
+        "gate.top_groups": "n_limited_groups",
+        "balance.weight": "section 4.2: alpha",
+        "balance.fraction_from": "equation 17",
+        "balance.selection_bias_rate": "section 4.2: gamma",
+        "routed_scaling_factor": "route_scale",
+        "num_shared_experts": "n_shared_experts",
+    },
     top_k=8,
     gate=Gate(score_function="sigmoid", normalize="topk", num_groups=8, top_groups=4),
-    capacity=None,
-    balance=Balance(weight=0.0001, fraction_from="sequence", selection_bias_rate=0.001),
+    balance=Balance(0.0001, fraction_from="sequence", selection_bias_rate=0.001),
     routed_scaling_factor=2.5,
     num_shared_experts=1,
-    input_jitter=0.0,
-    logit_noise=0.0,
     differs=(
         "f counts the experts that a token uses; the paper's balancing loss counts the top_k of "
         "its scores without bias and groups.",

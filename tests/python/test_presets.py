@@ -18,7 +18,12 @@ from torchmoe.presets import PRESETS, Preset
 H, INNER, E = 6, 8, 16
 EPS = torch.finfo(torch.float64).eps
 EVERY = pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-TEXTS = {"name", "description", "source", "differs"}
+DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(Preset)
+    if field.default is not dataclasses.MISSING
+}
+TEXTS = {"name", "description", "source", "sources", "differs"}
 
 
 @EVERY
@@ -57,27 +62,47 @@ def test_sets_every_argument_of_the_layer_that_routes() -> None:
     of_the_caller = {
         *("hidden_size", "intermediate_size", "num_experts", "activation", "bias"),
         *("router", "experts", "shared_experts", "device", "dtype"),
-        *("assistance", "losses", "process_group"),
+        *("assistance", "process_group"),
     }
     arguments = {f.name for f in dataclasses.fields(Preset)} - TEXTS
     expected = set(inspect.signature(MoE).parameters) - of_the_caller
     assert arguments == expected | {"input_jitter", "logit_noise", "num_shared_experts"}
 
 
-@EVERY
-def test_prints_every_argument(preset: Preset) -> None:
-    _, _, arguments, *_ = str(preset).split("\n\n")
-    shown = [line.split(maxsplit=1) for line in arguments.splitlines()]
-    expected: dict[str, object] = {}
+def values_of(preset: Preset) -> dict[str, object]:
+    """Every argument by name, those of a Gate and the like one by one."""
+    values: dict[str, object] = {}
     for field in dataclasses.fields(Preset):
         value = getattr(preset, field.name)
         if isinstance(value, Balance | Gate | Capacity):
             parts = [f.name for f in dataclasses.fields(value) if f.init]
-            expected |= {f"{field.name}.{part}": getattr(value, part) for part in parts}
+            values |= {f"{field.name}.{part}": getattr(value, part) for part in parts}
         elif field.name not in TEXTS:
-            expected[field.name] = value
-    assert shown == [[name, repr(value)] for name, value in expected.items()]
-    assert len({line.rindex("  ") for line in arguments.splitlines()}) == 1
+            values[field.name] = value
+    return values
+
+
+@EVERY
+def test_prints_every_argument(preset: Preset) -> None:
+    _, _, arguments, *_ = str(preset).split("\n\n")
+    values = values_of(preset)
+    lines = arguments.splitlines()
+    assert [line.split()[0] for line in lines] == list(values)
+    for line, (name, value) in zip(lines, values.items(), strict=True):
+        shown = line.split(maxsplit=1)[1]
+        assert shown.startswith(repr(value))
+        assert shown.removeprefix(repr(value)).strip() == preset.sources.get(name, "")
+
+
+@EVERY
+def test_every_value_has_a_source(preset: Preset) -> None:
+    """Or is the layer's default, for what the original has nothing of."""
+    values = values_of(preset)
+    plain = values_of(dataclasses.replace(preset, **DEFAULTS))
+    plain |= {f"capacity.{field.name}": field.default for field in dataclasses.fields(Capacity)}
+    assert set(preset.sources) <= set(values)
+    for name, value in values.items():
+        assert name in preset.sources or value == plain.get(name), name
 
 
 @EVERY

@@ -1,13 +1,25 @@
 """Gradient estimators: how a layer chooses, weighs and combines, and what its router learns from.
 
 The choice of experts is an integer and has no gradient. An estimator says what to use instead. It
-is one small module with three methods, each with a default, which `MoE.forward` calls in this
-order:
+is one small module; `MoE.forward` calls three methods of it in this order:
 
     select(logits)                                  -> indices [T, K]  override to sample
     weigh(logits, indices)                          -> weights [T, K]  override for a gate rule
     combine(x, logits, indices, weights, experts)   -> y [T, H]        override to use experts
                                                                        that were not chosen
+
+All that a layer asks of it, each with a default:
+
+    when it is made   bind, and what the class tells: score_functions, normalizes, takes_groups,
+                      takes_selection_bias, draws, takes_experts_alone, fills_slots, refusal
+    forward           select, weigh, combine; rank and tie_break where slots are rerouted;
+                      has_constant_weights where the router is frozen
+    once per step     update
+    by the user       reset_parameters, and what bind was told: score_function, normalize, top_k,
+                      num_experts, num_groups
+
+The rest helps subclasses (probs, default_normalize, gate_estimator, settings) and whoever tests
+them (surrogate).
 """
 
 from __future__ import annotations

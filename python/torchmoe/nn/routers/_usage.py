@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -116,4 +118,4 @@ class UsageTracking(RouterDeclaration, Remembering):
 
 def usage_of(router: nn.Module) -> Tensor | None:
     """A router's usage, where it keeps any."""
-    return router.usage if declared_by_router(router).keeps_usage else None
+    return cast(Tensor, router.usage) if declared_by_router(router).keeps_usage else None
