@@ -28,7 +28,7 @@ from torchmoe.nn import (
     Router,
     SequenceRouter,
 )
-from torchmoe.testing._memory import peak_bytes
+from torchmoe.testing._compare_estimators import peak_bytes
 
 LENGTH = 128  # tokens of a sequence
 VOCABULARY = 32_000

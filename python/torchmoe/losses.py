@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
+from torchmoe._by_expert import by_expert
 from torchmoe._checks import (
     check_among,
     check_at_least,
@@ -25,7 +26,6 @@ from torchmoe._checks import (
     check_tensor,
     check_token_mask,
 )
-from torchmoe._slots import by_expert
 from torchmoe.ops import SCORE_FUNCTIONS
 
 

@@ -272,7 +272,7 @@ st_moe = Preset(
         'moe_gating="top_2": _top_2_gating); st-moe-pytorch (TopNGating).'
     ),
     sources={
-        "top_k": "moe_gating=\"top_2\"",
+        "top_k": 'moe_gating="top_2"',
         "gate.normalize": "_top_2_gating: gates over their sum",
         "capacity.factor": "1.25 in training, over top_k",
         "capacity.eval_factor": "2.0 in evaluation, over top_k",

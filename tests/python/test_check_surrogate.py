@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from torchmoe import ops
-from torchmoe._slots import by_expert
+from torchmoe._by_expert import by_expert
 from torchmoe.nn import (
     Capacity,
     DefaultVector,

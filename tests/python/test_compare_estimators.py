@@ -27,7 +27,7 @@ from torchmoe.nn import (
 )
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.testing import EstimatorComparison, EstimatorResult, compare_estimators
-from torchmoe.testing._memory import peak_bytes
+from torchmoe.testing._compare_estimators import peak_bytes
 
 H, INNER, E, T = 4, 3, 4, 6
 

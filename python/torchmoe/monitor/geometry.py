@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import check_among, check_integer, check_tensor
-from torchmoe._directions import percent, unit
-from torchmoe.monitor._extras import missing
+from torchmoe.monitor.watch import missing
 from torchmoe.nn._sharding import full, is_sharded
 from torchmoe.nn.routers.context_router import ContextRouter
+from torchmoe.nn.routers.cosine_router import percent, unit
 
 _BLOCK = 1 << 21  # pairs of experts that are looked at together: 16 MiB in float64
 

@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 
 from torchmoe._checks import check_at_least, check_flag, check_module
 from torchmoe._recomputation import in_backward
-from torchmoe.monitor._extras import missing
 from torchmoe.monitor._history import History, Record
 from torchmoe.monitor._intake import Intake
 from torchmoe.monitor.statistics import SCALARS, RoutingStatistics
@@ -287,3 +286,8 @@ class _Hook(Hook[Callable[[Routing], None]]):
         # Not in what is disabled: a layer that is not followed then leaves the graph whole.
         if moe.training or self._evaluation:
             self.run(output.routing)
+
+
+def missing(owner: str, method: str, package: str) -> ImportError:
+    """The error that says which package a method needs and how to get it."""
+    return ImportError(f"{owner}: {method} needs {package}: pip install 'torchmoe[watch]'")

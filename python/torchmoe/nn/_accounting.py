@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from torchmoe._by_expert import count
 from torchmoe.losses import LossInputs
-from torchmoe.nn._counts import count
 from torchmoe.nn.balance import Load
 from torchmoe.nn.routers._usage import usage_of
 

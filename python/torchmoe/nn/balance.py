@@ -12,6 +12,7 @@ from torch import Tensor
 
 import torchmoe.losses
 from torchmoe import ops
+from torchmoe._by_expert import count, shares
 from torchmoe._checks import (
     check_choice,
     check_counts,
@@ -22,7 +23,6 @@ from torchmoe._checks import (
 )
 from torchmoe.losses import LOSSES, Loss, LossInputs
 from torchmoe.nn import _reduce
-from torchmoe.nn._counts import count, shares
 from torchmoe.nn._rows import wide
 from torchmoe.nn._settings import Settings
 

@@ -6,10 +6,13 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _disable_profiler_legacy, _enable_profiler_legacy
+from torch._C._profiler import ProfilerConfig, ProfilerState, _ExperimentalConfig
 
 from torchmoe._checks import check_at_least, check_callable, shown
 from torchmoe.nn import MoE
@@ -20,7 +23,6 @@ from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators
 from torchmoe.nn.routers.context_router import route
 from torchmoe.testing._gradcheck import same_draws
-from torchmoe.testing._memory import peak_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -433,3 +435,32 @@ def _finish(axes: Axes, title: str) -> None:
     axes.margins(x=0.25)  # room for the numbers
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """The most memory that torch's allocator holds for run() at one time.
+
+    On the CPU what a kernel allocates on another thread than its caller's is not seen.
+    """
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - start
+    # Kineto, the other profiler, writes a line to stderr whenever it starts or stops.
+    config = ProfilerConfig(
+        ProfilerState.CPU,
+        report_input_shapes=False,
+        profile_memory=True,
+        with_stack=False,
+        with_flops=False,
+        with_modules=False,
+        experimental_config=_ExperimentalConfig(),
+    )
+    _enable_profiler_legacy(config)
+    try:
+        run()
+    finally:
+        events = _disable_profiler_legacy()  # one list for each thread
+    # An allocation counts its bytes, a release the same below 0, and what is neither counts 0.
+    return max(accumulate((e.cpu_memory_usage() for e in chain(*events)), initial=0))

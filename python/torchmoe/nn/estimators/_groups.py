@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
-from torchmoe._slots import named
+from torchmoe._by_expert import named
 
 _BEST_OF_GROUP = 2  # how many experts' scores make up a group's
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
+from torchmoe._by_expert import named
 from torchmoe._checks import Checked, check_share
-from torchmoe._slots import named
 from torchmoe.nn._buffers import Remembering, wide_dtype
 from torchmoe.nn._rows import linear, wide
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts

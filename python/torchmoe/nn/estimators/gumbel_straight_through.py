@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from torchmoe._checks import Checked, check_not_negative
-from torchmoe.nn.estimators._noise import gumbel_like
 from torchmoe.nn.estimators.straight_through import StraightThrough
 
 
@@ -50,3 +50,11 @@ class GumbelStraightThrough(StraightThrough):
         if self.training and self.temperature > 0:
             scores = scores + self.temperature * gumbel_like(scores)
         return super().select(scores, selection_bias=selection_bias, token_mask=token_mask)
+
+
+def gumbel_like(scores: Tensor) -> Tensor:
+    """Standard Gumbel noise, -log(-log u): the largest of z + noise is a draw from softmax(z).
+
+    From torch's default generator, so that activation checkpointing replays it.
+    """
+    return -torch.empty_like(scores).exponential_().log()

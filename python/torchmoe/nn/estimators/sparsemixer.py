@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from torchmoe import ops
+from torchmoe._by_expert import by_expert, named
 from torchmoe._checks import Checked, check_not_negative
-from torchmoe._slots import by_expert, named
-from torchmoe.nn.estimators._noise import gumbel_like
 from torchmoe.nn.estimators.estimator import Estimator
+from torchmoe.nn.estimators.gumbel_straight_through import gumbel_like
 
 _FULL_WEIGHT_CHANCE = 1 / 4
 _REDUCED_WEIGHT = 1 / 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchmoe._slots import by_expert
+from torchmoe._by_expert import by_expert
 from torchmoe.nn.estimators.estimator import Estimator
 
 

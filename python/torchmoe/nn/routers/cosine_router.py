@@ -17,7 +17,6 @@ from torchmoe._checks import (
     check_dtype,
     check_positive,
 )
-from torchmoe._directions import percent, unit
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import wide, widened
 from torchmoe.nn._sharding import full
@@ -193,3 +192,14 @@ class CosineRouter(UsageTracking):
             f"min_temperature={self.min_temperature}",
         ]
         return ", ".join([*parts, *self.usage_repr()])
+
+
+def unit(vectors: Tensor) -> Tensor:
+    """The vectors [..., G] at length 1; a zero vector stays one, with the identity's gradient."""
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / lengths.where(lengths > 0, 1)
+
+
+def percent(cosine: Tensor) -> Tensor:
+    """A match as users read it: 0 for opposite directions, 50 for unrelated, 100 for equal ones."""
+    return 50 * (1 + cosine.clamp(-1, 1))
