@@ -26,6 +26,7 @@ from torchmoe._checks import (
     check_tensor,
     check_token_mask,
 )
+from torchmoe._wide import wide, wide_dtype
 from torchmoe.ops import SCORE_FUNCTIONS
 
 
@@ -146,7 +147,7 @@ def load_loss(
                 f"logits are, got {noisy_logits.dtype} of shape {list(noisy_logits.shape)}"
             )
     if top_k == num_experts:
-        return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        return logits.new_zeros((), dtype=wide_dtype(logits.dtype))
     noisy = logits if noisy_logits is None else noisy_logits
     logits, noisy = (_wide_and_finite(z) for z in (logits, noisy))
     if token_mask is not None:
@@ -282,9 +283,9 @@ def _entropy(shares: Tensor) -> Tensor:
 
 def _wide_and_finite(logits: Tensor) -> Tensor:
     """Float32 or wider, and far from overflow: the difference of two infinite logits is NaN."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    most = torch.finfo(wide.dtype).max / 4
-    return wide.clamp(-most, most)
+    values = wide(logits)
+    most = torch.finfo(values.dtype).max / 4
+    return values.clamp(-most, most)
 
 
 def _cv_squared(values: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from torchmoe._wide import wide
 from torchmoe.nn._part import Part
-from torchmoe.nn._rows import wide
 from torchmoe.nn._table import Table
 
 Self = TypeVar("Self", bound="Remembering")
@@ -63,11 +63,6 @@ class Remembering(Part):
             if isinstance(entry := state_dict.get(prefix + name), Tensor) and _is_narrow(entry):
                 state_dict[prefix + name] = wide(entry)
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def wide_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """Of buffers that stay wide, where the parameters have this one."""
-    return torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
 
 
 def _is_narrow(buffer: Tensor) -> bool:

@@ -8,11 +8,6 @@ from torch import Tensor
 from torchmoe import ops
 
 
-def wide(values: Tensor) -> Tensor:
-    """The values in float32, or in their own type where that is wider."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def widened(x: Tensor, parameter: Tensor) -> Tensor:
     """The tokens in the parameter's dtype where that is the wider one, as a router's may be."""
     is_wider = torch.promote_types(x.dtype, parameter.dtype) == parameter.dtype

@@ -21,9 +21,9 @@ from torchmoe._checks import (
     check_output,
     shown,
 )
+from torchmoe._wide import wide
 from torchmoe.losses import LOSSES, Loss, LossInputs
 from torchmoe.nn import _reduce
-from torchmoe.nn._rows import wide
 from torchmoe.nn._settings import Settings
 
 FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")

@@ -16,9 +16,10 @@ from torchmoe._checks import (
     check_experts,
     check_output,
 )
+from torchmoe._wide import wide
 from torchmoe.nn._first_values import reset, whole_tensors
 from torchmoe.nn._part import Part
-from torchmoe.nn._rows import exponentials, in_slot_order, linear, wide
+from torchmoe.nn._rows import exponentials, in_slot_order, linear
 from torchmoe.nn.declarations import ExpertsDeclaration, declared_by_experts
 from torchmoe.nn.estimators.estimator import ExpertFunction
 

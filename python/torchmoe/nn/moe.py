@@ -22,9 +22,10 @@ from torchmoe._checks import (
     check_flag,
     check_process_group,
 )
+from torchmoe._wide import wide_dtype
 from torchmoe.nn import _compatibility, _reduce
 from torchmoe.nn._accounting import account
-from torchmoe.nn._buffers import Remembering, wide_dtype
+from torchmoe.nn._buffers import Remembering
 from torchmoe.nn._computation import compute
 from torchmoe.nn._decision import decide, repeat, weigh
 from torchmoe.nn._first_values import reset, reset_all

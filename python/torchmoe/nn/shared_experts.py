@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchmoe.nn._rows import wide
+from torchmoe._wide import wide
 from torchmoe.nn.experts import Experts
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchmoe import ops
 from torchmoe._by_expert import named
 from torchmoe._checks import Checked, check_share
-from torchmoe.nn._buffers import Remembering, wide_dtype
-from torchmoe.nn._rows import linear, wide
+from torchmoe._wide import wide, wide_dtype
+from torchmoe.nn._buffers import Remembering
+from torchmoe.nn._rows import linear
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_experts
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import Checked, Fixed, check_counts, check_flag, check_share
-from torchmoe.nn._buffers import Remembering, wide_dtype
-from torchmoe.nn._rows import wide
+from torchmoe._wide import wide, wide_dtype
+from torchmoe.nn._buffers import Remembering
 from torchmoe.nn.declarations import RouterDeclaration, declared_by_router
 
 # Weight of the past in the running average: a memory of about a hundred steps.

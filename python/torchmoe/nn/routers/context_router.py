@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from torchmoe._wide import wide
 from torchmoe.nn._part import Part
-from torchmoe.nn._rows import wide
 from torchmoe.nn.declarations import RouterDeclaration, declared_by_router
 
 

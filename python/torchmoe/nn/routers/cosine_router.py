@@ -17,8 +17,9 @@ from torchmoe._checks import (
     check_dtype,
     check_positive,
 )
+from torchmoe._wide import wide
 from torchmoe.nn._first_values import whole_tensors
-from torchmoe.nn._rows import wide, widened
+from torchmoe.nn._rows import widened
 from torchmoe.nn._sharding import full
 from torchmoe.nn.routers._usage import UsageTracking
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import Fixed, check_among, check_choice
+from torchmoe._wide import wide
 from torchmoe.capacity import expert_capacity
-from torchmoe.nn._rows import wide
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput, score
 from torchmoe.ops import SCORE_FUNCTIONS

@@ -17,6 +17,7 @@ from torchmoe._checks import (
     check_dtype,
     check_flag,
 )
+from torchmoe._wide import wide_dtype
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import widened
 from torchmoe.nn.routers._usage import UsageTracking
@@ -136,7 +137,7 @@ class Router(UsageTracking):
         if self.training and (eps := self._input_jitter) is not None:
             # In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside
             # anyway.
-            wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+            wide = wide_dtype(x.dtype, weight.dtype)
             jitter = torch.empty_like(x, dtype=wide)
             x = x * jitter.uniform_(1 - eps, 1 + eps)
             weight, bias = weight.to(wide), None if bias is None else bias.to(wide)

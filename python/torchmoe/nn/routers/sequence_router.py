@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import Fixed, check_choice
+from torchmoe._wide import wide
 from torchmoe.nn._first_values import whole_tensors
-from torchmoe.nn._rows import exponentials, in_slot_order, wide, widened
+from torchmoe.nn._rows import exponentials, in_slot_order, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
 from torchmoe.nn.routers.context_router import RouterOutput, score
 
