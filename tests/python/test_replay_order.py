@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-import copy
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import combinations, permutations
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
-from copies import by_pickle
-from op_case import C, assert_close
-from replayed import H, T, random_layer
+from checkpointed_models import (
+    CHECKPOINTED,
+    KINDS,
+    ORDERS,
+    STRUCTURES,
+    Model,
+    Wrap,
+    assert_same,
+    backward,
+    differ,
+    micro_batches,
+    nested,
+    run,
+    twice,
+    unbroken,
+    wrap_of,
+)
 from torchmoe import RoutingReplay
-from torchmoe.nn import Gate, MoE
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -28,148 +38,6 @@ pytestmark = [
     # The gradients of one model are compared, hundreds of times.
     pytest.mark.filterwarnings("ignore:MoE. update must be called once:UserWarning"),
 ]
-
-Wrap = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-KINDS = ("reentrant", "without reentry")
-ORDERS = tuple(permutations(range(3)))
-EPS = torch.finfo(torch.float32).eps
-
-
-def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
-
-
-def wrap_of(kind: str, *, preserve_rng_state: bool = False) -> Wrap:
-    """A checkpoint that by default leaves the generator as it is when backward runs."""
-    reentrant = kind == "reentrant"
-    return partial(checkpoint, use_reentrant=reentrant, preserve_rng_state=preserve_rng_state)
-
-
-class Block(nn.Module):
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.moe(x)
-        # What tanh saves is recomputed last, so that recomputation runs through the whole layer.
-        return torch.tanh(x + output.hidden_states + 0.1 * output.aux_loss)
-
-
-class Model(nn.Module):
-    """Two layers, whose ids are drawn while their weights are not, unless there is noise."""
-
-    def __init__(self, logit_noise: float = 0.0) -> None:
-        super().__init__()
-        options = {"logit_noise": logit_noise} if logit_noise else {}
-        if logit_noise:
-            options |= {"gate": Gate(), "capacity": None}
-        self.first, self.second = (Block(random_layer(**options)) for _ in range(2))
-
-
-def each(model: Model, x: Tensor, outer: Wrap, inner: Wrap) -> Tensor:
-    return outer(model.second, inner(model.first, x))
-
-
-def together(model: Model, x: Tensor, outer: Wrap, inner: Wrap) -> Tensor:
-    return outer(lambda z: model.second(model.first(z)), x)
-
-
-def twice(model: Model, x: Tensor, outer: Wrap, inner: Wrap) -> Tensor:
-    return outer(lambda z: model.first(model.second(model.first(z))), x)
-
-
-def tied(model: Model, x: Tensor, outer: Wrap, inner: Wrap) -> Tensor:
-    return outer(model.first, outer(model.second, inner(model.first, x)))
-
-
-def nested(model: Model, x: Tensor, outer: Wrap, inner: Wrap) -> Tensor:
-    def both(z: Tensor) -> Tensor:
-        return inner(model.first, model.second(inner(model.first, z)))
-
-    return outer(both, outer(both, x))
-
-
-def thrice_nested(model: Model, x: Tensor, outer: Wrap, inner: Wrap) -> Tensor:
-    def innermost(z: Tensor) -> Tensor:
-        return model.first(outer(lambda z: model.second(model.first(z)), z))
-
-    return outer(lambda z: model.second(inner(innermost, model.first(inner(innermost, z)))), x)
-
-
-STRUCTURES = (each, together, twice, tied, nested, thrice_nested)
-CHECKPOINTED = [
-    (outer, inner, structure)
-    for outer in KINDS
-    for inner in KINDS
-    for structure in STRUCTURES
-    if outer == inner or "nested" in structure.__name__
-]
-
-
-def run(
-    model: Model,
-    structure: Callable[..., Tensor],
-    batches: list[Tensor],
-    wraps: tuple[Wrap, Wrap] = (plainly, plainly),
-    seed: int = 0,
-) -> list[Tensor]:
-    """The losses of the micro-batches, each with draws of its own."""
-    torch.manual_seed(seed)
-    return [structure(model, x, *wraps).square().sum() for x in batches]
-
-
-def backward(
-    model: Model, losses: list[Tensor], batches: list[Tensor], order: tuple[int, ...]
-) -> list[Tensor]:
-    """The gradients of parameters and inputs, accumulated in that order."""
-    model.zero_grad()
-    for x in batches:
-        x.grad = None
-    torch.manual_seed(99)
-    for place, i in enumerate(order):
-        losses[i].backward(retain_graph=i in order[place + 1 :])
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    return found + [x.grad.clone() for x in batches]
-
-
-def unbroken(
-    model: Model,
-    structure: Callable[..., Tensor],
-    batches: list[Tensor],
-    order: tuple[int, ...],
-    kinds: tuple[str, str],
-) -> list[Tensor]:
-    """The gradients of a run without replay whose checkpoints bring the generator back.
-
-    A reentrant checkpoint adds up the gradients of a layer that is called in several in another
-    order than a run without checkpoints, to which the result is compared here.
-    """
-    plain = backward(model, run(model, structure, batches), batches, order)
-    wraps = tuple(wrap_of(kind, preserve_rng_state=True) for kind in kinds)
-    found = backward(model, run(model, structure, batches, wraps), batches, order)
-    if KINDS[0] not in kinds:
-        assert_same(found, plain)
-    for one, other in zip(found, plain, strict=True):
-        # Each is a sum of at most 3 micro-batches with 6 calls.
-        assert_close(one, other, C * 18 * EPS * other.abs().max().item())
-    return found
-
-
-def micro_batches(*, equal: bool = False) -> list[Tensor]:
-    """Three that a pipeline may take back in any order."""
-    first = torch.randn(T, H)
-    return [(first if equal else torch.randn(T, H)).clone().requires_grad_() for _ in range(3)]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
-    assert len(actual) == len(expected) > 3
-    for one, other in zip(actual, expected, strict=True):
-        assert torch.equal(one, other)
-
-
-def differ(some: list[Tensor], others: list[Tensor]) -> bool:
-    return any(not torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 # ---- the order of the backward passes
@@ -423,83 +291,3 @@ def test_a_compiled_model(kind: str) -> None:
             losses = [compiled(x) for x in batches]
         with replay.force():
             assert_same(backward(model, losses, batches, order), expected)
-
-
-# ---- where nothing is known of the forward pass
-
-
-def test_decisions_from_elsewhere_are_taken_last_in_first_out() -> None:
-    model, batches = Model(), micro_batches()
-    source = RoutingReplay(model)
-    with source.record():
-        expected = backward(model, run(model, each, batches), batches, (2, 1, 0))
-    decisions = source.decisions
-    losses = run(model, each, batches, (wrap_of(KINDS[1]),) * 2, seed=0)
-    with RoutingReplay(model, decisions).force():
-        assert_same(backward(model, losses, batches, (2, 1, 0)), expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_calls_from_elsewhere_in_one_checkpoint_are_refused(kind: str) -> None:
-    model, batches = Model(), micro_batches()
-    source = RoutingReplay(model)
-    with source.record():
-        losses = run(model, twice, batches, (wrap_of(kind),) * 2)
-    message = (
-        r"^RoutingReplay: first\.moe must be called once in a checkpoint whose forward pass was "
-        "neither recorded nor forced, got a second call in its recomputation$"
-    )
-    with (
-        RoutingReplay(model, source.decisions).force(),
-        pytest.raises(RuntimeError, match=message),
-    ):
-        losses[0].backward()
-
-
-def test_a_recomputation_with_another_number_of_calls_is_refused() -> None:
-    model, x = Model(), torch.randn(T, H, requires_grad=True)
-    replay = RoutingReplay(model)
-    calls = 1
-
-    def function(z: Tensor) -> Tensor:
-        for _ in range(calls):
-            z = model.first(z)
-        return z
-
-    with replay.record():
-        y = checkpoint(function, x, use_reentrant=True)
-    calls = 2
-    message = (
-        r"^RoutingReplay: first\.moe must be called as often in a recomputation as in its forward "
-        "pass, 1 times, got one call more$"
-    )
-    with replay.force(), pytest.raises(RuntimeError, match=message):
-        y.sum().backward()
-
-
-# ---- what is kept
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_kept_longer_than_the_graph(kind: str) -> None:
-    model, batches = Model(), micro_batches()
-    replay = RoutingReplay(model)
-    with replay.record():
-        losses = run(model, nested, batches, (wrap_of(kind),) * 2)
-    assert len(replay._checkpoints) > 0
-    with replay.force():
-        backward(model, losses, batches, (0, 1, 2))
-    del losses
-    gc.collect()
-    assert len(replay._checkpoints) == 0
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
-def test_copies(copied: Callable[[RoutingReplay], RoutingReplay]) -> None:
-    model, batches = Model(), micro_batches()
-    replay = RoutingReplay(model)
-    with replay.record():
-        losses = run(model, each, batches, (wrap_of(KINDS[1]),) * 2)
-    other = copied(replay)
-    assert [len(calls) for calls in other.decisions.values()] == [3, 3]
-    assert len(losses) == 3

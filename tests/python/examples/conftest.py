@@ -13,6 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
+import train_lm
+from lm_runs import run
+from walkthrough import steps
+from walkthrough.steps import Story
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
@@ -68,3 +73,26 @@ def same_threads_afterwards() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """The output of a short run, and its folder."""
+    out = tmp_path_factory.mktemp("out") / "new" / "folder"
+    result = run(*tiny, "--steps", "60", "--checkpoint-every", "20", "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout, out
+
+
+@pytest.fixture(scope="module")
+def story() -> Story:
+    return steps.compute()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    assert train_lm.main([*tiny, "--steps", "2", "--out", str(out)]) == 0
+    return out

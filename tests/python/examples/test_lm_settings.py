@@ -5,146 +5,25 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 import train_lm
 from lm.settings import (
-    DTYPES,
     FREE_TO_CHANGE,
     MODEL_FIELDS,
-    OPTIONAL,
     OPTIONS,
     Settings,
     SettingsError,
     flag,
     make_parser,
     new_run,
-    read_arguments,
-    read_config,
     resumed_run,
     run_from,
 )
-from torchmoe.nn import known_estimators
-from torchmoe.nn.estimators.registry import build_estimator
-
-OPTION_NAMES = [
-    *("--data", "--layers", "--hidden-size", "--feed-forward", "--intermediate-size", "--experts"),
-    *("--top-k", "--capacity-factor", "--order", "--overflow", "--balance", "--router"),
-    *("--communication", "--estimator", "--normalize", "--context"),
-    *("--steps", "--minutes", "--batch-tokens", "--lr", "--seed"),
-    *("--dtype", "--compile", "--threads", "--device"),
-    *("--out", "--checkpoint-every", "--load", "--config", "--resume"),
-]
-# Another allowed value of each setting than its default.
-OTHERS: dict[str, Any] = {
-    "data": ("notes", "src"),
-    "layers": 3,
-    "hidden_size": 64,
-    "feed_forward": "dense",
-    "intermediate_size": 100,
-    "experts": 16,
-    "top_k": 3,
-    "capacity_factor": 1.25,
-    "order": "token",
-    "overflow": "next_best",
-    "balance": "bias",
-    "router": "cosine",
-    "communication": True,
-    "estimator": "straight_through",
-    "normalize": "none",
-    "context": 64,
-    "steps": 7,
-    "minutes": 0.5,
-    "batch_tokens": 2048,
-    "lr": 0.01,
-    "seed": 5,
-    "dtype": "float64",
-    "compile": True,
-    "threads": 2,
-    "device": "cuda",
-    "out": "runs/other",
-    "checkpoint_every": 10,
-    "load": "runs/lm",
-}
-
-
-def read(*arguments: str) -> dict[str, Any]:
-    """What the command line gives."""
-    return read_arguments(make_parser("train_lm.py", "It trains.", "", Settings()), [*arguments])
-
-
-def refuses(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line with which the whole program refuses."""
-    with pytest.raises(SystemExit) as exit_info:
-        train_lm.main([*arguments])
-    assert exit_info.value.code == 2
-    output, error = capsys.readouterr()
-    assert output == ""
-    assert error.count("\n") == 1
-    assert error.startswith("train_lm.py: error: ")
-    assert error.endswith(" (--help lists the options)\n")
-    return error
-
-
-def config(tmp_path: Path, content: str | bytes) -> Path:
-    """A file for --config."""
-    path = tmp_path / "config.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-def settings() -> st.SearchStrategy[Settings]:
-    """Settings with all values drawn, and none that do not go together."""
-    return st.builds(
-        lambda top_k, more, context, windows, hidden, full, bias, router, talks, **rest: Settings(
-            experts=top_k + more,
-            top_k=top_k,
-            context=context,
-            batch_tokens=context * windows,
-            hidden_size=32 * hidden,
-            overflow="drop" if rest["capacity_factor"] is None or router == "hash" else full,
-            balance="none" if rest["estimator"] == "sparsemixer" or router == "hash" else bias,
-            router="cosine" if build_estimator(rest["estimator"]).draws else router,
-            communication=talks
-            and top_k > 1
-            and not build_estimator(rest["estimator"]).takes_experts_alone,
-            **rest,
-        ),
-        top_k=st.integers(1, 100),
-        more=st.integers(0, 100),
-        context=st.integers(2, 2**20),
-        windows=st.integers(1, 100),
-        hidden=st.integers(1, 2**11),
-        data=st.lists(st.text(min_size=1)).map(tuple),
-        layers=st.integers(1, 256),
-        feed_forward=st.sampled_from(("moe", "dense")),
-        intermediate_size=st.integers(1, 2**20),
-        capacity_factor=st.none() | st.floats(0.01, 10**6),
-        order=st.sampled_from(("choice", "token")),
-        full=st.sampled_from(("drop", "next_best")),
-        bias=st.sampled_from(("loss", "bias", "none")),
-        router=st.sampled_from(("linear", "cosine", "hash", "sequence_first")),
-        talks=st.booleans(),
-        estimator=st.sampled_from(known_estimators()),
-        normalize=st.sampled_from((None, "none")),
-        steps=st.integers(0, 99_999_999),
-        minutes=st.none() | st.floats(0.01, 10**6),
-        lr=st.floats(1e-9, 10),
-        seed=st.integers(0, 2**63 - 1),
-        dtype=st.sampled_from(DTYPES),
-        compile=st.booleans(),
-        threads=st.integers(0, 4096),
-        device=st.sampled_from(("cpu", "cuda")),
-        out=st.text(min_size=1),
-        checkpoint_every=st.integers(1, 99_999_999),
-        load=st.none() | st.text(min_size=1),
-    )
-
+from lm_command_line import OPTION_NAMES, OTHERS, read, refuses, settings
 
 # ---- the command line
 
@@ -287,167 +166,6 @@ def test_refuses_an_empty_path(name: str) -> None:
     # As of a variable of the shell that is not set; the current folder is meant only as a dot.
     with pytest.raises(SettingsError, match=f"^{name} must be a"):
         new_run(Settings(), read(flag(name), ""))
-
-
-# ---- --config
-
-
-@pytest.mark.parametrize("wrap", ["{}", '{{"settings": {}, "torch": "2", "command": []}}'])
-def test_config_gives_all_values(wrap: str, tmp_path: Path) -> None:
-    path = config(tmp_path, wrap.format(json.dumps(OTHERS)))
-    given = read_config(path)
-    assert given == OTHERS
-    assert {name: type(v) for name, v in given.items()} == {n: type(v) for n, v in OTHERS.items()}
-
-
-def test_config_may_say_that_there_is_no_value(tmp_path: Path) -> None:
-    nothing = dict.fromkeys(OPTIONAL)
-    assert read_config(config(tmp_path, json.dumps(nothing))) == nothing
-
-
-def test_command_line_comes_before_config(tmp_path: Path) -> None:
-    path = config(tmp_path, '{"layers": 3, "experts": 16}')
-    given = {**read("--layers", "5", "--seed", "2"), "config": str(path)}
-    settings, start, resumes = train_lm.choose_settings(given)
-    assert settings == Settings(layers=5, experts=16, seed=2)
-    assert (start, resumes) == (None, False)
-
-
-def test_config_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
-    for encoding in ("utf-8", "utf-8-sig"):
-        path = config(tmp_path, '{"out": "läufe"}'.encode(encoding))
-        assert read_config(path) == {"out": "läufe"}
-
-
-def test_config_may_give_a_whole_number_for_a_number(tmp_path: Path) -> None:
-    value = read_config(config(tmp_path, '{"lr": 1}'))["lr"]
-    assert (value, type(value)) == (1.0, float)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("[]", ": must be an object of names and values"),
-        ("3", ": must be an object of names and values"),
-        ("null", ": must be an object of names and values"),
-        ('{"settings": []}', ": 'settings' is no option"),
-        ('{"layer": 3}', ": 'layer' is no option; the options are .*layers"),
-        ('{"hidden-size": 64}', ": 'hidden-size' is no option; the options are .*hidden_size"),
-        ('{"config": "x.json"}', ": 'config' is no option"),
-        ('{"resume": true}', ": 'resume' is no option"),
-        ('{"layers": true}', ": layers must be a whole number from 1 to 256, got 'True'"),
-        ('{"layers": "x"}', ": layers must be a whole number from 1 to 256, got \"'x'\""),
-        ('{"layers": "3"}', ": layers must be a whole number from 1 to 256, got \"'3'\""),
-        ('{"layers": 4.0}', ": layers must be a whole number from 1 to 256, got '4.0'"),
-        ('{"layers": 0}', ": layers must be a whole number from 1 to 256, got '0'"),
-        ('{"layers": null}', ": layers must be a whole number from 1 to 256, got 'None'"),
-        ('{"layers": [4]}', r": layers must be a whole number from 1 to 256, got '\[4\]'"),
-        ('{"lr": NaN}', ": lr must be a number from 1e-09 to 10.0, got 'nan'"),
-        ('{"lr": Infinity}', ": lr must be a number from 1e-09 to 10.0, got 'inf'"),
-        ('{"lr": 1e999}', ": lr must be a number from 1e-09 to 10.0, got 'inf'"),
-        ('{"lr": true}', ": lr must be a number from 1e-09 to 10.0, got 'True'"),
-        ('{"lr": "0.1"}', ": lr must be a number"),
-        ('{"minutes": false}', ": minutes must be a number from 0.01 to 1000000, got 'False'"),
-        ('{"estimator": 3}', ": estimator must be one of exact, straight_through, .*, got 3"),
-        ('{"estimator": ["exact"]}', r": estimator must be one of .*, got \['exact'\]"),
-        ('{"dtype": null}', ": dtype must be one of float32, float64, bfloat16, got None"),
-        ('{"compile": 1}', ": compile must be true or false, got 1"),
-        ('{"compile": "true"}', ": compile must be true or false, got 'true'"),
-        ('{"out": 3}', ": out must be a path, got 3"),
-        ('{"out": null}', ": out must be a path, got None"),
-        ('{"out": ""}', ": out must be a path, got ''"),
-        ('{"load": true}', ": load must be a path, got True"),
-        ('{"data": "notes"}', ": data must be a list of paths, got 'notes'"),
-        ('{"data": ["notes", 3]}', r": data must be a list of paths, got \['notes', 3\]"),
-        ('{"data": null}', ": data must be a list of paths, got None"),
-        ("", " is not JSON: "),
-        ("{", " is not JSON: "),
-        ("layers: 3", " is not JSON: "),
-        ('{"layers": 3} {}', " is not JSON: "),
-        ('{"layers": 3,}', " is not JSON: "),
-        (b"\xff\xfe\xff", " is not JSON: "),
-        ("[" * 100_000, " is not JSON: "),
-        ('{"lr": ' + "1" * 5000 + "}", " is not JSON: |: lr must be a number"),
-    ],
-    ids=lambda value: value[:24] if isinstance(value, str) else None,
-)
-def test_config_refuses(
-    content: str | bytes, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = config(tmp_path, content)
-    error = refuses(capsys, "--config", str(path))
-    assert re.match(f"train_lm.py: error: --config: {re.escape(str(path))}(?:{message})", error)
-
-
-def test_config_refuses_values_that_do_not_go_together(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = str(config(tmp_path, '{"experts": 2, "top_k": 3}'))
-    assert "--top-k must be at most --experts (2), got 3" in refuses(capsys, "--config", path)
-    given = {"config": path, "top_k": 2}
-    assert train_lm.choose_settings(given)[0] == Settings(experts=2, top_k=2)
-
-
-def test_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    nowhere = tmp_path / "nowhere.json"
-    for path, why in ((nowhere, "No such file or directory"), (tmp_path, "Is a directory")):
-        error = refuses(capsys, "--config", str(path))
-        assert f"error: --config: cannot read {path}: {why} (" in error
-
-
-# ---- saved settings
-
-
-@given(settings())
-def test_saved_settings_come_back(saved: Settings) -> None:
-    back = Settings.from_dict(json.loads(json.dumps(saved.to_dict())))
-    assert back == saved
-    assert [type(v) for v in vars(back).values()] == [type(v) for v in vars(saved).values()]
-    assert Settings.from_dict(saved.to_dict()) == saved
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_saved_settings_refuse_a_missing_name(name: str) -> None:
-    values = Settings().to_dict()
-    del values[name]
-    with pytest.raises(SettingsError, match=f"^there is no value for {name}$"):
-        Settings.from_dict(values)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"width": 3}, "'width' is no option"),
-        ({3: 3}, "3 is no option"),
-        ({"layers": 0}, "layers must be a whole number from 1 to 256, got '0'"),
-        ({"layers": True}, "layers must be a whole number from 1 to 256, got 'True'"),
-        ({"lr": "fast"}, "lr must be a number"),
-        (
-            {"estimator": "magic"},
-            "estimator must be one of exact, straight_through, .*, got 'magic'",
-        ),
-        ({"top_k": 9}, r"--top-k must be at most --experts \(8\), got 9"),
-        ({"steps": None}, "--steps or --minutes must say when training ends, got neither"),
-    ],
-)
-def test_saved_settings_refuse(change: dict[Any, Any], message: str) -> None:
-    with pytest.raises(SettingsError, match=f"^{message}"):
-        Settings.from_dict({**Settings().to_dict(), **change})
-
-
-@pytest.mark.parametrize("values", [None, [], "{}", 3])
-def test_saved_settings_are_an_object(values: object) -> None:
-    with pytest.raises(SettingsError, match="must be an object"):
-        Settings.from_dict(values)
-
-
-def test_model_takes_its_settings() -> None:
-    config = Settings(**OTHERS).model()
-    assert vars(config) == {name: OTHERS[name] for name in MODEL_FIELDS}
-
-
-def test_rows_are_whole_windows() -> None:
-    assert Settings(batch_tokens=1000, context=128).rows == 7
 
 
 # ---- which values a run gets

@@ -1,17 +1,11 @@
-"""What a run shows, as text: every number is there, and all of it fits the terminal."""
+"""The live display of a training run."""
 
 from __future__ import annotations
 
-import io
-import random
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -23,171 +17,22 @@ from rich.text import Text
 from lm import display
 from lm.display import (
     BUSY_COLOUR,
-    LINES,
     REFRESH_SECONDS,
     USUAL_COLOUR,
     Layout,
-    LiveDisplay,
-    PlainDisplay,
-    make_display,
 )
-from lm.metrics import EXPERT_FIELDS, Record
-
-HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
-BARS = "▁▂▃▄▅▆▇█"
-TITLE = re.compile(r"layer (\d+) +(\d+\.\d\d) to (\d+\.\d\d)")
-LEFT_OUT = re.compile(r"layers left out: (\d+)")
-PLAIN_LINE = re.compile(
-    r"^ *(\d+)  +([\d.]+)  +(\d+)  +([\d.]+|-)  +([\d.]+%|-)  +([\d.]+%|-)  +([\d.]+|-)  +(\d+|-)"
-    r"  +([\d:]+)$"
+from lm_records import (
+    BARS,
+    DENSE,
+    HIDE_CURSOR,
+    LEFT_OUT,
+    SHOW_CURSOR,
+    TITLE,
+    draw,
+    record,
+    screen,
+    written,
 )
-
-
-def record(step: int = 10, layers: int = 4, experts: int = 8, **values: object) -> Record:
-    """A record whose experts take uneven shares."""
-    draw = random.Random(step)
-    load = []
-    for _ in range(layers):
-        weights = [draw.uniform(0.2, 1.8) for _ in range(experts)]
-        total = sum(weights)
-        load.append([weight / total for weight in weights])
-    made = Record(
-        step=step,
-        seconds=0.5 * step,
-        training_seconds=0.4 * step,
-        bytes=1024 * step,
-        loss=2.345,
-        domain_loss={"python": 2.12, "english": 2.57, "cpp": 1.93},
-        lr=0.001,
-        gradient_norm=0.5,
-        tokens_per_second=12345.6,
-        balance=[1.25] * layers,
-        max_violation=[0.875] * layers,
-        dropped=[0.0321] * layers,
-        rerouted=[0.1234] * layers,
-        dead=[0] * layers,
-        load=load,
-    )
-    return replace(made, **values)  # type: ignore[arg-type]
-
-
-DENSE = record(**{name: [] for name in EXPERT_FIELDS})
-
-
-@contextmanager
-def screen(width: int = 80, height: int = 24, title: str = "title") -> Iterator[LiveDisplay]:
-    """A display on a terminal of this size."""
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=height)
-    with closing(LiveDisplay(title, console)) as live:
-        yield live
-
-
-def draw(
-    *records: Record, share: float = 0.5, width: int = 80, height: int = 24, title: str = "title"
-) -> list[str]:
-    """The lines of the last of some records, as they are on the screen."""
-    with screen(width, height, title) as live:
-        for one in records:
-            live.show(one, share)
-        console = Console(file=io.StringIO(), width=width, height=height, color_system=None)
-        console.print(live.render(records[-1], share))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue().splitlines()
-
-
-def written(live: LiveDisplay) -> str:
-    assert isinstance(live.console.file, io.StringIO)
-    return live.console.file.getvalue()
-
-
-# ---- plain lines
-
-
-@pytest.fixture
-def plain(capsys: pytest.CaptureFixture[str]) -> PlainDisplay:
-    plain = PlainDisplay()
-    assert capsys.readouterr().out.endswith(
-        "\n  step     loss  tokens/s  balance  dropped  rerouted  MaxVio  dead   time\n"
-    )
-    return plain
-
-
-@pytest.mark.parametrize("records", [25, 26, 40, 100, 320, 1000])
-def test_plain_lines_are_so_many(
-    records: int, plain: PlainDisplay, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for n in range(1, records + 1):
-        plain.show(record(n), n / records)
-    plain.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == LINES
-    assert all(PLAIN_LINE.match(line) for line in lines)
-    steps = [int(line.split()[0]) for line in lines]
-    assert steps == [-(-records * n // LINES) for n in range(1, LINES + 1)]
-
-
-def test_plain_lines_show_each_record_of_a_short_run(
-    plain: PlainDisplay, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for n in range(1, 4):
-        plain.show(record(n), n / 3)
-    plain.close()
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
-def test_plain_line_is_the_mean_since_the_line_before(
-    plain: PlainDisplay, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain.show(record(10, loss=9.0), 0.05)
-    capsys.readouterr()
-    values: dict[str, list[Any]] = {
-        "balance": [1.0, 1.5],
-        "max_violation": [1.0, 2.0],
-        "dropped": [0.0, 0.5],
-        "rerouted": [0.0, 0.25],
-        "load": [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]],
-        "dead": [1, 2],
-    }
-    plain.show(record(20, loss=2.0, tokens_per_second=100.0, **values), 0.06)
-    assert capsys.readouterr().out == ""
-    values = {
-        "balance": [2.0, 2.5],
-        "max_violation": [0.5, 0.75],
-        "dropped": [0.25, 0.25],
-        "rerouted": [0.5, 0.0],
-        "load": [[1.0, 0.0, 0.0], [0.0, 0.25, 0.75]],
-        "dead": [2, 1],
-    }
-    plain.show(record(30, loss=3.0, tokens_per_second=300.0, seconds=83.9, **values), 0.09)
-    assert capsys.readouterr().out == (
-        "    30   2.5000       200   1.7500   25.00%    18.75%   1.062     2   1:23\n"
-    )  # one expert of each layer took nothing in both records
-
-
-def test_plain_line_of_a_dense_model(
-    plain: PlainDisplay, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain.show(replace(DENSE, seconds=3725.0), 1.0)
-    assert capsys.readouterr().out == (
-        "    10   2.3450     12346        -        -         -       -     -  1:02:05\n"
-    )
-
-
-def test_plain_close_prints_what_is_left(
-    plain: PlainDisplay, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plain.show(record(10), 0.01)
-    assert capsys.readouterr().out == ""
-    plain.close()
-    assert PLAIN_LINE.match(capsys.readouterr().out.rstrip("\n"))
-    plain.close()
-    assert capsys.readouterr().out == ""
-
-
-def test_plain_message_is_a_line(plain: PlainDisplay, capsys: pytest.CaptureFixture[str]) -> None:
-    plain.message("[bold]hello[/x]")
-    assert capsys.readouterr().out == "[bold]hello[/x]\n"
-
 
 # ---- the live display
 
@@ -516,53 +361,3 @@ def test_progress_line(share: float, done: int) -> None:
 )
 def test_clock(seconds: float, text: str) -> None:
     assert display.clock(seconds) == text
-
-
-# ---- which one
-
-
-class Stream(io.TextIOWrapper):
-    """A standard output that may be a terminal."""
-
-    def __init__(self, is_terminal: bool, encoding: str) -> None:
-        super().__init__(io.BytesIO(), encoding=encoding)
-        self.is_terminal = is_terminal
-
-    def isatty(self) -> bool:
-        return self.is_terminal
-
-
-@pytest.mark.parametrize(
-    ("is_terminal", "encoding", "environment", "kind"),
-    [
-        (True, "utf-8", {}, LiveDisplay),
-        (True, "utf-8", {"NO_COLOR": ""}, LiveDisplay),  # counts as not set
-        (True, "utf-8", {"NO_COLOR": "1"}, PlainDisplay),
-        (True, "utf-8", {"TERM": "dumb"}, PlainDisplay),
-        (True, "utf-8", {"TTY_COMPATIBLE": "0"}, PlainDisplay),
-        (True, "latin-1", {}, PlainDisplay),  # it has no blocks
-        (False, "utf-8", {}, PlainDisplay),
-        (False, "utf-8", {"FORCE_COLOR": "1"}, PlainDisplay),
-    ],
-)
-def test_make_display(
-    is_terminal: bool,
-    encoding: str,
-    environment: dict[str, str],
-    kind: type,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    stream = Stream(is_terminal, encoding)
-    monkeypatch.setattr(sys, "stdout", stream)
-    with closing(make_display("title")) as made:
-        assert type(made) is kind
-        made.show(record(), 0.5)
-    stream.flush()
-    output = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
-    assert ("\x1b" in output) == (kind is LiveDisplay)
-    assert "2.345" in output
