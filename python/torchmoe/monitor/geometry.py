@@ -17,6 +17,7 @@ from torchmoe import ops
 from torchmoe._checks import check_among, check_integer, check_tensor
 from torchmoe.monitor.watch import missing
 from torchmoe.nn._sharding import full, is_sharded
+from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.routers.context_router import ContextRouter
 from torchmoe.nn.routers.cosine_router import percent, unit
 
@@ -73,7 +74,8 @@ def geometry(router: nn.Module) -> RouterGeometry:
     """
     gate: object = router
     while isinstance(gate, nn.Module):
-        if not isinstance(gate, ContextRouter):  # whose own weight may be anything
+        # The own weight of a context router may be anything.
+        if not isinstance(declared_by_router(gate), ContextRouter):
             if isinstance(getattr(gate, "rows", None), Tensor) and hasattr(gate, "project"):
                 return _projecting(gate)
             if isinstance(getattr(gate, "weight", None), Tensor):

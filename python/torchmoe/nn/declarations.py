@@ -7,7 +7,19 @@ Estimators tell the same kind of things, see `Estimator`.
 from __future__ import annotations
 
 
-class RouterDeclaration:
+class _Declaration:
+    """Answers for itself also where another module has been put around it.
+
+    What torch.compile, its checkpoint_wrapper and FullyShardedDataParallel put around a module
+    passes on whatever is asked of it, but is of another class.
+    """
+
+    @property
+    def _declaration(self) -> _Declaration:
+        return self
+
+
+class RouterDeclaration(_Declaration):
     """What a router tells.
 
     Attributes:
@@ -36,7 +48,7 @@ class RouterDeclaration:
     reads_usage: bool = False
 
 
-class ExpertsDeclaration:
+class ExpertsDeclaration(_Declaration):
     """What experts tell.
 
     Attributes:
@@ -48,9 +60,11 @@ class ExpertsDeclaration:
 
 def declared_by_router(router: object) -> RouterDeclaration:
     """What a router tells, or the defaults."""
-    return router if isinstance(router, RouterDeclaration) else RouterDeclaration()
+    told = getattr(router, "_declaration", None)
+    return told if isinstance(told, RouterDeclaration) else RouterDeclaration()
 
 
 def declared_by_experts(experts: object) -> ExpertsDeclaration:
     """What experts tell, or the defaults."""
-    return experts if isinstance(experts, ExpertsDeclaration) else ExpertsDeclaration()
+    told = getattr(experts, "_declaration", None)
+    return told if isinstance(told, ExpertsDeclaration) else ExpertsDeclaration()

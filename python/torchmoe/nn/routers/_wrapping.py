@@ -27,7 +27,8 @@ class WrappingRouter(ContextRouter):
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
-        chooses = isinstance(router, ContextRouter) or declared_by_router(router).chooses
+        declared = declared_by_router(router)
+        chooses = isinstance(declared, ContextRouter) or declared.chooses
         if not isinstance(router, nn.Module) or chooses:
             raise TypeError(
                 f"{type(self).__name__}: router must be a module that scores each token alone, "

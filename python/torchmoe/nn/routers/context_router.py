@@ -108,14 +108,15 @@ def route(
     num_tokens = math.prod(leading)
     if router_input is not None:
         router_input = _masked(router_input, leading, token_mask)
-    if isinstance(router, ContextRouter):
+    declared = declared_by_router(router)
+    if isinstance(declared, ContextRouter):
         given: Any = router(x, router_input, token_mask)
         if not isinstance(given, RouterOutput):
             raise TypeError(f"MoE: router must return a RouterOutput, got {type(given).__name__}")
-        if given.indices is not None and not router.chooses:
+        if given.indices is not None and not declared.chooses:
             raise TypeError(
                 "MoE: router must have chooses = True to return indices, "
-                f"got {type(router).__name__} without"
+                f"got {type(declared).__name__} without"
             )
         logits, expected = given.logits, [*leading, num_experts]
         name = "[..., num_experts]"
