@@ -414,7 +414,7 @@ class Fixed(Attribute[Value]):
         made = module.__dict__
         if self._part is None and "_" + self._name not in made:
             made["_" + self._name] = value
-        elif (fixed := self._of(module)) is not value and fixed != value:
+        elif (fixed := self._of(module)) is not value and not _is_equal(fixed, value):
             raise AttributeError(
                 f"{type(module).__name__}: {self._name} must stay {shown(fixed)}, as the module "
                 f"was made, got {shown(value)}"
@@ -425,6 +425,11 @@ class Fixed(Attribute[Value]):
             return super()._of(module)
         value: Value = getattr(getattr(module, self._part), self._name)
         return value
+
+
+def _is_equal(fixed: object, value: object) -> bool:
+    # Whether tensors or arrays are equal is no one answer.
+    return isinstance(value, _SHORT) and bool(fixed == value)
 
 
 class Setting(Attribute[Value]):
