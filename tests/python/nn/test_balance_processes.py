@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # --- several processes --------------------------------------------------------------------------
 
 RANKS = 2
+BALANCE = Balance(weight=1.0, fraction_from="global_batch", selection_bias_rate=0.125)
 
 
 def of_ranks(**options: Any) -> MoE:
@@ -44,9 +46,7 @@ def of_ranks(**options: Any) -> MoE:
     return make(
         **(
             {
-                "balance": Balance(
-                    weight=1.0, fraction_from="global_batch", selection_bias_rate=0.125
-                ),
+                "balance": BALANCE,
                 "gate": Gate("sigmoid"),
                 "assistance": Assistance(RING, threshold=1.0, lower_threshold=0.5, patience=1),
             }
@@ -89,7 +89,7 @@ def work(rank: int, folder: str) -> None:
         seen = {}
         moe = of_ranks()
         seen["plain"] = seen_of(moe, moe, x)
-        first = of_ranks(balance=Balance(fraction_choices="first"))
+        first = of_ranks(balance=replace(BALANCE, fraction_choices="first"))
         seen["first"] = seen_of(first, first, x)
         seen["masked"] = seen_of(moe, moe, x, token_mask=some)
         seen["empty"] = seen_of(moe, moe, x, token_mask=all_or_none)
@@ -194,7 +194,7 @@ def test_a_process_with_padding_only(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_averaged_over_processes_it_is_the_loss_of_the_whole(ranks: list[dict[str, Any]]) -> None:
-    whole = of_ranks(balance=Balance(fraction_from="batch"))
+    whole = of_ranks(balance=replace(BALANCE, fraction_from="batch"))
     output = whole(torch.cat([rank_tokens(rank) for rank in range(RANKS)]))
     mean = sum(seen["plain"]["loss"] for seen in ranks) / RANKS
     assert_close(mean, balance(output.routing).detach())
@@ -204,7 +204,7 @@ def test_averaged_over_processes_it_is_the_loss_of_the_whole(ranks: list[dict[st
 
 def test_a_process_group_of_one(ranks: list[dict[str, Any]]) -> None:
     for rank, seen in enumerate(ranks):
-        moe = of_ranks(balance=Balance(fraction_from="batch"))
+        moe = of_ranks(balance=replace(BALANCE, fraction_from="batch"))
         output = moe(rank_tokens(rank))
         assert_close(seen["alone"]["loss"], balance(output.routing).detach())
         moe.update(output.routing)
@@ -219,14 +219,14 @@ def test_a_process_group_of_one(ranks: list[dict[str, Any]]) -> None:
 def test_in_evaluation_no_process_waits_for_another(ranks: list[dict[str, Any]]) -> None:
     """What each of them evaluates is its own affair, and so is its batch."""
     for rank, seen in enumerate(ranks):
-        moe = of_ranks(balance=Balance(fraction_from="batch")).eval()
+        moe = of_ranks(balance=replace(BALANCE, fraction_from="batch")).eval()
         expected = balance(moe(rank_tokens(rank)).routing)
         assert_close(seen["evaluation"]["loss"], expected.detach())
         assert_close(seen["evaluation"]["gradient"], gradient_of(expected, moe))
 
 
 def test_all_processes_move_alike(ranks: list[dict[str, Any]]) -> None:
-    moe = of_ranks(balance=Balance(fraction_from="batch"))
+    moe = of_ranks(balance=replace(BALANCE, fraction_from="batch"))
     parts = [moe(rank_tokens(rank, part)).routing for rank in range(RANKS) for part in range(2)]
     moe.update(parts)
     assert moe.assistance.assisted.any()

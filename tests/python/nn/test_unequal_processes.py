@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,14 +38,12 @@ NUMBERS = {
 }
 WORLDS = (2, 3, 4)
 EQUAL = 7
+BALANCE = Balance(weight=1.0, fraction_from="global_batch")
 
 
 def layer(**options: Any) -> MoE:
     torch.manual_seed(0)
-    settings = {
-        "balance": Balance(weight=1.0, fraction_from="global_batch"),
-        "gate": Gate("sigmoid"),
-    }
+    settings = {"balance": BALANCE, "gate": Gate("sigmoid")}
     return make(**(settings | options))
 
 
@@ -117,7 +116,7 @@ def work(rank: int, folder: str) -> None:
             if rank >= world:
                 continue
             moe = layer(process_group=group)
-            first = layer(process_group=group, balance=Balance(fraction_choices="first"))
+            first = layer(process_group=group, balance=replace(BALANCE, fraction_choices="first"))
             seen["equal", world] = seen_with_equal_numbers(group, rank)
             for case in NUMBERS:
                 x, run, options = tokens_of(case, rank), moe, {"token_mask": mask_of(case, rank)}
@@ -230,7 +229,7 @@ def test_equal_numbers_change_no_bit(ranks: list[dict[Any, Any]], world: int) ->
 
 def test_evaluation_asks_nobody(ranks: list[dict[Any, Any]]) -> None:
     for rank, seen in enumerate(ranks):
-        moe = layer(balance=Balance(fraction_from="batch")).eval()
+        moe = layer(balance=replace(BALANCE, fraction_from="batch")).eval()
         expected = moe(tokens_of("uneven", rank)).aux_loss.detach()
         assert torch.equal(seen["evaluation"]["loss"], expected)
         assert seen["evaluation"]["reductions"] == 0
