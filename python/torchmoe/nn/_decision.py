@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmoe import ops
 from torchmoe._checks import check_output, check_output_device, shown
 from torchmoe.nn.capacity import Capacity
+from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.routing import Decision, before_drop, ids_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def decide(
 def repeat(layer: MoE, decision: Decision, logits: Tensor, token_mask: Tensor | None) -> Choice:
     """The ids of another pass, which may be one of a layer that reroutes."""
     assisted = layer.assistance is not None
-    columns = layer.top_k + 1 if assisted else None
+    # A router that chooses may give any number, which assistance adds one to.
+    is_known = assisted and not declared_by_router(layer.router).chooses
+    columns = layer.top_k + 1 if is_known else None
     selected, indices = ids_of(decision, logits.shape[0], token_mask, columns)
     _draw_as_if_deciding(layer, logits, selected, token_mask)
     return Choice(

@@ -321,6 +321,9 @@ def test_assistance_adds_a_slot() -> None:
         assert row[-1] == (1 if 0 in row[:E] and 1 not in row[:E] else -1)
     assert routing.tokens_per_expert.tolist() == [10] * E
     assert routing.kept_per_expert.tolist()[1] > 10
+    again = moe(x, decision=routing.decision)
+    assert torch.equal(again.hidden_states, moe(x).hidden_states)
+    assert torch.equal(again.routing.tokens_per_expert, routing.tokens_per_expert)
 
 
 def test_errors() -> None:
