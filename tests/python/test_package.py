@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -90,6 +91,47 @@ def test_the_public_names_are_there() -> None:
         assert list(module.__all__) == sorted(module.__all__)
         for name in module.__all__:
             assert hasattr(module, name)
+
+
+def test_importing_loads_nothing_but_torch() -> None:
+    """What only monitors, examples and peers need is theirs to load, and there need be none of it.
+
+    Nor is anything loaded of torch that takes long and that torch leaves to whoever needs it.
+    """
+    optional = [
+        "matplotlib",
+        "numpy",
+        "rich",
+        "safetensors",
+        "scipy",
+        "tensorboard",
+        "transformers",
+    ]
+    code = f"""
+import sys
+import warnings
+warnings.simplefilter("ignore")  # torch's, that there is no numpy
+sys.modules |= dict.fromkeys({optional})
+import torch
+before = set(sys.modules)
+import torchmoe
+moe = torchmoe.nn.MoE(4, 4, 2, 1)
+moe.update(moe(torch.randn(3, 4)).routing)
+loaded = {{".".join(name.split(".")[:3]) for name in set(sys.modules) - before}}
+own = {{"torchmoe", *sys.stdlib_module_names}}
+print(sorted(name for name in loaded if name.split(".")[0] not in own))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    foreign = set(ast.literal_eval(result.stdout))
+    assert not {name for name in foreign if name.split(".")[0] != "torch"}
+    slow = {
+        "torch._dynamo",
+        "torch._inductor",
+        "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+    }
+    assert not foreign & slow
 
 
 def test_main_prints_the_build_information() -> None:
