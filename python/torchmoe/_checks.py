@@ -203,7 +203,8 @@ def check_output(
         RuntimeError: it is not floating, or has another shape or device.
     """
     if not isinstance(output, Tensor):
-        raise TypeError(f"{owner}: {part} must return a tensor {names}, got {shown(output)}")
+        required = f"a tensor {names}" if shape else f"{names} as a tensor"
+        raise TypeError(f"{owner}: {part} must return {required}, got {shown(output)}")
     if output.shape != shape:
         sizes = f"{names} = {list(shape)}" if shape else names
         raise RuntimeError(f"{owner}: {part} must return {sizes}, got shape {list(output.shape)}")

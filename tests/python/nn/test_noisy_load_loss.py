@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,7 +196,7 @@ def test_subclasses_of_the_router() -> None:
 def test_routers_around_a_noisy_one(around: Callable[[Router], ContextRouter]) -> None:
     moe = noisy_layer(around(noisy_router()))
     collected = Collected()
-    moe.losses += ((collected, 0.0),)
+    moe.balance = replace(moe.balance, losses=[*moe.balance.losses, (collected, 0.0)])
     x = torch.randn(B, S, H, dtype=F64)
     routing = moe(x).routing
     [given] = collected.given

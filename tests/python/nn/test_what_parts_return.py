@@ -110,7 +110,8 @@ def test_experts_that_talk(
 def test_terms_of_the_loss(term: Any, error: type[Exception], got: str) -> None:
     term.__name__ = "mine"
     moe = MoE(H, INNER, E, K, balance=Balance(losses=[(term, 0.1)]))
-    with pytest.raises(error, match=rf'^MoE: the term "mine" of losses must return .*, got {got}$'):
+    message = rf'^MoE: the term "mine" of balance.losses must return .*, got {got}$'
+    with pytest.raises(error, match=message):
         moe(torch.randn(T, H))
 
 
