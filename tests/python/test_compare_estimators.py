@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe.nn import (
+    Balance,
     Capacity,
     Estimator,
     ExpertCommunication,
     ExpertList,
     Experts,
     Gate,
+    HashRouter,
     MoE,
     Router,
     SequenceRouter,
@@ -423,6 +425,9 @@ def test_a_frozen_router_has_nothing_to_compare() -> None:
     expected = "moe.router must have a parameter that requires a gradient, got 1 without"
     with pytest.raises(ValueError, match=re.escape(expected)):
         compare_estimators(moe, make_batches(), square)
+    moe = MoE(H, INNER, E, 2, router=HashRouter(E, 2))
+    with pytest.raises(ValueError, match=r"moe\.router must have .*, got 0 without"):
+        compare_estimators(moe, make_batches(), square)
 
 
 def test_an_estimator_that_is_not_defined_for_the_layer() -> None:
@@ -438,11 +443,12 @@ def test_leaves_out_what_does_not_go_with_the_router_or_the_experts() -> None:
     )
     for options, left_out in (
         ({"router": router}, {"sparsemixer", "gumbel_straight_through"}),
+        ({"balance": Balance(selection_bias_rate=0.1)}, {"sparsemixer"}),
         ({"experts": talking}, {"default_vector", "straight_through_dense"}),
     ):
         moe = make_moe(top_k=2, gate=Gate(), **options)
         compared = compare_estimators(moe, make_batches(1), square, seeds=1, warm_up=0)
         assert {one.name for one in compared.results} == {*known_estimators()} - left_out
         for name in left_out:
-            with pytest.raises(ValueError, match=r"MoE: gate.estimator must not "):
+            with pytest.raises(ValueError, match=r"MoE: (gate.estimator must not|balance.sel)"):
                 compare_estimators(moe, make_batches(1), square, estimators=[name])

@@ -184,11 +184,11 @@ def compare_estimators(
         )
     check_at_least("compare_estimators", "seeds", seeds, 1)
     check_at_least("compare_estimators", "warm_up", warm_up, 0)
-    names = _defined_names(moe) if estimators is None else estimators
-    if not names:
-        raise ValueError("compare_estimators: estimators must hold at least one, got none")
     with same_draws(0, list(moe.parameters())), torch.enable_grad():
         bench = _Bench(moe, batches, loss)
+        names = _defined_names(moe) if estimators is None else estimators
+        if not names:
+            raise ValueError("compare_estimators: estimators must hold at least one, got none")
         candidates = [_bound(moe, name) for name in names]
         for candidate in candidates:
             bench.warm_up(candidate, warm_up, seed=seeds)
