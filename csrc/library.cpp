@@ -64,6 +64,9 @@ TORCH_LIBRARY(torchmoe, m) {
       "Tensor pre, str activation, bool[6] output_mask) -> (Tensor grad_x, Tensor grad_weights, "
       "Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)");
 
+  m.def("sum_by_expert(Tensor rows, Tensor expert_offsets) -> Tensor");
+  m.def("_sum_by_expert_backward(Tensor grad, Tensor expert_offsets, SymInt num_rows) -> Tensor");
+
   // Account
   m.def(
       "load_balancing_loss(Tensor logits, Tensor fraction, *, str score_function, "
@@ -88,6 +91,9 @@ TORCH_LIBRARY(torchmoe, m) {
       "_attach_dense_gradient_backward(Tensor grad, Tensor x, Tensor w_in, Tensor? b_in, "
       "Tensor w_out, Tensor? b_out, str activation) -> Tensor");
   m.def("attach_loss(Tensor x, Tensor loss, float scale=1.0) -> Tensor");
+
+  // Words
+  m.def("_vocabulary(str argument) -> (str[] names, str[] docs)");
 
   torchmoe::register_missing_backends(m);
 }

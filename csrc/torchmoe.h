@@ -16,4 +16,5 @@
 #include "ops/router_z_loss.h"
 #include "ops/scale_gradient.h"
 #include "ops/select_experts.h"
+#include "ops/sum_by_expert.h"
 #include "ops/unpermute.h"

@@ -29,7 +29,7 @@ import terminal
 from lm.settings import Settings
 from lm.study import Study, run
 from torchmoe.nn import known_estimators
-from torchmoe.nn.estimators.estimator import NORMALIZES
+from torchmoe.ops import NORMALIZES
 
 EXAMPLES = """\
 examples:

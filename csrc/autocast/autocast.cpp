@@ -1,9 +1,10 @@
 // What autocast does to each op: routing stays in float32 (float64 inputs stay), the experts'
-// products run in the autocast type. permute, unpermute, scale_gradient and attach_loss take what
-// they are given.
+// products run in the autocast type. permute, unpermute, sum_by_expert, scale_gradient and attach_loss
+// take what they are given.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "common/find_op.h"
 #include "ops/attach_dense_gradient.h"
 #include "ops/expert_mlp.h"
 #include "ops/gate_weights.h"
@@ -36,6 +37,11 @@ struct Autocast {
     return at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), tensor, device);
   }
 
+  static ExpertParameters narrow(const ExpertParameters& experts) {
+    return {
+        narrow(experts.w_in), narrow(experts.b_in), narrow(experts.w_out), narrow(experts.b_out)};
+  }
+
   static at::Tensor router_logits(const at::Tensor& x,
                                   const at::Tensor& weight,
                                   const OptionalTensor& bias) {
@@ -63,39 +69,19 @@ struct Autocast {
   static at::Tensor expert_mlp(const at::Tensor& x,
                                const at::Tensor& indices,
                                const at::Tensor& weights,
-                               const at::Tensor& w_in,
-                               const OptionalTensor& b_in,
-                               const at::Tensor& w_out,
-                               const OptionalTensor& b_out,
+                               const ExpertParameters& experts,
                                std::string_view activation) {
     const Below below;
-    return torchmoe::expert_mlp(narrow(x),
-                                indices,
-                                wide(weights),
-                                narrow(w_in),
-                                narrow(b_in),
-                                narrow(w_out),
-                                narrow(b_out),
-                                activation);
+    return torchmoe::expert_mlp(narrow(x), indices, wide(weights), narrow(experts), activation);
   }
 
   static at::Tensor attach_dense_gradient(const at::Tensor& y,
                                           const at::Tensor& probs,
                                           const at::Tensor& x,
-                                          const at::Tensor& w_in,
-                                          const OptionalTensor& b_in,
-                                          const at::Tensor& w_out,
-                                          const OptionalTensor& b_out,
+                                          const ExpertParameters& experts,
                                           std::string_view activation) {
     const Below below;
-    return torchmoe::attach_dense_gradient(y,
-                                           wide(probs),
-                                           narrow(x),
-                                           narrow(w_in),
-                                           narrow(b_in),
-                                           narrow(w_out),
-                                           narrow(b_out),
-                                           activation);
+    return torchmoe::attach_dense_gradient(y, wide(probs), narrow(x), narrow(experts), activation);
   }
 
   static at::Tensor load_balancing_loss(const at::Tensor& logits,
@@ -115,8 +101,8 @@ struct Autocast {
     m.impl("router_logits", &router_logits);
     m.impl("gate_weights", &gate_weights);
     m.impl("grouped_linear", &grouped_linear);
-    m.impl("expert_mlp", &expert_mlp);
-    m.impl("attach_dense_gradient", &attach_dense_gradient);
+    m.impl("expert_mlp", with_records<&expert_mlp>);
+    m.impl("attach_dense_gradient", with_records<&attach_dense_gradient>);
     m.impl("load_balancing_loss", &load_balancing_loss);
     m.impl("router_z_loss", &router_z_loss);
   }

@@ -7,6 +7,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include "common/record.h"
+
 namespace torchmoe {
 
 /// Raises a sentence naming the op where an input carries a tangent. An autograd kernel calls it
@@ -18,8 +20,11 @@ void refuse_tangents(std::string_view op, const Inputs&... inputs) {
   const auto has_tangent = [](const std::optional<at::Tensor>& input) {
     return input && input->defined() && input->_fw_grad(kLevel).defined();
   };
+  const auto any_has_tangent = [&](const auto&... tensors) {
+    return (has_tangent(tensors) || ...);
+  };
   TORCH_CHECK_NOT_IMPLEMENTED(
-      !(has_tangent(inputs) || ...),
+      !std::apply(any_has_tangent, std::tuple_cat(fields_of(inputs)...)),
       op,
       ": forward-mode derivatives must not be requested, got an input with a tangent; use reverse "
       "mode, torch.autograd.grad");

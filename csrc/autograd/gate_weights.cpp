@@ -6,7 +6,7 @@
 
 #include "autograd/forward_mode.h"
 #include "autograd/once_differentiable.h"
-#include "common/choices.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe {
 
@@ -55,10 +55,10 @@ void refuse_zero_gradient(const at::Tensor& logits,
                           std::string_view estimator) {
   constexpr auto op = "gate_weights";
   if (!at::GradMode::is_enabled() || !logits.requires_grad() ||
-      choose_estimator(op, estimator) != GateEstimator::exact) {
+      choose<GateEstimator>(op, estimator) != GateEstimator::exact) {
     return;
   }
-  const auto chosen = choose_normalize(op, normalize);
+  const auto chosen = choose<Normalize>(op, normalize);
   const bool single = chosen == Normalize::topk && indices.dim() == 2 && indices.sym_size(1) == 1;
   TORCH_CHECK_VALUE(chosen != Normalize::uniform && !single,
                     op,

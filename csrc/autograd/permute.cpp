@@ -5,7 +5,8 @@
 #include <torch/library.h>
 
 #include "autograd/forward_mode.h"
-#include "autograd/saved_plan.h"
+#include "autograd/saved_records.h"
+#include "common/find_op.h"
 
 namespace torchmoe {
 
@@ -37,20 +38,19 @@ class LinearInTokens : public torch::autograd::Function<LinearInTokens<op, adjoi
 };
 
 template <auto op, auto adjoint, auto check>
-at::Tensor apply(const at::Tensor& input,
-                 const at::Tensor& expert_offsets,
-                 const at::Tensor& row_to_slot,
-                 const at::Tensor& slot_to_row) {
-  check(input, expert_offsets, row_to_slot, slot_to_row);
+at::Tensor apply(const at::Tensor& input, const DispatchPlan& plan) {
+  check(input, plan);
   refuse_tangents("permute", input);
-  return LinearInTokens<op, adjoint>::apply(input, expert_offsets, row_to_slot, slot_to_row);
+  return LinearInTokens<op, adjoint>::apply(
+      input, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
-  m.impl("permute", &apply<permute, permute_backward, check_permute>);
-  m.impl("_permute_backward", &apply<permute_backward, permute, check_permute_backward>);
+  m.impl("permute", with_records<&apply<permute, permute_backward, check_permute>>);
+  m.impl("_permute_backward",
+         with_records<&apply<permute_backward, permute, check_permute_backward>>);
 }
 
 }  // namespace torchmoe

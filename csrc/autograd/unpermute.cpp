@@ -8,7 +8,8 @@
 
 #include "autograd/forward_mode.h"
 #include "autograd/needed_gradients.h"
-#include "autograd/saved_plan.h"
+#include "autograd/saved_records.h"
+#include "common/find_op.h"
 
 namespace torchmoe {
 
@@ -83,32 +84,28 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
 
 at::Tensor unpermute_autograd(const at::Tensor& rows,
                               const at::Tensor& weights,
-                              const at::Tensor& expert_offsets,
-                              const at::Tensor& row_to_slot,
-                              const at::Tensor& slot_to_row) {
-  check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
+                              const DispatchPlan& plan) {
+  check_unpermute(rows, weights, plan);
   refuse_tangents("unpermute", rows, weights);
-  return Unpermute::apply(rows, weights, expert_offsets, row_to_slot, slot_to_row);
+  return Unpermute::apply(rows, weights, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row);
 }
 
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_autograd(const at::Tensor& grad,
                                                                const at::Tensor& rows,
                                                                const at::Tensor& weights,
-                                                               const at::Tensor& expert_offsets,
-                                                               const at::Tensor& row_to_slot,
-                                                               const at::Tensor& slot_to_row) {
-  check_unpermute_backward(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
+                                                               const DispatchPlan& plan) {
+  check_unpermute_backward(grad, rows, weights, plan);
   refuse_tangents("unpermute", grad, rows, weights);
-  const auto grads =
-      UnpermuteBackward::apply(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
+  const auto grads = UnpermuteBackward::apply(
+      grad, rows, weights, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row);
   return {grads[0], grads[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
-  m.impl("unpermute", &unpermute_autograd);
-  m.impl("_unpermute_backward", &unpermute_backward_autograd);
+  m.impl("unpermute", with_records<&unpermute_autograd>);
+  m.impl("_unpermute_backward", with_records<&unpermute_backward_autograd>);
 }
 
 }  // namespace torchmoe

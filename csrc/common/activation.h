@@ -4,45 +4,42 @@
 // gate g and the value u, and gives f(g) * u (GLU variants, Shazeer 2020, arXiv 2002.05202).
 #pragma once
 
+#include <array>
 #include <cmath>
 #include <string_view>
-#include <type_traits>
+#include <utility>
 
 #include "activation_names.h"
-#include "choices.h"
 #include "host_device.h"
 #include "sigmoid.h"
+#include "vocabulary.h"
 
 namespace torchmoe {
 
-inline Activation choose_activation(std::string_view op, std::string_view given) {
-  static constexpr Choices<Activation, 7> choices{{{"gelu", Activation::gelu},
-                                                   {"gelu_tanh", Activation::gelu_tanh},
-                                                   {"relu", Activation::relu},
-                                                   {"silu", Activation::silu},
-                                                   {"swiglu", Activation::swiglu},
-                                                   {"geglu", Activation::geglu},
-                                                   {"reglu", Activation::reglu}}};
-  return choose(op, "activation", given, choices);
+template <>
+struct Vocabulary<Activation> {
+  static constexpr std::string_view kArgument = "activation";
+#define TORCHMOE_ACTIVATION_WORD(name, f, kind, doc) TORCHMOE_WORD(name, doc)
+  static constexpr std::array kWords{TORCHMOE_ACTIVATIONS(TORCHMOE_ACTIVATION_WORD)};
+#undef TORCHMOE_ACTIVATION_WORD
+};
+
+constexpr ActivationKind kind_of(Activation activation) {
+#define TORCHMOE_KIND(name, f, kind, doc) ActivationKind::kind,
+  constexpr std::array kKinds{TORCHMOE_ACTIVATIONS(TORCHMOE_KIND)};
+#undef TORCHMOE_KIND
+  return kKinds[static_cast<size_t>(activation)];
+}
+
+constexpr Nonlinearity nonlinearity_of(Activation activation) {
+#define TORCHMOE_FUNCTION(name, f, kind, doc) Nonlinearity::f,
+  constexpr std::array kFunctions{TORCHMOE_ACTIVATIONS(TORCHMOE_FUNCTION)};
+#undef TORCHMOE_FUNCTION
+  return kFunctions[static_cast<size_t>(activation)];
 }
 
 constexpr bool is_gated(Activation activation) {
-  return activation == Activation::swiglu || activation == Activation::geglu ||
-         activation == Activation::reglu;
-}
-
-/// The nonlinearity f of a gated activation; a plain one is its own.
-constexpr Activation nonlinearity(Activation activation) {
-  switch (activation) {
-    case Activation::swiglu:
-      return Activation::silu;
-    case Activation::geglu:
-      return Activation::gelu;
-    case Activation::reglu:
-      return Activation::relu;
-    default:
-      return activation;
-  }
+  return kind_of(activation) == ActivationKind::gated;
 }
 
 /// f(u) and f'(u).
@@ -52,57 +49,78 @@ struct ValueAndSlope {
   T slope;
 };
 
-template <Activation f, typename T>
-TORCHMOE_HOST_DEVICE T activate(T u) {
-  if constexpr (f == Activation::relu) {
-    return u < T(0) ? T(0) : u;  // this order keeps a NaN a NaN
-  } else if constexpr (f == Activation::silu) {
-    return u * sigmoid(u);
-  } else if constexpr (f == Activation::gelu) {
-    constexpr T kInverseSqrt2 = T(0.70710678118654752440);
-    return T(0.5) * u * (T(1) + std::erf(u * kInverseSqrt2));
-  } else {
-    static_assert(f == Activation::gelu_tanh);
-    constexpr T kSqrt2OverPi = T(0.79788456080286535588);
-    return T(0.5) * u * (T(1) + std::tanh(kSqrt2OverPi * (u + T(0.044715) * u * u * u)));
-  }
-}
+/// The formulas of a nonlinearity f: f(u), and f(u) with f'(u).
+template <Nonlinearity f>
+struct Formula;
 
-template <Activation f, typename T>
-TORCHMOE_HOST_DEVICE ValueAndSlope<T> activate_with_slope(T u) {
-  if constexpr (f == Activation::relu) {
-    return {activate<f>(u), u > T(0) ? T(1) : T(0)};
-  } else if constexpr (f == Activation::silu) {
+template <>
+struct Formula<Nonlinearity::relu> {
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE T value(T u) {
+    return u < T(0) ? T(0) : u;  // this order keeps a NaN a NaN
+  }
+
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE ValueAndSlope<T> with_slope(T u) {
+    return {value(u), u > T(0) ? T(1) : T(0)};
+  }
+};
+
+template <>
+struct Formula<Nonlinearity::silu> {
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE T value(T u) {
+    return u * sigmoid(u);
+  }
+
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE ValueAndSlope<T> with_slope(T u) {
     const T s = sigmoid(u);
     return {u * s, s * (T(1) + u * (T(1) - s))};
-  } else if constexpr (f == Activation::gelu) {
+  }
+};
+
+template <>
+struct Formula<Nonlinearity::gelu> {
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE T value(T u) {
+    constexpr T kInverseSqrt2 = T(0.70710678118654752440);
+    return T(0.5) * u * (T(1) + std::erf(u * kInverseSqrt2));
+  }
+
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE ValueAndSlope<T> with_slope(T u) {
     constexpr T kInverseSqrt2 = T(0.70710678118654752440);
     constexpr T kInverseSqrt2Pi = T(0.39894228040143267794);
     const T cdf = T(0.5) * (T(1) + std::erf(u * kInverseSqrt2));
     return {u * cdf, cdf + u * kInverseSqrt2Pi * std::exp(T(-0.5) * u * u)};
-  } else {
-    static_assert(f == Activation::gelu_tanh);
+  }
+};
+
+template <>
+struct Formula<Nonlinearity::gelu_tanh> {
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE T value(T u) {
+    constexpr T kSqrt2OverPi = T(0.79788456080286535588);
+    return T(0.5) * u * (T(1) + std::tanh(kSqrt2OverPi * (u + T(0.044715) * u * u * u)));
+  }
+
+  template <typename T>
+  static TORCHMOE_HOST_DEVICE ValueAndSlope<T> with_slope(T u) {
     constexpr T kSqrt2OverPi = T(0.79788456080286535588);
     const T t = std::tanh(kSqrt2OverPi * (u + T(0.044715) * u * u * u));
     const T inner_slope = kSqrt2OverPi * (T(1) + T(3 * 0.044715) * u * u);
     return {T(0.5) * u * (T(1) + t), T(0.5) * (T(1) + t + u * (T(1) - t * t) * inner_slope)};
   }
-}
+};
 
-/// Calls `body` with the nonlinearity of `activation` as a compile-time constant, so that inner
-/// loops have no branch on it.
+/// Calls `body` with f as Formula<f>, so that inner loops have no branch on it.
 template <typename Body>
-TORCHMOE_HOST_DEVICE void with_nonlinearity(Activation activation, const Body& body) {
-  switch (nonlinearity(activation)) {
-    case Activation::relu:
-      return body(std::integral_constant<Activation, Activation::relu>{});
-    case Activation::silu:
-      return body(std::integral_constant<Activation, Activation::silu>{});
-    case Activation::gelu:
-      return body(std::integral_constant<Activation, Activation::gelu>{});
-    default:
-      return body(std::integral_constant<Activation, Activation::gelu_tanh>{});
-  }
+TORCHMOE_HOST_DEVICE void with_nonlinearity(Nonlinearity f, const Body& body) {
+#define TORCHMOE_CASE(name, f, kind, doc) \
+  TORCHMOE_IF_PLAIN_##kind(case Nonlinearity::name : return body(Formula<Nonlinearity::name>{});)
+  switch (f) { TORCHMOE_ACTIVATIONS(TORCHMOE_CASE) }
+#undef TORCHMOE_CASE
 }
 
 }  // namespace torchmoe

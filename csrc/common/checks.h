@@ -9,6 +9,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include "dtypes.h"
+
 namespace torchmoe {
 
 /// Every check below makes this one first: an undefined tensor has no shape, dtype or device. None
@@ -66,12 +68,7 @@ inline void check_floating(std::string_view op, std::string_view name, const at:
   check_defined(op, name, tensor);
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK(
-      dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-      op,
-      ": ",
-      name,
-      " must be float32, float64, bfloat16 or float16, got ",
-      dtype);
+      is_float_type(dtype), op, ": ", name, " must be ", float_type_names(), ", got ", dtype);
 }
 
 /// Both floating and of one dtype: mixed types are a mistake outside autocast, which casts before
@@ -110,6 +107,16 @@ inline void check_same_device(std::string_view op,
               other.device(),
               "), got ",
               tensor.device());
+}
+
+/// How many experts a token may choose of those there are.
+inline void check_top_k(std::string_view op, int64_t top_k, const c10::SymInt& num_experts) {
+  TORCH_CHECK_VALUE(top_k >= 1 && num_experts >= top_k,
+                    op,
+                    ": top_k must be in [1, ",
+                    num_experts,
+                    "], got ",
+                    top_k);
 }
 
 /// What a backward op asks of the gradient that arrives, beside its shape: kernels read it in

@@ -35,7 +35,7 @@ template <typename T, typename Acc>
 void activate_block(Activation activation, const ActivationBlock<T, Acc>& block) {
   if constexpr (std::is_same_v<Acc, float>) {
     if (const Simd* functions = simd()) {
-      return functions->activate({nonlinearity(activation),
+      return functions->activate({nonlinearity_of(activation),
                                   block.rows,
                                   block.columns,
                                   block.gate,
@@ -50,7 +50,7 @@ void activate_block(Activation activation, const ActivationBlock<T, Acc>& block)
                                   block.act_stride});
     }
   }
-  with_nonlinearity(activation, [&](auto f) {
+  with_nonlinearity(nonlinearity_of(activation), [&](auto f) {
     for (int64_t r = 0; r < block.rows; ++r) {
       for (int64_t c = 0; c < block.columns; ++c) {
         const int64_t product = r * block.stride + c;
@@ -62,7 +62,7 @@ void activate_block(Activation activation, const ActivationBlock<T, Acc>& block)
         if (block.pre_gate != nullptr) {
           block.pre_gate[pre] = static_cast<T>(gate);
         }
-        Acc act = activate<f()>(gate);
+        Acc act = f.value(gate);
         if (block.up != nullptr) {
           Acc up = block.up[product];
           if (block.up_bias != nullptr) {
@@ -107,7 +107,7 @@ template <typename T, typename Acc>
 void activate_block_backward(Activation activation, const ActivationBackwardBlock<T, Acc>& block) {
   if constexpr (std::is_same_v<Acc, float>) {
     if (const Simd* functions = simd()) {
-      return functions->activate_backward({nonlinearity(activation),
+      return functions->activate_backward({nonlinearity_of(activation),
                                            block.rows,
                                            block.columns,
                                            block.grad_act,
@@ -125,7 +125,7 @@ void activate_block_backward(Activation activation, const ActivationBackwardBloc
                                            block.dots_stride});
     }
   }
-  with_nonlinearity(activation, [&](auto f) {
+  with_nonlinearity(nonlinearity_of(activation), [&](auto f) {
     for (int64_t r = 0; r < block.rows; ++r) {
       const Acc weight = block.weights[r];
       Acc dot = 0;
@@ -133,7 +133,7 @@ void activate_block_backward(Activation activation, const ActivationBackwardBloc
         const int64_t pre = r * block.pre_stride + c;
         const int64_t grad_pre = r * block.grad_pre_stride + c;
         const Acc grad_act = block.grad_act[r * block.grad_act_stride + c];
-        const auto [value, slope] = activate_with_slope<f()>(static_cast<Acc>(block.pre_gate[pre]));
+        const auto [value, slope] = f.with_slope(static_cast<Acc>(block.pre_gate[pre]));
         Acc act = value;
         if (block.pre_up != nullptr) {
           const Acc up = static_cast<Acc>(block.pre_up[pre]);

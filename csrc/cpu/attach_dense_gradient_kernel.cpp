@@ -1,10 +1,9 @@
 // Every expert once for every token, and nothing kept of it but one number each.
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/find_op.h"
 #include "common/tensors.h"
 #include "cpu/activation_block.h"
 #include "cpu/expert_matrices.h"
@@ -20,16 +19,22 @@ namespace {
 // expert's matrices, few enough that what lies between the products stays in the cache.
 constexpr int64_t kTokensPerTask = 128;
 
-/// grad_probs[t * num_experts] = <grad[t], expert(x[t])> for a block of tokens: with a = activation(w_in x +
+/// One expert's column of a [T, E] array.
+template <typename Acc>
+struct Column {
+  Acc* data;
+  int64_t stride;
+};
+
+/// grad_probs of token t = <grad[t], expert(x[t])> for a block of tokens: with a = activation(w_in x +
 /// b_in) it is <grad w_out, a> + <grad, b_out>, so that the expert's output is never formed.
 template <typename T, typename Acc>
 void dot_with_outputs(Activation activation,
                       const cpu::ExpertMatrices<const T>& expert,
                       const cpu::Rows<T>& x,
                       const cpu::Rows<T>& grad,
-                      Acc* grad_probs,
+                      const Column<Acc>& grad_probs,
                       int64_t num_tokens,
-                      int64_t num_experts,
                       const cpu::ExpertShape& shape,
                       cpu::Workspace& workspace) {
   const int64_t hidden = shape.hidden;
@@ -56,7 +61,7 @@ void dot_with_outputs(Activation activation,
     if (expert.b_out != nullptr) {
       sum += cpu::dot<Acc>(grad.row(t), expert.b_out, hidden);
     }
-    grad_probs[t * num_experts] = sum;
+    grad_probs.data[t * grad_probs.stride] = sum;
   }
 }
 
@@ -78,9 +83,8 @@ void dot_with_every_output(Activation activation,
                          expert,
                          x.from(begin, 0),
                          grad.from(begin, 0),
-                         grad_probs + begin * num_experts + e,
+                         Column<Acc>{grad_probs + begin * num_experts + e, num_experts},
                          std::min(kTokensPerTask, num_tokens - begin),
-                         num_experts,
                          shape,
                          workspace);
       });
@@ -91,44 +95,34 @@ void dot_with_every_output(Activation activation,
 
 at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                                  const at::Tensor& x,
-                                                 const at::Tensor& w_in,
-                                                 const std::optional<at::Tensor>& b_in,
-                                                 const at::Tensor& w_out,
-                                                 const std::optional<at::Tensor>& b_out,
+                                                 const ExpertParameters& experts,
                                                  std::string_view activation_name) {
-  check_attach_dense_gradient_backward(grad, x, w_in, b_in, w_out, b_out, activation_name);
-  const auto activation = choose_activation("attach_dense_gradient", activation_name);
-  const cpu::ExpertShape shape{x.size(1), w_out.size(2), w_in.size(1)};
+  check_attach_dense_gradient_backward(grad, x, experts, activation_name);
+  const auto activation = choose<Activation>("attach_dense_gradient", activation_name);
+  const auto shape = cpu::shape_of(experts);
   const auto grad_c = contiguous_as(grad, x.scalar_type());
   const auto x_c = x.contiguous();
-  const auto w_in_c = w_in.contiguous();
-  const auto b_in_c = contiguous(b_in);
-  const auto w_out_c = w_out.contiguous();
-  const auto b_out_c = contiguous(b_out);
+  const auto experts_c = contiguous(experts);
+  const int64_t num_experts = experts.w_out.size(0);
   auto grad_probs =
-      at::empty({x.size(0), w_out.size(0)}, x.options().dtype(accumulate_dtype(x.scalar_type())));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "attach_dense_gradient_backward", [&] {
-        const cpu::ExpertMatrices<const scalar_t> matrices{w_in_c.const_data_ptr<scalar_t>(),
-                                                           data_or_null<scalar_t>(b_in_c),
-                                                           w_out_c.const_data_ptr<scalar_t>(),
-                                                           data_or_null<scalar_t>(b_out_c)};
-        dot_with_every_output(activation,
-                              matrices,
-                              cpu::Rows<scalar_t>{x_c.const_data_ptr<scalar_t>(), shape.hidden},
-                              cpu::Rows<scalar_t>{grad_c.const_data_ptr<scalar_t>(), shape.hidden},
-                              grad_probs.mutable_data_ptr<at::opmath_type<scalar_t>>(),
-                              x.size(0),
-                              w_out.size(0),
-                              shape);
-      });
+      at::empty({x.size(0), num_experts}, x.options().dtype(accumulate_dtype(x.scalar_type())));
+  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
+    dot_with_every_output(activation,
+                          cpu::matrices_of<scalar_t>(experts_c),
+                          cpu::Rows<scalar_t>{x_c.const_data_ptr<scalar_t>(), shape.hidden},
+                          cpu::Rows<scalar_t>{grad_c.const_data_ptr<scalar_t>(), shape.hidden},
+                          grad_probs.mutable_data_ptr<at::opmath_type<scalar_t>>(),
+                          x.size(0),
+                          num_experts,
+                          shape);
+  });
   return grad_probs;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CPU, m) {
-  m.impl("_attach_dense_gradient_backward", &attach_dense_gradient_backward_kernel);
+  m.impl("_attach_dense_gradient_backward", with_records<&attach_dense_gradient_backward_kernel>);
 }
 
 }  // namespace torchmoe

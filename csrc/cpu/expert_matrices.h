@@ -3,6 +3,9 @@
 
 #include <cstdint>
 
+#include "common/tensors.h"
+#include "ops/expert_parameters.h"
+
 namespace torchmoe::cpu {
 
 /// The sizes of one expert: w_in [P, H], b_in [P], w_out [H, I], b_out [H].
@@ -15,6 +18,10 @@ struct ExpertShape {
   int64_t multiplications() const { return hidden * (pre_width + intermediate); }
 };
 
+inline ExpertShape shape_of(const ExpertParameters& experts) {
+  return {experts.w_out.size(1), experts.w_out.size(2), experts.w_in.size(1)};
+}
+
 /// Those of all experts, one after the other, or of one of them.
 template <typename T>
 struct ExpertMatrices {
@@ -23,6 +30,15 @@ struct ExpertMatrices {
   T* w_out;
   T* b_out;
 };
+
+/// The numbers of contiguous parameters.
+template <typename T>
+ExpertMatrices<const T> matrices_of(const ExpertParameters& experts) {
+  return {experts.w_in.const_data_ptr<T>(),
+          data_or_null<T>(experts.b_in),
+          experts.w_out.const_data_ptr<T>(),
+          data_or_null<T>(experts.b_out)};
+}
 
 /// `offset` numbers further on, null where there is nothing.
 template <typename T>

@@ -7,14 +7,13 @@
 #include <algorithm>
 #include <numeric>
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "common/activation.h"
 #include "common/dtypes.h"
+#include "common/find_op.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
 #include "cpu/activation_block.h"
@@ -33,10 +32,6 @@ namespace {
 using cpu::advance;
 using cpu::ExpertMatrices;
 using Shape = cpu::ExpertShape;
-
-Shape shape_of(const at::Tensor& w_in, const at::Tensor& w_out) {
-  return {w_out.size(1), w_out.size(2), w_in.size(1)};
-}
 
 /// What the routed rows are made of; a row without a slot is a token of zeros with weight 0.
 template <typename Acc>
@@ -87,18 +82,26 @@ ExpertRows rows_of(const cpu::Offsets& offsets, int64_t e) {
   return {offsets[e], {0, offsets[e + 1] - offsets[e]}};
 }
 
+/// What every expert's tasks share. `beside` is how many experts are worked on at a time.
+struct Layer {
+  Activation activation;
+  Shape shape;
+  int64_t beside;
+};
+
 /// One expert's tasks forward. pre [rows, P] is null where nobody wants the pre-activation; out is
 /// [rows, H].
 template <typename T, typename Acc>
-std::vector<cpu::Phase> forward_phases(Activation activation,
+std::vector<cpu::Phase> forward_phases(const Layer& layer,
                                        const ExpertRows& rows,
                                        const cpu::Rows<T>& tokens,
                                        const ExpertMatrices<const T>& matrices,
                                        T* pre,
                                        Acc* out,
-                                       const Shape& shape,
-                                       int64_t beside,
                                        cpu::Workspace& workspace) {
+  const auto activation = layer.activation;
+  const auto shape = layer.shape;
+  const auto beside = layer.beside;
   const int64_t stride = shape.intermediate + kSpacing;
   Acc* act = workspace.group.get<Acc>(rows.count() * stride);
   std::vector<cpu::Phase> phases(2);
@@ -134,35 +137,25 @@ std::vector<cpu::Phase> forward_phases(Activation activation,
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      const at::Tensor& weights,
-                                                     const at::Tensor& w_in,
-                                                     const std::optional<at::Tensor>& b_in,
-                                                     const at::Tensor& w_out,
-                                                     const std::optional<at::Tensor>& b_out,
-                                                     const at::Tensor& expert_offsets,
-                                                     const at::Tensor& row_to_slot,
-                                                     const at::Tensor& slot_to_row,
+                                                     const ExpertParameters& experts,
+                                                     const DispatchPlan& plan,
                                                      std::string_view activation_name,
                                                      bool save_pre) {
-  check_expert_mlp(
-      x, slot_to_row, "slot_to_row", weights, w_in, b_in, w_out, b_out, activation_name);
-  check_expert_mlp_plan("expert_mlp", x, w_in, expert_offsets, row_to_slot, slot_to_row);
-  const auto activation = choose_activation("expert_mlp", activation_name);
-  const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
-  const auto shape = shape_of(w_in, w_out);
-  const auto num_rows = row_to_slot.size(0);
+  check_expert_mlp_forward(x, weights, experts, plan, activation_name);
+  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const cpu::PlanReader plan_c(plan);
+  const auto shape = cpu::shape_of(experts);
+  const auto num_rows = plan.row_to_slot.size(0);
   const auto options = x.options().dtype(accumulate_dtype(x.scalar_type()));
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(x.scalar_type()));
-  const auto w_in_c = w_in.contiguous();
-  const auto b_in_c = contiguous(b_in);
-  const auto w_out_c = w_out.contiguous();
-  const auto b_out_c = contiguous(b_out);
+  const auto experts_c = contiguous(experts);
   auto y = at::empty(x.sizes(), x.options());
   auto pre = cpu::empty_pages({save_pre ? num_rows : 0, shape.pre_width}, x.options());
   const auto rows = cpu::empty_pages({num_rows, shape.hidden}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "expert_mlp", [&] {
+  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
-    const auto view = plan.view();
+    const auto view = plan_c.view();
     const auto* weight_data = weights_acc.const_data_ptr<Acc>();
     auto* row_data = rows.mutable_data_ptr<Acc>();
     scalar_t* pre_data = nullptr;
@@ -173,31 +166,36 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                 scalar_t(0));
     }
     const RoutedRows<Acc> routed(view, weight_data);
-    const ExpertMatrices<const scalar_t> matrices{w_in_c.const_data_ptr<scalar_t>(),
-                                                  data_or_null<scalar_t>(b_in_c),
-                                                  w_out_c.const_data_ptr<scalar_t>(),
-                                                  data_or_null<scalar_t>(b_out_c)};
+    const auto matrices = cpu::matrices_of<scalar_t>(experts_c);
     const auto* x_data = x_c.const_data_ptr<scalar_t>();
-    const ExpertOrder order(plan.offsets());
+    const ExpertOrder order(plan_c.offsets());
+    const Layer layer{activation, shape, order.num_busy};
     const int64_t multiplications = view.num_routed * shape.multiplications();
     cpu::run_groups(order.num_busy, multiplications, [&](int64_t i, cpu::Workspace& workspace) {
       const int64_t e = order.experts[i];
-      const auto expert_rows = rows_of(plan.offsets(), e);
+      const auto expert_rows = rows_of(plan_c.offsets(), e);
       const int64_t first = expert_rows.first;
-      return forward_phases(activation,
+      return forward_phases(layer,
                             expert_rows,
                             cpu::Rows<scalar_t>{x_data, shape.hidden, routed.tokens.data() + first},
                             of_expert(matrices, e, shape),
                             advance(pre_data, first * shape.pre_width),
                             row_data + first * shape.hidden,
-                            shape,
-                            order.num_busy,
                             workspace);
     });
     cpu::combine_rows(view, row_data, weight_data, y.mutable_data_ptr<scalar_t>(), shape.hidden);
   });
   return {y, pre};
 }
+
+/// What one expert's rows bring to the backward pass.
+template <typename T, typename Acc>
+struct BackwardRows {
+  cpu::Rows<T> tokens;
+  cpu::Rows<T> grad;
+  const Acc* weights;  // [rows]
+  const T* pre;        // [rows, P]
+};
 
 /// Where one expert's gradients go; null where nobody wants one.
 template <typename T, typename Acc>
@@ -210,18 +208,19 @@ struct ExpertGradients {
 /// One expert's tasks backward: dA' and through the activation; then the gradients of both matrices,
 /// of the rows and of the weights, which need nothing of one another.
 template <typename T, typename Acc>
-std::vector<cpu::Phase> backward_phases(Activation activation,
-                                        const ExpertRows& rows,
+std::vector<cpu::Phase> backward_phases(const Layer& layer,
                                         const PlanView& plan,
-                                        const cpu::Rows<T>& tokens,
-                                        const cpu::Rows<T>& grad,
-                                        const Acc* weights,
+                                        const ExpertRows& rows,
+                                        const BackwardRows<T, Acc>& given,
                                         const ExpertMatrices<const T>& matrices,
-                                        const T* pre,
                                         const ExpertGradients<T, Acc>& gradients,
-                                        const Shape& shape,
-                                        int64_t beside,
                                         cpu::Workspace& workspace) {
+  const auto activation = layer.activation;
+  const auto shape = layer.shape;
+  const auto beside = layer.beside;
+  const auto grad = given.grad;
+  const auto* weights = given.weights;
+  const auto* pre = given.pre;
   const bool gated = is_gated(activation);
   const auto blocks = cpu::row_blocks(rows.offsets, shape.intermediate, beside);
   const int64_t num_dots = blocks.empty() ? 0 : blocks.back().column_block + 1;
@@ -283,7 +282,7 @@ std::vector<cpu::Phase> backward_phases(Activation activation,
     cpu::grouped_linear_grad_weight(tasks,
                                     rows.offsets,
                                     grad_pre_rows,
-                                    tokens,
+                                    given.tokens,
                                     gradients.matrices.w_in,
                                     hidden,
                                     pre_width,
@@ -330,52 +329,42 @@ std::vector<cpu::Phase> backward_phases(Activation activation,
 ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const at::Tensor& x,
                                               const at::Tensor& weights,
-                                              const at::Tensor& w_in,
-                                              const std::optional<at::Tensor>& b_in,
-                                              const at::Tensor& w_out,
-                                              const std::optional<at::Tensor>& b_out,
-                                              const at::Tensor& expert_offsets,
-                                              const at::Tensor& row_to_slot,
-                                              const at::Tensor& slot_to_row,
+                                              const ExpertParameters& experts,
+                                              const DispatchPlan& plan,
                                               const at::Tensor& pre,
                                               std::string_view activation_name,
                                               std::array<bool, 6> output_mask) {
-  check_expert_mlp_backward(
-      grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation_name);
-  check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
+  check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation_name);
   const ExpertMlpWanted wanted(output_mask);
-  const auto activation = choose_activation("expert_mlp", activation_name);
-  const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
-  const auto shape = shape_of(w_in, w_out);
-  const auto num_experts = w_in.size(0);
+  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const cpu::PlanReader plan_c(plan);
+  const auto shape = cpu::shape_of(experts);
+  const auto num_experts = experts.w_in.size(0);
   const auto dtype = x.scalar_type();
   const auto options = x.options().dtype(accumulate_dtype(dtype));
   const auto grad_c = contiguous_as(grad, dtype);
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(dtype));
-  const auto w_in_c = w_in.contiguous();
-  const auto w_out_c = w_out.contiguous();
-  const auto b_out_c = contiguous(b_out);
+  const auto experts_c = contiguous(experts);
   const auto pre_c = contiguous_as(pre, dtype);
   auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
   auto grad_weights = at::zeros(weights.sizes(), options);
-  auto grad_w_in = cpu::empty_pages_if(wanted.w_in, w_in.sizes(), w_in.options());
-  auto grad_b_in = empty_if(wanted.b_in, {num_experts, shape.pre_width}, w_in.options());
-  auto grad_w_out = cpu::empty_pages_if(wanted.w_out, w_out.sizes(), w_out.options());
-  auto grad_b_out = empty_if(wanted.b_out, {num_experts, shape.hidden}, w_out.options());
-  const auto rows = cpu::empty_pages({wanted.x ? row_to_slot.size(0) : 0, shape.hidden}, options);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "expert_mlp_backward", [&] {
+  auto grad_w_in = cpu::empty_pages_if(wanted.w_in, experts.w_in.sizes(), experts.w_in.options());
+  auto grad_b_in = empty_if(wanted.b_in, {num_experts, shape.pre_width}, experts.w_in.options());
+  auto grad_w_out =
+      cpu::empty_pages_if(wanted.w_out, experts.w_out.sizes(), experts.w_out.options());
+  auto grad_b_out = empty_if(wanted.b_out, {num_experts, shape.hidden}, experts.w_out.options());
+  const auto rows =
+      cpu::empty_pages({wanted.x ? plan.row_to_slot.size(0) : 0, shape.hidden}, options);
+  with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const auto data_if = [](bool one, at::Tensor& tensor) {
       return one ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
     };
     auto* row_data = wanted.x ? rows.mutable_data_ptr<Acc>() : nullptr;
-    const auto view = plan.view();
+    const auto view = plan_c.view();
     const RoutedRows<Acc> routed(view, weights_acc.const_data_ptr<Acc>());
-    const ExpertMatrices<const scalar_t> matrices{w_in_c.const_data_ptr<scalar_t>(),
-                                                  nullptr,
-                                                  w_out_c.const_data_ptr<scalar_t>(),
-                                                  data_or_null<scalar_t>(b_out_c)};
+    const auto matrices = cpu::matrices_of<scalar_t>(experts_c);
     const ExpertMatrices<scalar_t> matrix_gradients{data_if(wanted.w_in, grad_w_in),
                                                     data_if(wanted.b_in, grad_b_in),
                                                     data_if(wanted.w_out, grad_w_out),
@@ -384,34 +373,34 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     const auto* grad_data = grad_c.const_data_ptr<scalar_t>();
     const auto* pre_data = pre_c.const_data_ptr<scalar_t>();
     auto* grad_weight_data = grad_weights.mutable_data_ptr<Acc>();
-    const ExpertOrder order(plan.offsets());
+    const ExpertOrder order(plan_c.offsets());
+    const Layer layer{activation, shape, order.num_busy};
     // An idle expert's gradients are zeros, which its tasks write too.
     const int64_t work =
         2 * view.num_routed * shape.multiplications() + grad_w_in.numel() + grad_w_out.numel();
     cpu::run_groups(num_experts, work, [&](int64_t i, cpu::Workspace& workspace) {
       const int64_t e = order.experts[i];
-      const auto expert_rows = rows_of(plan.offsets(), e);
+      const auto expert_rows = rows_of(plan_c.offsets(), e);
       const int64_t first = expert_rows.first;
       const int64_t* tokens = routed.tokens.data() + first;
-      return backward_phases(activation,
-                             expert_rows,
-                             view,
-                             cpu::Rows<scalar_t>{x_data, shape.hidden, tokens},
-                             cpu::Rows<scalar_t>{grad_data, shape.hidden, tokens},
-                             routed.weights.data() + first,
-                             of_expert(matrices, e, shape),
-                             pre_data + first * shape.pre_width,
-                             ExpertGradients<scalar_t, Acc>{of_expert(matrix_gradients, e, shape),
-                                                            advance(row_data, first * shape.hidden),
-                                                            grad_weight_data},
-                             shape,
-                             order.num_busy,
-                             workspace);
+      return backward_phases(
+          layer,
+          view,
+          expert_rows,
+          BackwardRows<scalar_t, Acc>{.tokens = {x_data, shape.hidden, tokens},
+                                      .grad = {grad_data, shape.hidden, tokens},
+                                      .weights = routed.weights.data() + first,
+                                      .pre = pre_data + first * shape.pre_width},
+          of_expert(matrices, e, shape),
+          ExpertGradients<scalar_t, Acc>{.matrices = of_expert(matrix_gradients, e, shape),
+                                         .rows = advance(row_data, first * shape.hidden),
+                                         .weights = grad_weight_data},
+          workspace);
     });
     if (wanted.x) {
       const Acc* unweighted = nullptr;
       cpu::combine_rows(
-          plan.view(), row_data, unweighted, grad_x.mutable_data_ptr<scalar_t>(), shape.hidden);
+          plan_c.view(), row_data, unweighted, grad_x.mutable_data_ptr<scalar_t>(), shape.hidden);
     }
   });
   return {
@@ -426,8 +415,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CPU, m) {
-  m.impl("_expert_mlp", &expert_mlp_kernel);
-  m.impl("_expert_mlp_backward", &expert_mlp_backward_kernel);
+  m.impl("_expert_mlp", with_records<&expert_mlp_kernel>);
+  m.impl("_expert_mlp_backward", with_records<&expert_mlp_backward_kernel>);
 }
 
 }  // namespace torchmoe

@@ -1,13 +1,12 @@
 #include <algorithm>
 #include <vector>
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cpu/parallel.h"
 #include "cpu/score.h"
 #include "ops/gate_weights.h"
@@ -140,13 +139,13 @@ at::Tensor gate_weights_kernel(const at::Tensor& logits,
   const int64_t num_experts = logits.size(1);
   const int64_t top_k = indices.size(1);
   auto weights = at::empty(indices.sizes(), logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, kOp, [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     const auto* z = logits_acc.const_data_ptr<scalar_t>();
     const auto* ids = indices_c.const_data_ptr<int64_t>();
     auto* w = weights.mutable_data_ptr<scalar_t>();
     cpu::parallel_items(indices.size(0), num_experts, [&](int64_t begin, int64_t end) {
-      Gate<scalar_t> gate(choose_score_function(kOp, score_function),
-                          choose_normalize(kOp, normalize),
+      Gate<scalar_t> gate(choose<ScoreFunction>(kOp, score_function),
+                          choose<Normalize>(kOp, normalize),
                           num_experts,
                           top_k);
       for (int64_t t = begin; t < end; ++t) {
@@ -166,9 +165,9 @@ at::Tensor gate_weights_backward_kernel(const at::Tensor& grad,
   check_gate_weights_backward(grad, logits, indices, score_function, normalize, estimator);
   // Straight through, the normalisation counts as the identity: the gradient of normalize "none".
   const auto backward_normalize =
-      choose_estimator(kOp, estimator) == GateEstimator::straight_through
+      choose<GateEstimator>(kOp, estimator) == GateEstimator::straight_through
           ? Normalize::none
-          : choose_normalize(kOp, normalize);
+          : choose<Normalize>(kOp, normalize);
   const auto acc = accumulate_dtype(logits.scalar_type());
   const auto grad_acc = contiguous_as(grad, acc);
   const auto logits_acc = contiguous_as(logits, acc);
@@ -176,14 +175,14 @@ at::Tensor gate_weights_backward_kernel(const at::Tensor& grad,
   const int64_t num_experts = logits.size(1);
   const int64_t top_k = indices.size(1);
   auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, kOp, [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     const auto* g = grad_acc.const_data_ptr<scalar_t>();
     const auto* z = logits_acc.const_data_ptr<scalar_t>();
     const auto* ids = indices_c.const_data_ptr<int64_t>();
     auto* grad_z = grad_logits.mutable_data_ptr<scalar_t>();
     cpu::parallel_items(indices.size(0), num_experts, [&](int64_t begin, int64_t end) {
       Gate<scalar_t> gate(
-          choose_score_function(kOp, score_function), backward_normalize, num_experts, top_k);
+          choose<ScoreFunction>(kOp, score_function), backward_normalize, num_experts, top_k);
       std::fill(grad_z + begin * num_experts, grad_z + end * num_experts, scalar_t(0));
       for (int64_t t = begin; t < end; ++t) {
         gate.backward(

@@ -1,5 +1,3 @@
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -33,21 +31,20 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
   const int64_t out_features = weight.size(1);
   const int64_t in_features = weight.size(2);
   auto out = cpu::empty_pages({rows.size(0), out_features}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, rows.scalar_type(), "grouped_linear", [&] {
-        auto* result = out.mutable_data_ptr<scalar_t>();
-        zero_unrouted(offsets, result, rows.size(0), out_features);
-        cpu::Phase tasks;
-        cpu::grouped_linear(tasks,
-                            offsets,
-                            cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
-                            weight_c.const_data_ptr<scalar_t>(),
-                            data_or_null<scalar_t>(bias_c),
-                            result,
-                            in_features,
-                            out_features);
-        cpu::run(std::move(tasks), rows.size(0) * in_features * out_features);
-      });
+  with_float_type(rows.scalar_type(), [&]<typename scalar_t>() {
+    auto* result = out.mutable_data_ptr<scalar_t>();
+    zero_unrouted(offsets, result, rows.size(0), out_features);
+    cpu::Phase tasks;
+    cpu::grouped_linear(tasks,
+                        offsets,
+                        cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
+                        weight_c.const_data_ptr<scalar_t>(),
+                        data_or_null<scalar_t>(bias_c),
+                        result,
+                        in_features,
+                        out_features);
+    cpu::run(std::move(tasks), rows.size(0) * in_features * out_features);
+  });
   return out;
 }
 
@@ -69,7 +66,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
   auto grad_weight = cpu::empty_pages_if(output_mask[1], weight.sizes(), rows.options());
   auto grad_bias =
       empty_if(output_mask[2], {weight.sym_size(0), weight.sym_size(1)}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "grouped_linear_backward", [&] {
+  with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const cpu::Rows<scalar_t> g{grad_c.const_data_ptr<scalar_t>(), out_features};
     cpu::Phase tasks;

@@ -1,14 +1,14 @@
 #include <algorithm>
+#include <optional>
 #include <vector>
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/rank.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "ops/limit_capacity.h"
 
 namespace torchmoe {
@@ -151,35 +151,43 @@ class Rerouter {
   std::vector<int64_t> named_by_;
 };
 
+/// indices [T, K], the expert that each slot asks for.
+struct Slots {
+  const int64_t* indices;
+  int64_t num_tokens;
+  int64_t top_k;
+
+  int64_t count() const { return num_tokens * top_k; }
+};
+
+/// Without a rerouter a slot that finds its expert full is dropped.
 template <typename T>
-void limit_capacity_kernel_impl(const int64_t* indices,
-                                const int64_t* capacity,
+void limit_capacity_kernel_impl(const Slots& slots,
                                 const double* priority,
-                                const T* scores,
-                                const T* tie_break,
-                                const int64_t* backup,
                                 CapacityOrder order,
-                                int64_t num_tokens,
-                                int64_t top_k,
-                                int64_t num_experts,
+                                Room& room,
+                                Rerouter<T>* rerouter,
                                 int64_t* limited) {
-  std::transform(indices, indices + num_tokens * top_k, limited, [&](int64_t expert) {
+  const int64_t num_experts = room.num_experts();
+  std::transform(slots.indices, slots.indices + slots.count(), limited, [&](int64_t expert) {
     return expert >= 0 && expert < num_experts ? expert : -1;
   });
-  Room room(capacity, num_experts);
-  Rerouter<T> rerouter(scores, tie_break, backup, top_k, num_experts);
   const auto serve = [&](int64_t slot) {
     const int64_t expert = limited[slot];
     if (expert < 0 || room.take(expert)) {
       return;
     }
-    const int64_t* choices = limited + slot / top_k * top_k;
-    limited[slot] = scores == nullptr ? -1 : rerouter.reroute(slot, expert, choices, room);
+    if (rerouter == nullptr) {
+      limited[slot] = -1;
+      return;
+    }
+    const int64_t* choices = limited + slot / slots.top_k * slots.top_k;
+    limited[slot] = rerouter->reroute(slot, expert, choices, room);
   };
   if (priority == nullptr) {
-    in_order(order, num_tokens, top_k, serve);
+    in_order(order, slots.num_tokens, slots.top_k, serve);
   } else {
-    in_priority_order(priority, order, num_tokens, top_k, serve);
+    in_priority_order(priority, order, slots.num_tokens, slots.top_k, serve);
   }
 }
 
@@ -208,18 +216,23 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
   const auto scores_c = contiguous_as(scores, acc);
   const auto tie_break_c = contiguous_as(tie_break, acc);
   auto limited = at::empty(indices.sizes(), indices.options());
-  AT_DISPATCH_FLOATING_TYPES(acc, "limit_capacity", [&] {
-    limit_capacity_kernel_impl(indices_c.const_data_ptr<int64_t>(),
-                               capacity_c.const_data_ptr<int64_t>(),
-                               data_or_null<double>(priority_c),
-                               data_or_null<scalar_t>(scores_c),
-                               data_or_null<scalar_t>(tie_break_c),
-                               data_or_null<int64_t>(backup_c),
-                               choose_order("limit_capacity", order),
-                               indices.size(0),
-                               indices.size(1),
-                               capacity.size(0),
-                               limited.mutable_data_ptr<int64_t>());
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
+    Room room(capacity_c.const_data_ptr<int64_t>(), capacity.size(0));
+    std::optional<Rerouter<scalar_t>> rerouter;
+    if (scores_c) {
+      rerouter.emplace(scores_c->const_data_ptr<scalar_t>(),
+                       data_or_null<scalar_t>(tie_break_c),
+                       data_or_null<int64_t>(backup_c),
+                       indices.size(1),
+                       capacity.size(0));
+    }
+    limit_capacity_kernel_impl(
+        Slots{indices_c.const_data_ptr<int64_t>(), indices.size(0), indices.size(1)},
+        data_or_null<double>(priority_c),
+        choose<CapacityOrder>("limit_capacity", order),
+        room,
+        rerouter ? &*rerouter : nullptr,
+        limited.mutable_data_ptr<int64_t>());
   });
   return limited;
 }

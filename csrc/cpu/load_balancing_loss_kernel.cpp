@@ -1,13 +1,12 @@
 #include <optional>
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cpu/score.h"
 #include "cpu/token_blocks.h"
 #include "ops/load_balancing_loss.h"
@@ -97,13 +96,13 @@ at::Tensor load_balancing_loss_kernel(const at::Tensor& logits,
   const int64_t num_tokens = logits.size(-2);
   const int64_t num_sequences = c10::multiply_integers(logits.sizes().slice(0, logits.dim() - 2));
   auto loss = at::empty({}, logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss", [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     const bool* mask_data = data_or_null<bool>(mask);
     double sum = 0;
     int64_t counted = 0;
     for (int64_t s = 0; s < num_sequences; ++s) {
       const auto of_sequence =
-          sequence_loss(choose_score_function("load_balancing_loss", score_function),
+          sequence_loss(choose<ScoreFunction>("load_balancing_loss", score_function),
                         logits_acc.const_data_ptr<scalar_t>() + s * num_tokens * num_experts,
                         fraction_acc.const_data_ptr<scalar_t>() + s * num_experts,
                         mask_data == nullptr ? nullptr : mask_data + s * num_tokens,
@@ -133,7 +132,7 @@ at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
   const int64_t num_tokens = logits.size(-2);
   const int64_t num_sequences = c10::multiply_integers(logits.sizes().slice(0, logits.dim() - 2));
   auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, "load_balancing_loss_backward", [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     const bool* mask_data = data_or_null<bool>(mask);
     const auto mask_of = [&](int64_t s) {
       return mask_data == nullptr ? nullptr : mask_data + s * num_tokens;
@@ -149,7 +148,7 @@ at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
                            static_cast<double>(num_experts) /
                            (count * static_cast<double>(counted));
       sequence_loss_backward(
-          choose_score_function("load_balancing_loss", score_function),
+          choose<ScoreFunction>("load_balancing_loss", score_function),
           static_cast<scalar_t>(scale),
           logits_acc.const_data_ptr<scalar_t>() + s * num_tokens * num_experts,
           fraction_acc.const_data_ptr<scalar_t>() + s * num_experts,

@@ -1,4 +1,3 @@
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
@@ -47,7 +46,7 @@ at::Tensor mean_over_tokens_kernel(const at::Tensor& values,
   auto sizes = values.sizes().vec();
   sizes.erase(sizes.end() - 2);
   auto means = at::empty(sizes, values.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, "mean_over_tokens", [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     mean_over_tokens_kernel_impl(values_acc.const_data_ptr<scalar_t>(),
                                  data_or_null<bool>(mask),
                                  c10::multiply_integers(values.sizes().slice(0, values.dim() - 2)),

@@ -1,8 +1,8 @@
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/dtypes.h"
+#include "common/find_op.h"
 #include "cpu/plan_reader.h"
 #include "cpu/rows.h"
 #include "ops/permute.h"
@@ -11,47 +11,42 @@ namespace torchmoe {
 
 namespace {
 
-at::Tensor permute_kernel(const at::Tensor& x,
-                          const at::Tensor& expert_offsets,
-                          const at::Tensor& row_to_slot,
-                          const at::Tensor& slot_to_row) {
-  check_permute(x, expert_offsets, row_to_slot, slot_to_row);
-  const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
+at::Tensor permute_kernel(const at::Tensor& x, const DispatchPlan& plan) {
+  check_permute(x, plan);
+  const cpu::PlanReader plan_c(plan);
   const auto x_c = x.contiguous();
-  auto rows = at::empty({row_to_slot.size(0), x.size(1)}, x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "permute", [&] {
-    cpu::gather_rows(
-        plan.view(), x_c.const_data_ptr<scalar_t>(), rows.mutable_data_ptr<scalar_t>(), x.size(1));
+  auto rows = at::empty({plan.row_to_slot.size(0), x.size(1)}, x.options());
+  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
+    cpu::gather_rows(plan_c.view(),
+                     x_c.const_data_ptr<scalar_t>(),
+                     rows.mutable_data_ptr<scalar_t>(),
+                     x.size(1));
   });
   return rows;
 }
 
-at::Tensor permute_backward_kernel(const at::Tensor& grad,
-                                   const at::Tensor& expert_offsets,
-                                   const at::Tensor& row_to_slot,
-                                   const at::Tensor& slot_to_row) {
-  check_permute_backward(grad, expert_offsets, row_to_slot, slot_to_row);
-  const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
+at::Tensor permute_backward_kernel(const at::Tensor& grad, const DispatchPlan& plan) {
+  check_permute_backward(grad, plan);
+  const cpu::PlanReader plan_c(plan);
   const auto grad_c = grad.contiguous();
-  auto grad_x = at::empty({slot_to_row.size(0), grad.size(1)}, grad.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, grad.scalar_type(), "permute_backward", [&] {
-        using Acc = at::opmath_type<scalar_t>;
-        const Acc* unweighted = nullptr;
-        cpu::combine_rows(plan.view(),
-                          grad_c.const_data_ptr<scalar_t>(),
-                          unweighted,
-                          grad_x.mutable_data_ptr<scalar_t>(),
-                          grad.size(1));
-      });
+  auto grad_x = at::empty({plan.slot_to_row.size(0), grad.size(1)}, grad.options());
+  with_float_type(grad.scalar_type(), [&]<typename scalar_t>() {
+    using Acc = at::opmath_type<scalar_t>;
+    const Acc* unweighted = nullptr;
+    cpu::combine_rows(plan_c.view(),
+                      grad_c.const_data_ptr<scalar_t>(),
+                      unweighted,
+                      grad_x.mutable_data_ptr<scalar_t>(),
+                      grad.size(1));
+  });
   return grad_x;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CPU, m) {
-  m.impl("permute", &permute_kernel);
-  m.impl("_permute_backward", &permute_backward_kernel);
+  m.impl("permute", with_records<&permute_kernel>);
+  m.impl("_permute_backward", with_records<&permute_backward_kernel>);
 }
 
 }  // namespace torchmoe

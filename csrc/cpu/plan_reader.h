@@ -5,18 +5,17 @@
 
 #include "common/plan_view.h"
 #include "cpu/gemm/blocks.h"
+#include "ops/dispatch_plan.h"
 
 namespace torchmoe::cpu {
 
 /// Holds contiguous plan tensors and the views over them.
 class PlanReader {
  public:
-  PlanReader(const at::Tensor& expert_offsets,
-             const at::Tensor& row_to_slot,
-             const at::Tensor& slot_to_row)
-      : row_to_slot_(row_to_slot.contiguous()),
-        slot_to_row_(slot_to_row.contiguous()),
-        offsets_(read_offsets(expert_offsets, row_to_slot.numel())) {
+  explicit PlanReader(const DispatchPlan& plan)
+      : row_to_slot_(plan.row_to_slot.contiguous()),
+        slot_to_row_(plan.slot_to_row.contiguous()),
+        offsets_(read_offsets(plan.expert_offsets, plan.row_to_slot.numel())) {
     // A plan's first expert starts at row 0. Were it to start later, rows before it would count as
     // routed and be read without having been written.
     offsets_.front() = 0;

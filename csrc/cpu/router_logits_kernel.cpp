@@ -1,5 +1,3 @@
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -119,7 +117,7 @@ at::Tensor router_logits_kernel(const at::Tensor& x,
   const auto bias_c = contiguous(bias);
   auto logits = at::empty({sizes.tokens, sizes.experts},
                           x.options().dtype(accumulate_dtype(x.scalar_type())));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "router_logits", [&] {
+  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
     router_logits_kernel_impl(x_c.const_data_ptr<scalar_t>(),
                               weight_c.const_data_ptr<scalar_t>(),
                               data_or_null<scalar_t>(bias_c),
@@ -142,21 +140,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> router_logits_backward_kernel(
   auto grad_x = empty_if(output_mask[0], x.sym_sizes(), x.options());
   auto grad_weight = empty_if(output_mask[1], weight.sym_sizes(), weight.options());
   auto grad_bias = empty_if(output_mask[2], {weight.sym_size(0)}, weight.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "router_logits_backward", [&] {
-        const auto* g = grad_acc.const_data_ptr<at::opmath_type<scalar_t>>();
-        if (output_mask[0]) {
-          grad_x_kernel_impl(
-              g, weight_c.const_data_ptr<scalar_t>(), grad_x.mutable_data_ptr<scalar_t>(), sizes);
-        }
-        if (output_mask[1]) {
-          grad_weight_kernel_impl(
-              g, x_c.const_data_ptr<scalar_t>(), grad_weight.mutable_data_ptr<scalar_t>(), sizes);
-        }
-        if (output_mask[2]) {
-          grad_bias_kernel_impl(g, grad_bias.mutable_data_ptr<scalar_t>(), sizes);
-        }
-      });
+  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
+    const auto* g = grad_acc.const_data_ptr<at::opmath_type<scalar_t>>();
+    if (output_mask[0]) {
+      grad_x_kernel_impl(
+          g, weight_c.const_data_ptr<scalar_t>(), grad_x.mutable_data_ptr<scalar_t>(), sizes);
+    }
+    if (output_mask[1]) {
+      grad_weight_kernel_impl(
+          g, x_c.const_data_ptr<scalar_t>(), grad_weight.mutable_data_ptr<scalar_t>(), sizes);
+    }
+    if (output_mask[2]) {
+      grad_bias_kernel_impl(g, grad_bias.mutable_data_ptr<scalar_t>(), sizes);
+    }
+  });
   return {grad_x, grad_weight, grad_bias};
 }
 

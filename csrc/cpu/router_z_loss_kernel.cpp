@@ -1,6 +1,5 @@
 #include <cmath>
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -36,7 +35,7 @@ at::Tensor router_z_loss_kernel(const at::Tensor& logits,
   const int64_t num_experts = logits.size(-1);
   const int64_t num_tokens = logits.numel() / num_experts;
   auto loss = at::empty({}, logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, "router_z_loss", [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     const auto* data = logits_acc.const_data_ptr<scalar_t>();
     const auto squares = cpu::sum_over_tokens<scalar_t>(
         num_tokens,
@@ -64,7 +63,7 @@ at::Tensor router_z_loss_backward_kernel(const at::Tensor& grad,
   const int64_t num_experts = logits.size(-1);
   const int64_t num_tokens = logits.numel() / num_experts;
   auto grad_logits = at::empty(logits.sizes(), logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES(acc, "router_z_loss_backward", [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     const auto* data = logits_acc.const_data_ptr<scalar_t>();
     const bool* mask_data = data_or_null<bool>(mask);
     auto* grad_data = grad_logits.mutable_data_ptr<scalar_t>();

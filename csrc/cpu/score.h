@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/choices.h"
 #include "common/sigmoid.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe::cpu {
 

@@ -1,6 +1,5 @@
 #include <vector>
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -96,7 +95,7 @@ at::Tensor select_experts_kernel(const at::Tensor& scores,
   const auto tie_break_acc = contiguous_as(tie_break, acc);
   const auto mask = contiguous_as(token_mask, at::kBool);
   auto indices = at::empty({scores.size(0), top_k}, scores.options().dtype(at::kLong));
-  AT_DISPATCH_FLOATING_TYPES(acc, "select_experts", [&] {
+  with_accumulate_type(acc, [&]<typename scalar_t>() {
     select_experts_kernel_impl(scores_acc.const_data_ptr<scalar_t>(),
                                data_or_null<scalar_t>(bias_acc),
                                data_or_null<scalar_t>(tie_break_acc),

@@ -1,9 +1,8 @@
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/find_op.h"
 #include "common/tensors.h"
 #include "cpu/plan_reader.h"
 #include "cpu/rows.h"
@@ -49,16 +48,14 @@ void unpermute_backward_kernel_impl(const PlanView& plan,
 
 at::Tensor unpermute_kernel(const at::Tensor& rows,
                             const at::Tensor& weights,
-                            const at::Tensor& expert_offsets,
-                            const at::Tensor& row_to_slot,
-                            const at::Tensor& slot_to_row) {
-  check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
-  const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
+                            const DispatchPlan& plan) {
+  check_unpermute(rows, weights, plan);
+  const cpu::PlanReader plan_c(plan);
   const auto rows_c = rows.contiguous();
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(rows.scalar_type()));
-  auto y = at::empty({slot_to_row.size(0), rows.size(1)}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute", [&] {
-    cpu::combine_rows(plan.view(),
+  auto y = at::empty({plan.slot_to_row.size(0), rows.size(1)}, rows.options());
+  with_float_type(rows.scalar_type(), [&]<typename scalar_t>() {
+    cpu::combine_rows(plan_c.view(),
                       rows_c.const_data_ptr<scalar_t>(),
                       weights_acc.const_data_ptr<at::opmath_type<scalar_t>>(),
                       y.mutable_data_ptr<scalar_t>(),
@@ -70,36 +67,33 @@ at::Tensor unpermute_kernel(const at::Tensor& rows,
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_kernel(const at::Tensor& grad,
                                                              const at::Tensor& rows,
                                                              const at::Tensor& weights,
-                                                             const at::Tensor& expert_offsets,
-                                                             const at::Tensor& row_to_slot,
-                                                             const at::Tensor& slot_to_row) {
-  check_unpermute_backward(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
-  const cpu::PlanReader plan(expert_offsets, row_to_slot, slot_to_row);
+                                                             const DispatchPlan& plan) {
+  check_unpermute_backward(grad, rows, weights, plan);
+  const cpu::PlanReader plan_c(plan);
   const auto acc = accumulate_dtype(rows.scalar_type());
   const auto grad_c = contiguous_as(grad, rows.scalar_type());
   const auto rows_c = rows.contiguous();
   const auto weights_acc = contiguous_as(weights, acc);
   auto grad_rows = at::empty(rows.sizes(), rows.options());
   auto grad_weights = at::empty(weights.sizes(), weights.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, rows.scalar_type(), "unpermute_backward", [&] {
-        using Acc = at::opmath_type<scalar_t>;
-        unpermute_backward_kernel_impl(plan.view(),
-                                       grad_c.const_data_ptr<scalar_t>(),
-                                       rows_c.const_data_ptr<scalar_t>(),
-                                       weights_acc.const_data_ptr<Acc>(),
-                                       grad_rows.mutable_data_ptr<scalar_t>(),
-                                       grad_weights.mutable_data_ptr<Acc>(),
-                                       rows.size(1));
-      });
+  with_float_type(rows.scalar_type(), [&]<typename scalar_t>() {
+    using Acc = at::opmath_type<scalar_t>;
+    unpermute_backward_kernel_impl(plan_c.view(),
+                                   grad_c.const_data_ptr<scalar_t>(),
+                                   rows_c.const_data_ptr<scalar_t>(),
+                                   weights_acc.const_data_ptr<Acc>(),
+                                   grad_rows.mutable_data_ptr<scalar_t>(),
+                                   grad_weights.mutable_data_ptr<Acc>(),
+                                   rows.size(1));
+  });
   return {grad_rows, grad_weights.to(weights.scalar_type())};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CPU, m) {
-  m.impl("unpermute", &unpermute_kernel);
-  m.impl("_unpermute_backward", &unpermute_backward_kernel);
+  m.impl("unpermute", with_records<&unpermute_kernel>);
+  m.impl("_unpermute_backward", with_records<&unpermute_backward_kernel>);
 }
 
 }  // namespace torchmoe

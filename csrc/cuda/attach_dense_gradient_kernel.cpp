@@ -1,12 +1,12 @@
 // Every expert once for every token, and nothing kept of it but one number each: a plan in which
 // every token chooses every expert, taken through expert_mlp's own kernels a block of tokens at a
 // time.
-#include <ATen/Dispatch.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/find_op.h"
 #include "common/tensors.h"
 #include "cuda/device.h"
 #include "cuda/expert_mlp_kernel.h"
@@ -26,27 +26,24 @@ constexpr int64_t kBlockRows = 65536;
 
 at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                                  const at::Tensor& x,
-                                                 const at::Tensor& w_in,
-                                                 const std::optional<at::Tensor>& b_in,
-                                                 const at::Tensor& w_out,
-                                                 const std::optional<at::Tensor>& b_out,
+                                                 const ExpertParameters& experts,
                                                  std::string_view activation_name) {
-  check_attach_dense_gradient_backward(grad, x, w_in, b_in, w_out, b_out, activation_name);
+  check_attach_dense_gradient_backward(grad, x, experts, activation_name);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
-  const auto activation = choose_activation("attach_dense_gradient", activation_name);
+  const auto activation = choose<Activation>("attach_dense_gradient", activation_name);
   const int64_t num_tokens = x.size(0);
-  const int64_t num_experts = w_out.size(0);
-  const int64_t hidden = w_out.size(1);
-  const int64_t intermediate = w_out.size(2);
+  const int64_t num_experts = experts.w_out.size(0);
+  const int64_t hidden = experts.w_out.size(1);
+  const int64_t intermediate = experts.w_out.size(2);
   const auto dtype = x.scalar_type();
   const auto acc = accumulate_dtype(dtype);
   const auto grad_c = contiguous_as(grad, dtype);
   const auto x_c = x.contiguous();
-  const auto w_in_c = w_in.contiguous();
-  const auto b_in_c = contiguous_as(b_in, dtype);
-  const auto w_out_c = w_out.contiguous();
-  const auto b_out_c = contiguous_as(b_out, dtype);
+  const auto w_in_c = experts.w_in.contiguous();
+  const auto b_in_c = contiguous(experts.b_in);
+  const auto w_out_c = experts.w_out.contiguous();
+  const auto b_out_c = contiguous(experts.b_out);
   const auto int_options = x.options().dtype(at::kLong);
   const auto acc_options = x.options().dtype(acc);
   auto grad_probs = at::empty({num_tokens, num_experts}, acc_options);
@@ -57,70 +54,67 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
   const int64_t block_rows = block_tokens * num_experts;
   const auto every_expert = at::arange(num_experts, int_options);
   const auto tokens = at::empty({block_rows}, int_options);
-  const auto pre = at::empty({block_rows, w_in.size(1)}, x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, dtype, "attach_dense_gradient_backward", [&] {
-        using Acc = at::opmath_type<scalar_t>;
-        scalar_t* unwanted = nullptr;
-        const Acc* unweighted = nullptr;
-        Acc* no_row_weights = nullptr;
-        const auto dots =
-            at::empty({block_rows, cuda::dot_parts<scalar_t>(intermediate)}, acc_options);
-        for (int64_t begin = 0; begin < num_tokens; begin += block_tokens) {
-          const int64_t count = std::min(block_tokens, num_tokens - begin);
-          const auto all = dispatch_plan(every_expert.expand({count, num_experts}), num_experts);
-          const cuda::PlanTensors plan(all.expert_offsets, all.row_to_slot, all.slot_to_row);
-          const cuda::TileMapTensors tiles(stream,
-                                           plan.expert_offsets(),
-                                           count * num_experts,
-                                           cuda::product_tile_rows<scalar_t>(),
-                                           cuda::FirstRow::zero);
-          const auto* x_data = x_c.const_data_ptr<scalar_t>() + begin * hidden;
-          const auto* grad_data = grad_c.const_data_ptr<scalar_t>() + begin * hidden;
-          cuda::read_plan_rows(
-              stream, plan.plan(), unweighted, tokens.mutable_data_ptr<int64_t>(), no_row_weights);
-          cuda::project_up(stream,
-                           tiles.map(),
-                           activation,
-                           x_data,
-                           tokens.const_data_ptr<int64_t>(),
-                           w_in_c.const_data_ptr<scalar_t>(),
-                           data_or_null<scalar_t>(b_in_c),
-                           pre.mutable_data_ptr<scalar_t>(),
-                           unwanted,
-                           hidden,
-                           intermediate);
-          cuda::project_down_backward(stream,
-                                      tiles.map(),
-                                      activation,
-                                      grad_data,
-                                      tokens.const_data_ptr<int64_t>(),
-                                      w_out_c.const_data_ptr<scalar_t>(),
-                                      pre.const_data_ptr<scalar_t>(),
-                                      unweighted,
-                                      dots.mutable_data_ptr<Acc>(),
-                                      unwanted,
-                                      unwanted,
-                                      hidden,
-                                      intermediate);
-          cuda::finish_grad_weights(stream,
-                                    plan.plan(),
-                                    tiles.map(),
-                                    dots.const_data_ptr<Acc>(),
-                                    grad_data,
-                                    data_or_null<scalar_t>(b_out_c),
-                                    grad_probs.mutable_data_ptr<Acc>() + begin * num_experts,
-                                    hidden,
-                                    intermediate);
-        }
-      });
+  const auto pre = at::empty({block_rows, experts.w_in.size(1)}, x.options());
+  with_float_type(dtype, [&]<typename scalar_t>() {
+    using Acc = at::opmath_type<scalar_t>;
+    const Acc* unweighted = nullptr;
+    Acc* no_row_weights = nullptr;
+    const at::Tensor dots =
+        at::empty({block_rows, cuda::dot_parts<scalar_t>(intermediate)}, acc_options);
+    for (int64_t begin = 0; begin < num_tokens; begin += block_tokens) {
+      const int64_t count = std::min(block_tokens, num_tokens - begin);
+      const auto all = dispatch_plan(every_expert.expand({count, num_experts}), num_experts);
+      const cuda::PlanTensors plan_c(all);
+      const cuda::TileMapTensors tiles(stream,
+                                       plan_c.expert_offsets(),
+                                       count * num_experts,
+                                       cuda::product_tile_rows<scalar_t>(),
+                                       cuda::FirstRow::zero);
+      const auto* x_data = x_c.const_data_ptr<scalar_t>() + begin * hidden;
+      const auto* grad_data = grad_c.const_data_ptr<scalar_t>() + begin * hidden;
+      cuda::read_plan_rows(
+          stream, plan_c.plan(), unweighted, tokens.mutable_data_ptr<int64_t>(), no_row_weights);
+      cuda::project_up<scalar_t>(stream,
+                                 tiles.map(),
+                                 {.activation = activation,
+                                  .x = {x_data, tokens.const_data_ptr<int64_t>()},
+                                  .w_in = w_in_c.const_data_ptr<scalar_t>(),
+                                  .b_in = data_or_null<scalar_t>(b_in_c),
+                                  .pre = pre.mutable_data_ptr<scalar_t>(),
+                                  .act = nullptr,
+                                  .hidden = hidden,
+                                  .intermediate = intermediate});
+      cuda::project_down_backward<scalar_t>(stream,
+                                            tiles.map(),
+                                            {.activation = activation,
+                                             .grad = {grad_data, tokens.const_data_ptr<int64_t>()},
+                                             .w_out = w_out_c.const_data_ptr<scalar_t>(),
+                                             .pre = pre.const_data_ptr<scalar_t>(),
+                                             .row_weights = nullptr,
+                                             .dots = dots.mutable_data_ptr<Acc>(),
+                                             .weighted_act = nullptr,
+                                             .grad_pre = nullptr,
+                                             .hidden = hidden,
+                                             .intermediate = intermediate});
+      cuda::finish_grad_weights<scalar_t>(
+          stream,
+          plan_c.plan(),
+          tiles.map(),
+          {.dots = dots.const_data_ptr<Acc>(),
+           .grad = grad_data,
+           .b_out = data_or_null<scalar_t>(b_out_c),
+           .grad_weights = grad_probs.mutable_data_ptr<Acc>() + begin * num_experts,
+           .hidden = hidden,
+           .intermediate = intermediate});
+    }
+  });
   return grad_probs;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CUDA, m) {
-  m.impl("_attach_dense_gradient_backward", &attach_dense_gradient_backward_kernel);
+  m.impl("_attach_dense_gradient_backward", with_records<&attach_dense_gradient_backward_kernel>);
 }
 
 }  // namespace torchmoe

@@ -2,11 +2,11 @@
 // combine. Between them lie the activations [N, I] and the experts' outputs [N, H] in x's type.
 #include "cuda/expert_mlp_kernel.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/find_op.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
 #include "cuda/device.h"
@@ -20,46 +20,37 @@ namespace torchmoe {
 
 namespace {
 
-constexpr const int64_t* kInPlace = nullptr;
-
 std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      const at::Tensor& weights,
-                                                     const at::Tensor& w_in,
-                                                     const std::optional<at::Tensor>& b_in,
-                                                     const at::Tensor& w_out,
-                                                     const std::optional<at::Tensor>& b_out,
-                                                     const at::Tensor& expert_offsets,
-                                                     const at::Tensor& row_to_slot,
-                                                     const at::Tensor& slot_to_row,
+                                                     const ExpertParameters& experts,
+                                                     const DispatchPlan& plan,
                                                      std::string_view activation_name,
                                                      bool save_pre) {
-  check_expert_mlp(
-      x, slot_to_row, "slot_to_row", weights, w_in, b_in, w_out, b_out, activation_name);
-  check_expert_mlp_plan("expert_mlp", x, w_in, expert_offsets, row_to_slot, slot_to_row);
+  check_expert_mlp_forward(x, weights, experts, plan, activation_name);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
-  const auto activation = choose_activation("expert_mlp", activation_name);
-  const cuda::PlanTensors plan(expert_offsets, row_to_slot, slot_to_row);
-  const auto num_rows = row_to_slot.size(0);
-  const auto hidden = w_out.size(1);
-  const auto intermediate = w_out.size(2);
+  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const cuda::PlanTensors plan_c(plan);
+  const auto num_rows = plan.row_to_slot.size(0);
+  const auto hidden = experts.w_out.size(1);
+  const auto intermediate = experts.w_out.size(2);
   const auto dtype = x.scalar_type();
   const auto acc = accumulate_dtype(dtype);
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, acc);
-  const auto w_in_c = w_in.contiguous();
-  const auto b_in_c = contiguous_as(b_in, dtype);
-  const auto w_out_c = w_out.contiguous();
-  const auto b_out_c = contiguous_as(b_out, dtype);
-  const auto tokens = at::empty({num_rows}, row_to_slot.options());
+  const auto w_in_c = experts.w_in.contiguous();
+  const auto b_in_c = contiguous(experts.b_in);
+  const auto w_out_c = experts.w_out.contiguous();
+  const auto b_out_c = contiguous(experts.b_out);
+  const auto tokens = at::empty({num_rows}, plan.row_to_slot.options());
   auto y = at::empty(x.sizes(), x.options());
-  auto pre = at::empty({save_pre ? num_rows : 0, w_in.size(1)}, x.options());
+  auto pre = at::empty({save_pre ? num_rows : 0, experts.w_in.size(1)}, x.options());
   auto act = at::empty({num_rows, intermediate}, x.options());
   auto rows = at::empty({num_rows, hidden}, x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "expert_mlp", [&] {
+  with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const cuda::TileMapTensors tiles(stream,
-                                     plan.expert_offsets(),
+                                     plan_c.expert_offsets(),
                                      num_rows,
                                      cuda::product_tile_rows<scalar_t>(),
                                      cuda::FirstRow::zero);
@@ -67,32 +58,31 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
     auto* pre_data = save_pre ? pre.mutable_data_ptr<scalar_t>() : nullptr;
     Acc* no_row_weights = nullptr;
     cuda::read_plan_rows(
-        stream, plan.plan(), weight_data, tokens.mutable_data_ptr<int64_t>(), no_row_weights);
-    cuda::project_up(stream,
-                     tiles.map(),
-                     activation,
-                     x_c.const_data_ptr<scalar_t>(),
-                     tokens.const_data_ptr<int64_t>(),
-                     w_in_c.const_data_ptr<scalar_t>(),
-                     data_or_null<scalar_t>(b_in_c),
-                     pre_data,
-                     act.mutable_data_ptr<scalar_t>(),
-                     hidden,
-                     intermediate);
+        stream, plan_c.plan(), weight_data, tokens.mutable_data_ptr<int64_t>(), no_row_weights);
+    cuda::project_up<scalar_t>(
+        stream,
+        tiles.map(),
+        {.activation = activation,
+         .x = {x_c.const_data_ptr<scalar_t>(), tokens.const_data_ptr<int64_t>()},
+         .w_in = w_in_c.const_data_ptr<scalar_t>(),
+         .b_in = data_or_null<scalar_t>(b_in_c),
+         .pre = pre_data,
+         .act = act.mutable_data_ptr<scalar_t>(),
+         .hidden = hidden,
+         .intermediate = intermediate});
     if (save_pre) {
-      cuda::zero_unrouted_rows(stream, tiles.map(), pre_data, w_in.size(1));
+      cuda::zero_unrouted_rows(stream, tiles.map(), pre_data, experts.w_in.size(1));
     }
     cuda::grouped_linear(stream,
                          tiles.map(),
-                         act.const_data_ptr<scalar_t>(),
-                         kInPlace,
+                         cuda::SourceRows<scalar_t>{act.const_data_ptr<scalar_t>()},
                          w_out_c.const_data_ptr<scalar_t>(),
                          data_or_null<scalar_t>(b_out_c),
                          rows.mutable_data_ptr<scalar_t>(),
                          intermediate,
                          hidden);
     cuda::combine_rows(stream,
-                       plan.plan(),
+                       plan_c.plan(),
                        rows.const_data_ptr<scalar_t>(),
                        weight_data,
                        y.mutable_data_ptr<scalar_t>(),
@@ -104,152 +94,132 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
 ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const at::Tensor& x,
                                               const at::Tensor& weights,
-                                              const at::Tensor& w_in,
-                                              const std::optional<at::Tensor>& b_in,
-                                              const at::Tensor& w_out,
-                                              const std::optional<at::Tensor>& b_out,
-                                              const at::Tensor& expert_offsets,
-                                              const at::Tensor& row_to_slot,
-                                              const at::Tensor& slot_to_row,
+                                              const ExpertParameters& experts,
+                                              const DispatchPlan& plan,
                                               const at::Tensor& pre,
                                               std::string_view activation_name,
                                               std::array<bool, 6> output_mask) {
-  check_expert_mlp_backward(
-      grad, x, slot_to_row, weights, w_in, b_in, w_out, b_out, pre, activation_name);
-  check_expert_mlp_plan("_expert_mlp_backward", x, w_in, expert_offsets, row_to_slot, slot_to_row);
+  check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation_name);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
   const ExpertMlpWanted wanted(output_mask);
   const bool want_pre = wanted.x || wanted.w_in || wanted.b_in;
-  const auto activation = choose_activation("expert_mlp", activation_name);
-  const cuda::PlanTensors plan(expert_offsets, row_to_slot, slot_to_row);
-  const auto num_rows = row_to_slot.size(0);
-  const auto num_experts = w_in.size(0);
-  const auto hidden = w_out.size(1);
-  const auto intermediate = w_out.size(2);
-  const auto pre_width = w_in.size(1);
+  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const cuda::PlanTensors plan_c(plan);
+  const auto num_rows = plan.row_to_slot.size(0);
+  const auto num_experts = experts.w_in.size(0);
+  const auto hidden = experts.w_out.size(1);
+  const auto intermediate = experts.w_out.size(2);
+  const auto pre_width = experts.w_in.size(1);
   const auto dtype = x.scalar_type();
   const auto acc = accumulate_dtype(dtype);
   const auto grad_c = contiguous_as(grad, dtype);
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, acc);
-  const auto w_in_c = w_in.contiguous();
-  const auto w_out_c = w_out.contiguous();
-  const auto b_out_c = contiguous_as(b_out, dtype);
+  const auto w_in_c = experts.w_in.contiguous();
+  const auto w_out_c = experts.w_out.contiguous();
+  const auto b_out_c = contiguous(experts.b_out);
   const auto pre_c = contiguous_as(pre, dtype);
-  const auto tokens = at::empty({num_rows}, row_to_slot.options());
+  const auto tokens = at::empty({num_rows}, plan.row_to_slot.options());
   const auto row_weights = at::empty({num_rows}, x.options().dtype(acc));
   auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
   auto grad_weights = empty_if(wanted.weights, weights.sym_sizes(), row_weights.options());
-  auto grad_w_in = empty_if(wanted.w_in, w_in.sym_sizes(), x.options());
+  auto grad_w_in = empty_if(wanted.w_in, experts.w_in.sym_sizes(), x.options());
   auto grad_b_in = empty_if(wanted.b_in, {num_experts, pre_width}, x.options());
-  auto grad_w_out = empty_if(wanted.w_out, w_out.sym_sizes(), x.options());
+  auto grad_w_out = empty_if(wanted.w_out, experts.w_out.sym_sizes(), x.options());
   auto grad_b_out = empty_if(wanted.b_out, {num_experts, hidden}, x.options());
   auto weighted_act = empty_if(wanted.w_out, {num_rows, intermediate}, x.options());
   auto grad_pre = empty_if(want_pre, {num_rows, pre_width}, x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "expert_mlp_backward", [&] {
+  with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const cuda::TileMapTensors tiles(stream,
-                                     plan.expert_offsets(),
+                                     plan_c.expert_offsets(),
                                      num_rows,
                                      cuda::product_tile_rows<scalar_t>(),
                                      cuda::FirstRow::zero);
     const auto& map = tiles.map();
     const auto* grad_data = grad_c.const_data_ptr<scalar_t>();
     const auto* token_data = tokens.mutable_data_ptr<int64_t>();
+    const cuda::SourceRows<scalar_t> grad_in{grad_data, token_data};
     const auto* row_weight_data = row_weights.mutable_data_ptr<Acc>();
     const Acc* unweighted = nullptr;
     cuda::read_plan_rows(stream,
-                         plan.plan(),
+                         plan_c.plan(),
                          weights_acc.const_data_ptr<Acc>(),
                          tokens.mutable_data_ptr<int64_t>(),
                          row_weights.mutable_data_ptr<Acc>());
 
     // 1. dA' = grad w_out, and through the activation.
-    const auto dots =
+    const at::Tensor dots =
         at::empty({num_rows, cuda::dot_parts<scalar_t>(intermediate)}, row_weights.options());
     auto* weighted_act_data = wanted.w_out ? weighted_act.mutable_data_ptr<scalar_t>() : nullptr;
     auto* grad_pre_data = want_pre ? grad_pre.mutable_data_ptr<scalar_t>() : nullptr;
-    cuda::project_down_backward(stream,
-                                map,
-                                activation,
-                                grad_data,
-                                token_data,
-                                w_out_c.const_data_ptr<scalar_t>(),
-                                pre_c.const_data_ptr<scalar_t>(),
-                                row_weight_data,
-                                dots.mutable_data_ptr<Acc>(),
-                                weighted_act_data,
-                                grad_pre_data,
-                                hidden,
-                                intermediate);
+    cuda::project_down_backward<scalar_t>(stream,
+                                          map,
+                                          {.activation = activation,
+                                           .grad = grad_in,
+                                           .w_out = w_out_c.const_data_ptr<scalar_t>(),
+                                           .pre = pre_c.const_data_ptr<scalar_t>(),
+                                           .row_weights = row_weight_data,
+                                           .dots = dots.mutable_data_ptr<Acc>(),
+                                           .weighted_act = weighted_act_data,
+                                           .grad_pre = grad_pre_data,
+                                           .hidden = hidden,
+                                           .intermediate = intermediate});
+    const cuda::SourceRows<scalar_t> grad_pre_in{grad_pre_data};
     if (wanted.weights) {
-      cuda::finish_grad_weights(stream,
-                                plan.plan(),
-                                map,
-                                dots.const_data_ptr<Acc>(),
-                                grad_data,
-                                data_or_null<scalar_t>(b_out_c),
-                                grad_weights.mutable_data_ptr<Acc>(),
-                                hidden,
-                                intermediate);
+      cuda::finish_grad_weights<scalar_t>(stream,
+                                          plan_c.plan(),
+                                          map,
+                                          {.dots = dots.const_data_ptr<Acc>(),
+                                           .grad = grad_data,
+                                           .b_out = data_or_null<scalar_t>(b_out_c),
+                                           .grad_weights = grad_weights.mutable_data_ptr<Acc>(),
+                                           .hidden = hidden,
+                                           .intermediate = intermediate});
     }
     // 2. w_out and b_out: the weight sits in the activation for the one, beside the row for the
     // other.
     if (wanted.w_out) {
       cuda::grouped_linear_grad_weight(stream,
                                        map,
-                                       grad_data,
-                                       token_data,
-                                       weighted_act_data,
-                                       kInPlace,
+                                       grad_in,
+                                       cuda::SourceRows<scalar_t>{weighted_act_data},
                                        grad_w_out.mutable_data_ptr<scalar_t>(),
                                        intermediate,
                                        hidden);
     }
     if (wanted.b_out) {
-      cuda::grouped_linear_grad_bias(stream,
-                                     map,
-                                     grad_data,
-                                     token_data,
-                                     row_weight_data,
-                                     grad_b_out.mutable_data_ptr<scalar_t>(),
-                                     hidden);
+      cuda::grouped_linear_grad_bias(
+          stream, map, grad_in, row_weight_data, grad_b_out.mutable_data_ptr<scalar_t>(), hidden);
     }
     // 3. w_in and b_in.
     if (wanted.w_in) {
-      cuda::grouped_linear_grad_weight(stream,
-                                       map,
-                                       grad_pre_data,
-                                       kInPlace,
-                                       x_c.const_data_ptr<scalar_t>(),
-                                       token_data,
-                                       grad_w_in.mutable_data_ptr<scalar_t>(),
-                                       hidden,
-                                       pre_width);
+      cuda::grouped_linear_grad_weight(
+          stream,
+          map,
+          grad_pre_in,
+          cuda::SourceRows<scalar_t>{x_c.const_data_ptr<scalar_t>(), token_data},
+          grad_w_in.mutable_data_ptr<scalar_t>(),
+          hidden,
+          pre_width);
     }
     if (wanted.b_in) {
-      cuda::grouped_linear_grad_bias(stream,
-                                     map,
-                                     grad_pre_data,
-                                     kInPlace,
-                                     unweighted,
-                                     grad_b_in.mutable_data_ptr<scalar_t>(),
-                                     pre_width);
+      cuda::grouped_linear_grad_bias(
+          stream, map, grad_pre_in, unweighted, grad_b_in.mutable_data_ptr<scalar_t>(), pre_width);
     }
     // 4. x: each slot's share of its gradient, then their sum.
     if (wanted.x) {
       auto rows = at::empty({num_rows, hidden}, x.options());
       cuda::grouped_linear_grad_rows(stream,
                                      map,
-                                     grad_pre_data,
-                                     kInPlace,
+                                     grad_pre_in,
                                      w_in_c.const_data_ptr<scalar_t>(),
                                      rows.mutable_data_ptr<scalar_t>(),
                                      hidden,
                                      pre_width);
       cuda::combine_rows(stream,
-                         plan.plan(),
+                         plan_c.plan(),
                          rows.const_data_ptr<scalar_t>(),
                          unweighted,
                          grad_x.mutable_data_ptr<scalar_t>(),
@@ -263,8 +233,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CUDA, m) {
-  m.impl("_expert_mlp", &expert_mlp_kernel);
-  m.impl("_expert_mlp_backward", &expert_mlp_backward_kernel);
+  m.impl("_expert_mlp", with_records<&expert_mlp_kernel>);
+  m.impl("_expert_mlp_backward", with_records<&expert_mlp_backward_kernel>);
 }
 
 }  // namespace torchmoe

@@ -1,5 +1,6 @@
 #include "cuda/expert_mlp_kernel.h"
 
+#include "common/float_types.h"
 #include "cuda/gemm/rows_product.h"
 
 namespace torchmoe::cuda {
@@ -32,7 +33,7 @@ constexpr int kTileActivations = gated ? Engine<T>::kColumns / 2 : Engine<T>::kC
 /// hand. Of a gated expert the tile holds the gates beside the values they belong to.
 template <typename T, bool gated>
 struct Activate {
-  Activation activation;
+  Nonlinearity f;
   const T* b_in;
   T* pre;
   T* act;
@@ -41,11 +42,11 @@ struct Activate {
   bool act_aligned;
 
   __device__ void operator()(const ResultTile& tile, const typename Engine<T>::Acc* sums) const {
-    with_nonlinearity(activation, [&](auto f) { this->template apply<f()>(tile, sums); });
+    with_nonlinearity(f, [&](auto formula) { this->apply(formula, tile, sums); });
   }
 
-  template <Activation f>
-  __device__ void apply(const ResultTile& tile, const typename Engine<T>::Acc* sums) const {
+  template <typename F>
+  __device__ void apply(F f, const ResultTile& tile, const typename Engine<T>::Acc* sums) const {
     constexpr int columns = kTileActivations<T, gated>;
     const int64_t pre_width = gated ? 2 * intermediate : intermediate;
     for_each_group<Engine<T>, columns>([&](int r, int c) {
@@ -64,7 +65,7 @@ struct Activate {
       }
 #pragma unroll
       for (int n = 0; n < kGroupSize; ++n) {
-        gate.values[n] = activate<f>(gate.values[n]);
+        gate.values[n] = f.value(gate.values[n]);
       }
       if constexpr (gated) {
         auto up = read_sums<Engine<T>>(sums, r, columns + c);
@@ -88,7 +89,7 @@ template <typename T, bool gated>
 struct ActivateBackward {
   using Acc = typename Engine<T>::Acc;
 
-  Activation activation;
+  Nonlinearity f;
   const T* pre;
   const Acc* row_weights;
   Acc* dots;
@@ -101,18 +102,18 @@ struct ActivateBackward {
   bool act_aligned;
 
   __device__ void operator()(const ResultTile& tile, const Acc* sums) const {
-    with_nonlinearity(activation, [&](auto f) { this->template apply<f()>(tile, sums); });
+    with_nonlinearity(f, [&](auto formula) { this->apply(formula, tile, sums); });
   }
 
-  template <Activation f>
-  __device__ void apply(const ResultTile& tile, const Acc* sums) const {
+  template <typename F>
+  __device__ void apply(F f, const ResultTile& tile, const Acc* sums) const {
     constexpr int lanes_per_row = Engine<T>::kColumns / kGroupSize;
     for_each_group<Engine<T>>([&](int r, int c) {
       const int64_t row = tile.begin + r;
       const int64_t i = tile.first_column + c;
       Acc dot = 0;
       if (row < tile.end && i < intermediate) {
-        dot = group_backward<f>(row, i, read_sums<Engine<T>>(sums, r, c));
+        dot = group_backward(f, row, i, read_sums<Engine<T>>(sums, r, c));
       }
       // A row's groups lie in neighbouring lanes; all lanes of the warp are here.
       for (int distance = lanes_per_row / 2; distance > 0; distance /= 2) {
@@ -125,10 +126,9 @@ struct ActivateBackward {
   }
 
   /// Writes the group's parts of the results and returns its part of <dA', a>.
-  template <Activation f>
-  __device__ Acc group_backward(int64_t row,
-                                int64_t i,
-                                const Vector<Acc, kGroupSize>& grad_act) const {
+  template <typename F>
+  __device__ Acc
+  group_backward(F f, int64_t row, int64_t i, const Vector<Acc, kGroupSize>& grad_act) const {
     const int64_t pre_width = gated ? 2 * intermediate : intermediate;
     const int64_t count = intermediate - i;
     const int64_t at = row * pre_width + i;
@@ -144,7 +144,7 @@ struct ActivateBackward {
     Acc dot = 0;
 #pragma unroll
     for (int n = 0; n < kGroupSize; ++n) {
-      const auto [value, slope] = activate_with_slope<f>(gate.values[n]);
+      const auto [value, slope] = f.with_slope(gate.values[n]);
       const Acc d = weight * grad_act.values[n];
       act.values[n] = gated ? value * up.values[n] : value;
       grad_gate.values[n] = gated ? d * up.values[n] * slope : d * slope;
@@ -204,37 +204,53 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool gated>
-void run_project_up(Stream stream,
-                    const TileMap& map,
-                    Activation activation,
-                    const T* x,
-                    const int64_t* tokens,
-                    const T* w_in,
-                    const T* b_in,
-                    T* pre,
-                    T* act,
-                    int64_t hidden,
-                    int64_t intermediate) {
+void run_project_up(Stream stream, const TileMap& map, const ProjectUp<T>& step) {
   using Finish = Activate<T, gated>;
-  const Finish finish{activation,
-                      b_in,
-                      pre,
-                      act,
-                      intermediate,
-                      allows_vectors(pre, intermediate),
-                      allows_vectors(act, intermediate)};
-  run_product(stream,
-              RowsProduct<T, Contiguous::depth, Finish>{map,
-                                                        x,
-                                                        tokens,
-                                                        w_in,
-                                                        hidden,
-                                                        gated ? 2 * intermediate : intermediate,
-                                                        allows_vectors(x, hidden),
-                                                        allows_vectors(w_in, hidden),
-                                                        kTileActivations<T, gated>,
-                                                        /*halves=*/gated,
-                                                        finish});
+  const Finish finish{nonlinearity_of(step.activation),
+                      step.b_in,
+                      step.pre,
+                      step.act,
+                      step.intermediate,
+                      allows_vectors(step.pre, step.intermediate),
+                      allows_vectors(step.act, step.intermediate)};
+  run_product(
+      stream,
+      RowsProduct<T, Contiguous::depth, Finish>{map,
+                                                step.x.data,
+                                                step.x.sources,
+                                                step.w_in,
+                                                step.hidden,
+                                                gated ? 2 * step.intermediate : step.intermediate,
+                                                allows_vectors(step.x.data, step.hidden),
+                                                allows_vectors(step.w_in, step.hidden),
+                                                kTileActivations<T, gated>,
+                                                /*halves=*/gated,
+                                                finish});
+}
+
+template <typename T, bool gated>
+void run_project_down_backward(Stream stream,
+                               const TileMap& map,
+                               const ProjectDownBackward<T>& step) {
+  run_rows_product<Contiguous::side>(
+      stream,
+      map,
+      step.grad.data,
+      step.grad.sources,
+      step.w_out,
+      step.hidden,
+      step.intermediate,
+      ActivateBackward<T, gated>{nonlinearity_of(step.activation),
+                                 step.pre,
+                                 step.row_weights,
+                                 step.dots,
+                                 dot_parts<T>(step.intermediate),
+                                 step.weighted_act,
+                                 step.grad_pre,
+                                 step.intermediate,
+                                 allows_vectors(step.pre, step.intermediate),
+                                 allows_vectors(step.grad_pre, step.intermediate),
+                                 allows_vectors(step.weighted_act, step.intermediate)});
 }
 
 }  // namespace
@@ -254,19 +270,9 @@ void read_plan_rows(
 }
 
 template <typename T>
-void project_up(Stream stream,
-                const TileMap& map,
-                Activation activation,
-                const T* x,
-                const int64_t* tokens,
-                const T* w_in,
-                const T* b_in,
-                T* pre,
-                T* act,
-                int64_t hidden,
-                int64_t intermediate) {
-  const auto run = is_gated(activation) ? run_project_up<T, true> : run_project_up<T, false>;
-  run(stream, map, activation, x, tokens, w_in, b_in, pre, act, hidden, intermediate);
+void project_up(Stream stream, const TileMap& map, const ProjectUp<T>& step) {
+  const auto run = is_gated(step.activation) ? run_project_up<T, true> : run_project_up<T, false>;
+  run(stream, map, step);
 }
 
 template <typename T>
@@ -275,57 +281,17 @@ int64_t dot_parts(int64_t intermediate) {
 }
 
 template <typename T>
-void project_down_backward(Stream stream,
-                           const TileMap& map,
-                           Activation activation,
-                           const T* grad,
-                           const int64_t* tokens,
-                           const T* w_out,
-                           const T* pre,
-                           const at::opmath_type<T>* row_weights,
-                           at::opmath_type<T>* dots,
-                           T* weighted_act,
-                           T* grad_pre,
-                           int64_t hidden,
-                           int64_t intermediate) {
-  const auto run = [&](auto gated) {
-    run_rows_product<Contiguous::side>(
-        stream,
-        map,
-        grad,
-        tokens,
-        w_out,
-        hidden,
-        intermediate,
-        ActivateBackward<T, decltype(gated)::value>{activation,
-                                                    pre,
-                                                    row_weights,
-                                                    dots,
-                                                    dot_parts<T>(intermediate),
-                                                    weighted_act,
-                                                    grad_pre,
-                                                    intermediate,
-                                                    allows_vectors(pre, intermediate),
-                                                    allows_vectors(grad_pre, intermediate),
-                                                    allows_vectors(weighted_act, intermediate)});
-  };
-  if (is_gated(activation)) {
-    run(std::true_type{});
-  } else {
-    run(std::false_type{});
-  }
+void project_down_backward(Stream stream, const TileMap& map, const ProjectDownBackward<T>& step) {
+  const auto run = is_gated(step.activation) ? run_project_down_backward<T, true>
+                                             : run_project_down_backward<T, false>;
+  run(stream, map, step);
 }
 
 template <typename T>
 void finish_grad_weights(Stream stream,
                          const Plan& plan,
                          const TileMap& map,
-                         const at::opmath_type<T>* dots,
-                         const T* grad,
-                         const T* b_out,
-                         at::opmath_type<T>* grad_weights,
-                         int64_t hidden,
-                         int64_t intermediate) {
+                         const FinishGradWeights<T>& step) {
   launch(stream,
          (plan.num_rows() + kWarps - 1) / kWarps,
          kThreads,
@@ -333,56 +299,24 @@ void finish_grad_weights(Stream stream,
          finish_grad_weights_kernel<T>,
          plan,
          map,
-         dots,
-         dot_parts<T>(intermediate),
-         grad,
-         b_out,
-         grad_weights,
-         hidden);
+         step.dots,
+         dot_parts<T>(step.intermediate),
+         step.grad,
+         step.b_out,
+         step.grad_weights,
+         step.hidden);
 }
 
 template void read_plan_rows(Stream, const Plan&, const float*, int64_t*, float*);
 template void read_plan_rows(Stream, const Plan&, const double*, int64_t*, double*);
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T)                                  \
-  template void project_up(Stream,                               \
-                           const TileMap&,                       \
-                           Activation,                           \
-                           const T*,                             \
-                           const int64_t*,                       \
-                           const T*,                             \
-                           const T*,                             \
-                           T*,                                   \
-                           T*,                                   \
-                           int64_t,                              \
-                           int64_t);                             \
-  template int64_t dot_parts<T>(int64_t);                        \
-  template void project_down_backward(Stream,                    \
-                                      const TileMap&,            \
-                                      Activation,                \
-                                      const T*,                  \
-                                      const int64_t*,            \
-                                      const T*,                  \
-                                      const T*,                  \
-                                      const at::opmath_type<T>*, \
-                                      at::opmath_type<T>*,       \
-                                      T*,                        \
-                                      T*,                        \
-                                      int64_t,                   \
-                                      int64_t);                  \
-  template void finish_grad_weights(Stream,                      \
-                                    const Plan&,                 \
-                                    const TileMap&,              \
-                                    const at::opmath_type<T>*,   \
-                                    const T*,                    \
-                                    const T*,                    \
-                                    at::opmath_type<T>*,         \
-                                    int64_t,                     \
-                                    int64_t);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+#define TORCHMOE_INSTANTIATE(T, ...)                                                          \
+  template void project_up(Stream, const TileMap&, const ProjectUp<T>&);                      \
+  template int64_t dot_parts<T>(int64_t);                                                     \
+  template void project_down_backward(Stream, const TileMap&, const ProjectDownBackward<T>&); \
+  template void finish_grad_weights(                                                          \
+      Stream, const Plan&, const TileMap&, const FinishGradWeights<T>&);
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

@@ -1,13 +1,11 @@
 #include "cuda/gate_weights_kernel.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "ops/gate_weights.h"
 
@@ -28,11 +26,11 @@ at::Tensor gate_weights_kernel(const at::Tensor& logits,
   const auto indices_c = indices.contiguous();
   const auto acc = accumulate_dtype(logits.scalar_type());
   auto weights = at::empty(indices.sizes(), logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), kOp, [&] {
+  with_float_type(logits.scalar_type(), [&]<typename scalar_t>() {
     cuda::gate_weights(device.stream(),
                        {logits.size(0), logits.size(1), indices.size(1)},
-                       choose_score_function(kOp, score_function),
-                       choose_normalize(kOp, normalize),
+                       choose<ScoreFunction>(kOp, score_function),
+                       choose<Normalize>(kOp, normalize),
                        logits_c.const_data_ptr<scalar_t>(),
                        indices_c.const_data_ptr<int64_t>(),
                        weights.mutable_data_ptr<at::opmath_type<scalar_t>>());
@@ -50,17 +48,17 @@ at::Tensor gate_weights_backward_kernel(const at::Tensor& grad,
   const cuda::OnDevice device(logits);
   // Straight through, the normalisation counts as the identity: the gradient of normalize "none".
   const auto backward_normalize =
-      choose_estimator(kOp, estimator) == GateEstimator::straight_through
+      choose<GateEstimator>(kOp, estimator) == GateEstimator::straight_through
           ? Normalize::none
-          : choose_normalize(kOp, normalize);
+          : choose<Normalize>(kOp, normalize);
   const auto grad_acc = contiguous_as(grad, accumulate_dtype(logits.scalar_type()));
   const auto logits_c = logits.contiguous();
   const auto indices_c = indices.contiguous();
   auto grad_logits = at::empty(logits.sizes(), logits.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), kOp, [&] {
+  with_float_type(logits.scalar_type(), [&]<typename scalar_t>() {
     cuda::gate_weights_backward(device.stream(),
                                 {logits.size(0), logits.size(1), indices.size(1)},
-                                choose_score_function(kOp, score_function),
+                                choose<ScoreFunction>(kOp, score_function),
                                 backward_normalize,
                                 grad_acc.const_data_ptr<at::opmath_type<scalar_t>>(),
                                 logits_c.const_data_ptr<scalar_t>(),

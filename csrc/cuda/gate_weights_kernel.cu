@@ -1,5 +1,6 @@
 #include "cuda/gate_weights_kernel.h"
 
+#include "common/float_types.h"
 #include "cuda/score.h"
 #include "cuda/warp.h"
 
@@ -184,7 +185,7 @@ void gate_weights_backward(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T)                                  \
+#define TORCHMOE_INSTANTIATE(T, ...)                             \
   template void gate_weights(Stream,                             \
                              const GateSizes&,                   \
                              ScoreFunction,                      \
@@ -200,10 +201,7 @@ void gate_weights_backward(Stream stream,
                                       const T*,                  \
                                       const int64_t*,            \
                                       T*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

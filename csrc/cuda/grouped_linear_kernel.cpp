@@ -1,7 +1,7 @@
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/dtypes.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
 #include "cuda/device.h"
@@ -24,17 +24,15 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
   const auto weight_c = weight.contiguous();
   const auto bias_c = contiguous_as(bias, dtype);
   auto out = at::empty({rows.size(0), weight.size(1)}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "grouped_linear", [&] {
+  with_float_type(dtype, [&]<typename scalar_t>() {
     const cuda::TileMapTensors tiles(device.stream(),
                                      expert_offsets,
                                      rows.size(0),
                                      cuda::product_tile_rows<scalar_t>(),
                                      cuda::FirstRow::given);
-    const int64_t* in_place = nullptr;
     cuda::grouped_linear(device.stream(),
                          tiles.map(),
-                         rows_c.const_data_ptr<scalar_t>(),
-                         in_place,
+                         cuda::SourceRows<scalar_t>{rows_c.const_data_ptr<scalar_t>()},
                          weight_c.const_data_ptr<scalar_t>(),
                          data_or_null<scalar_t>(bias_c),
                          out.mutable_data_ptr<scalar_t>(),
@@ -64,20 +62,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
   auto grad_weight = empty_if(output_mask[1], weight.sym_sizes(), rows.options());
   auto grad_bias =
       empty_if(output_mask[2], {weight.sym_size(0), weight.sym_size(1)}, rows.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "grouped_linear_backward", [&] {
+  with_float_type(dtype, [&]<typename scalar_t>() {
     const cuda::TileMapTensors tiles(device.stream(),
                                      expert_offsets,
                                      rows.size(0),
                                      cuda::product_tile_rows<scalar_t>(),
                                      cuda::FirstRow::given);
-    const auto* g = grad_c.const_data_ptr<scalar_t>();
-    const int64_t* in_place = nullptr;
+    const cuda::SourceRows<scalar_t> grad_in{grad_c.const_data_ptr<scalar_t>()};
+    const cuda::SourceRows<scalar_t> rows_in{rows_c.const_data_ptr<scalar_t>()};
     const at::opmath_type<scalar_t>* unweighted = nullptr;
     if (output_mask[0]) {
       cuda::grouped_linear_grad_rows(device.stream(),
                                      tiles.map(),
-                                     g,
-                                     in_place,
+                                     grad_in,
                                      weight_c.const_data_ptr<scalar_t>(),
                                      grad_rows.mutable_data_ptr<scalar_t>(),
                                      in_features,
@@ -88,10 +85,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
     if (output_mask[1]) {
       cuda::grouped_linear_grad_weight(device.stream(),
                                        tiles.map(),
-                                       g,
-                                       in_place,
-                                       rows_c.const_data_ptr<scalar_t>(),
-                                       in_place,
+                                       grad_in,
+                                       rows_in,
                                        grad_weight.mutable_data_ptr<scalar_t>(),
                                        in_features,
                                        out_features);
@@ -99,8 +94,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
     if (output_mask[2]) {
       cuda::grouped_linear_grad_bias(device.stream(),
                                      tiles.map(),
-                                     g,
-                                     in_place,
+                                     grad_in,
                                      unweighted,
                                      grad_bias.mutable_data_ptr<scalar_t>(),
                                      out_features);

@@ -1,15 +1,13 @@
 #include "cuda/limit_capacity_kernel.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "cuda/reroute.h"
 #include "cuda/serving_order.h"
@@ -27,6 +25,13 @@ struct Service {
   std::optional<at::Tensor> positions;
 };
 
+/// What says where a slot goes whose expert is full, contiguous and of the kernel's types.
+struct Alternatives {
+  at::Tensor scores;
+  std::optional<at::Tensor> tie_break;
+  std::optional<at::Tensor> backup;
+};
+
 /// The places of the slots by `order` alone as they are served, [N].
 at::Tensor rank_slots(cuda::Stream stream,
                       const cuda::SlotSizes& sizes,
@@ -36,14 +41,13 @@ at::Tensor rank_slots(cuda::Stream stream,
   const bool is_double = priority.scalar_type() == at::kDouble;
   auto keys =
       at::empty({sizes.num_slots()}, priority.options().dtype(is_double ? at::kLong : at::kInt));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, priority.scalar_type(), kCapacityOp, [&] {
-        cuda::rank_keys(stream,
-                        sizes,
-                        order,
-                        priority_c.const_data_ptr<scalar_t>(),
-                        keys.mutable_data_ptr<cuda::RankKey<scalar_t>>());
-      });
+  with_float_type(priority.scalar_type(), [&]<typename scalar_t>() {
+    cuda::rank_keys(stream,
+                    sizes,
+                    order,
+                    priority_c.const_data_ptr<scalar_t>(),
+                    keys.mutable_data_ptr<cuda::RankKey<scalar_t>>());
+  });
   return std::get<1>(at::sort(keys, /*stable=*/true, /*dim=*/0, /*descending=*/false));
 }
 
@@ -89,9 +93,7 @@ void reroute(cuda::Stream stream,
              const cuda::SlotSizes& sizes,
              const at::Tensor& indices,
              const at::Tensor& capacity,
-             const at::Tensor& scores,
-             const std::optional<at::Tensor>& tie_break,
-             const std::optional<at::Tensor>& backup,
+             const Alternatives& alternatives,
              const Service& service,
              at::Tensor& limited) {
   const int64_t num_experts = capacity.size(0);
@@ -104,22 +106,22 @@ void reroute(cuda::Stream stream,
   auto full_from = at::empty({num_experts}, capacity.options());
   auto marks = at::zeros({cuda::kRerouteWarps, num_experts}, capacity.options());
   auto takers = at::zeros({num_experts, cuda::kRerouteWarps}, capacity.options().dtype(at::kByte));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, scores.scalar_type(), kCapacityOp, [&] {
+  with_float_type(alternatives.scores.scalar_type(), [&]<typename scalar_t>() {
     cuda::reroute_overflow<scalar_t>(
         stream,
         {.sizes = sizes,
          .num_experts = num_experts,
          .capacity = capacity.const_data_ptr<int64_t>(),
-         .scores = scores.const_data_ptr<scalar_t>(),
-         .tie_break = data_or_null<at::opmath_type<scalar_t>>(tie_break),
-         .backup = data_or_null<int64_t>(backup),
+         .scores = alternatives.scores.const_data_ptr<scalar_t>(),
+         .tie_break = data_or_null<at::opmath_type<scalar_t>>(alternatives.tie_break),
+         .backup = data_or_null<int64_t>(alternatives.backup),
          .serving = data_or_null<int64_t>(service.serving),
          .positions = data_or_null<int64_t>(service.positions),
          .limited = limited.mutable_data_ptr<int64_t>(),
-         .room = room.mutable_data_ptr<int64_t>(),
-         .full_from = full_from.mutable_data_ptr<int64_t>(),
-         .marks = marks.mutable_data_ptr<int64_t>(),
-         .takers = takers.mutable_data_ptr<uint8_t>()});
+         .scratch = {.room = room.mutable_data_ptr<int64_t>(),
+                     .full_from = full_from.mutable_data_ptr<int64_t>(),
+                     .marks = marks.mutable_data_ptr<int64_t>(),
+                     .takers = takers.mutable_data_ptr<uint8_t>()}});
   });
 }
 
@@ -136,17 +138,20 @@ at::Tensor limit_capacity_kernel(const at::Tensor& indices,
   const cuda::SlotSizes sizes{indices.size(0), indices.size(1)};
   const auto indices_c = indices.contiguous();
   const auto capacity_c = capacity.contiguous();
-  const auto service = order_of_service(
-      device.stream(), sizes, choose_order(kCapacityOp, order), priority, indices.options());
+  const auto service = order_of_service(device.stream(),
+                                        sizes,
+                                        choose<CapacityOrder>(kCapacityOp, order),
+                                        priority,
+                                        indices.options());
   auto limited = at::empty(indices.sizes(), indices.options());
   if (scores) {
     reroute(device.stream(),
             sizes,
             indices_c,
             capacity_c,
-            scores->contiguous(),
-            contiguous_as(tie_break, accumulate_dtype(scores->scalar_type())),
-            contiguous_as(backup, at::kLong),
+            {.scores = scores->contiguous(),
+             .tie_break = contiguous_as(tie_break, accumulate_dtype(scores->scalar_type())),
+             .backup = contiguous_as(backup, at::kLong)},
             service,
             limited);
   } else {

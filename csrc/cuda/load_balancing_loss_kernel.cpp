@@ -1,14 +1,12 @@
 #include "cuda/load_balancing_loss_kernel.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "cuda/token_sum_tensors.h"
 #include "ops/load_balancing_loss.h"
@@ -40,14 +38,14 @@ at::Tensor load_balancing_loss_kernel(const at::Tensor& logits,
   const cuda::CountedTokens counted(stream, sizes.num_sequences, sizes.num_tokens, mask);
   auto shares = at::empty(logits.sizes(), logits.options().dtype(acc));
   auto loss = at::empty({}, shares.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), kLossOp, [&] {
+  with_float_type(logits.scalar_type(), [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     cuda::score_shares(stream,
                        sizes,
-                       choose_score_function(kLossOp, score_function),
+                       choose<ScoreFunction>(kLossOp, score_function),
                        logits_c.const_data_ptr<scalar_t>(),
                        shares.mutable_data_ptr<Acc>());
-    const auto sums = cuda::sum_over_tokens<Acc>(stream, sizes, shares, mask);
+    const at::Tensor sums = cuda::sum_over_tokens<Acc>(stream, sizes, shares, mask);
     cuda::balance_of_sums(stream,
                           sizes,
                           sums.const_data_ptr<double>(),
@@ -75,7 +73,7 @@ at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
   const cuda::CountedTokens counted(stream, sizes.num_sequences, sizes.num_tokens, mask);
   auto scales = at::empty({sizes.num_sequences}, logits.options().dtype(acc));
   auto grad_logits = at::empty(logits.sizes(), logits.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), kLossOp, [&] {
+  with_float_type(logits.scalar_type(), [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     cuda::balance_scales(stream,
                          sizes,
@@ -84,7 +82,7 @@ at::Tensor load_balancing_loss_backward_kernel(const at::Tensor& grad,
                          scales.mutable_data_ptr<Acc>());
     cuda::score_shares_backward(stream,
                                 sizes,
-                                choose_score_function(kLossOp, score_function),
+                                choose<ScoreFunction>(kLossOp, score_function),
                                 scales.const_data_ptr<Acc>(),
                                 logits_c.const_data_ptr<scalar_t>(),
                                 fraction_acc.const_data_ptr<Acc>(),

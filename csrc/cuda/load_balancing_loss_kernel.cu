@@ -1,5 +1,6 @@
 #include "cuda/load_balancing_loss_kernel.h"
 
+#include "common/float_types.h"
 #include "cuda/block_sum.h"
 #include "cuda/score.h"
 
@@ -185,7 +186,7 @@ void score_shares_backward(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T)                                                 \
+#define TORCHMOE_INSTANTIATE(T, ...)                                            \
   template void score_shares(                                                   \
       Stream, const TokenSizes&, ScoreFunction, const T*, at::opmath_type<T>*); \
   template void score_shares_backward(Stream,                                   \
@@ -196,17 +197,13 @@ void score_shares_backward(Stream stream,
                                       const at::opmath_type<T>*,                \
                                       const bool*,                              \
                                       T*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
-#define TORCHMOE_INSTANTIATE(Acc)                                                      \
+#define TORCHMOE_INSTANTIATE(Acc, ...)                                                 \
   template void balance_of_sums(                                                       \
       Stream, const TokenSizes&, const double*, const Acc*, const TokenCounts&, Acc*); \
   template void balance_scales(Stream, const TokenSizes&, const Acc*, const TokenCounts&, Acc*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
+TORCHMOE_ACCUMULATE_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

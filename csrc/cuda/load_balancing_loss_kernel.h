@@ -6,7 +6,7 @@
 
 #include <ATen/OpMathType.h>
 
-#include "common/choices.h"
+#include "common/vocabulary.h"
 #include "cuda/stream.h"
 #include "cuda/token_sums.h"
 

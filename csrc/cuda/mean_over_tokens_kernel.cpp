@@ -1,5 +1,3 @@
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
@@ -29,15 +27,14 @@ at::Tensor mean_over_tokens_kernel(const at::Tensor& values,
   const cuda::CountedTokens counted(stream, sizes.num_sequences, sizes.num_tokens, mask);
   const auto acc = accumulate_dtype(values.scalar_type());
   auto means = at::empty(shape, values.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, values.scalar_type(), "mean_over_tokens", [&] {
-        const auto sums = cuda::sum_over_tokens<scalar_t>(stream, sizes, values_c, mask);
-        cuda::divide_by_counts(stream,
-                               sizes,
-                               sums.const_data_ptr<double>(),
-                               counted.counts(),
-                               means.mutable_data_ptr<at::opmath_type<scalar_t>>());
-      });
+  with_float_type(values.scalar_type(), [&]<typename scalar_t>() {
+    const at::Tensor sums = cuda::sum_over_tokens<scalar_t>(stream, sizes, values_c, mask);
+    cuda::divide_by_counts(stream,
+                           sizes,
+                           sums.const_data_ptr<double>(),
+                           counted.counts(),
+                           means.mutable_data_ptr<at::opmath_type<scalar_t>>());
+  });
   return means;
 }
 

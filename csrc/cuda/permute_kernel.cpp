@@ -1,7 +1,8 @@
-#include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/dtypes.h"
+#include "common/find_op.h"
 #include "cuda/device.h"
 #include "cuda/plan_tensors.h"
 #include "cuda/rows.h"
@@ -11,18 +12,15 @@ namespace torchmoe {
 
 namespace {
 
-at::Tensor permute_kernel(const at::Tensor& x,
-                          const at::Tensor& expert_offsets,
-                          const at::Tensor& row_to_slot,
-                          const at::Tensor& slot_to_row) {
-  check_permute(x, expert_offsets, row_to_slot, slot_to_row);
+at::Tensor permute_kernel(const at::Tensor& x, const DispatchPlan& plan) {
+  check_permute(x, plan);
   const cuda::OnDevice device(x);
-  const cuda::PlanTensors plan(expert_offsets, row_to_slot, slot_to_row);
+  const cuda::PlanTensors plan_c(plan);
   const auto x_c = x.contiguous();
-  auto rows = at::empty({row_to_slot.size(0), x.size(1)}, x.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "permute", [&] {
+  auto rows = at::empty({plan.row_to_slot.size(0), x.size(1)}, x.options());
+  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
     cuda::gather_rows(device.stream(),
-                      plan.plan(),
+                      plan_c.plan(),
                       x_c.const_data_ptr<scalar_t>(),
                       rows.mutable_data_ptr<scalar_t>(),
                       x.size(1));
@@ -30,33 +28,29 @@ at::Tensor permute_kernel(const at::Tensor& x,
   return rows;
 }
 
-at::Tensor permute_backward_kernel(const at::Tensor& grad,
-                                   const at::Tensor& expert_offsets,
-                                   const at::Tensor& row_to_slot,
-                                   const at::Tensor& slot_to_row) {
-  check_permute_backward(grad, expert_offsets, row_to_slot, slot_to_row);
+at::Tensor permute_backward_kernel(const at::Tensor& grad, const DispatchPlan& plan) {
+  check_permute_backward(grad, plan);
   const cuda::OnDevice device(grad);
-  const cuda::PlanTensors plan(expert_offsets, row_to_slot, slot_to_row);
+  const cuda::PlanTensors plan_c(plan);
   const auto grad_c = grad.contiguous();
-  auto grad_x = at::empty({slot_to_row.size(0), grad.size(1)}, grad.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, grad.scalar_type(), "permute_backward", [&] {
-        const at::opmath_type<scalar_t>* unweighted = nullptr;
-        cuda::combine_rows(device.stream(),
-                           plan.plan(),
-                           grad_c.const_data_ptr<scalar_t>(),
-                           unweighted,
-                           grad_x.mutable_data_ptr<scalar_t>(),
-                           grad.size(1));
-      });
+  auto grad_x = at::empty({plan.slot_to_row.size(0), grad.size(1)}, grad.options());
+  with_float_type(grad.scalar_type(), [&]<typename scalar_t>() {
+    const at::opmath_type<scalar_t>* unweighted = nullptr;
+    cuda::combine_rows(device.stream(),
+                       plan_c.plan(),
+                       grad_c.const_data_ptr<scalar_t>(),
+                       unweighted,
+                       grad_x.mutable_data_ptr<scalar_t>(),
+                       grad.size(1));
+  });
   return grad_x;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, CUDA, m) {
-  m.impl("permute", &permute_kernel);
-  m.impl("_permute_backward", &permute_backward_kernel);
+  m.impl("permute", with_records<&permute_kernel>);
+  m.impl("_permute_backward", with_records<&permute_backward_kernel>);
 }
 
 }  // namespace torchmoe

@@ -4,18 +4,17 @@
 #include <ATen/core/Tensor.h>
 
 #include "cuda/plan.h"
+#include "ops/dispatch_plan.h"
 
 namespace torchmoe::cuda {
 
 /// Holds contiguous plan tensors and points into them.
 class PlanTensors {
  public:
-  PlanTensors(const at::Tensor& expert_offsets,
-              const at::Tensor& row_to_slot,
-              const at::Tensor& slot_to_row)
-      : expert_offsets_(expert_offsets.contiguous()),
-        row_to_slot_(row_to_slot.contiguous()),
-        slot_to_row_(slot_to_row.contiguous()) {}
+  explicit PlanTensors(const DispatchPlan& plan)
+      : expert_offsets_(plan.expert_offsets.contiguous()),
+        row_to_slot_(plan.row_to_slot.contiguous()),
+        slot_to_row_(plan.slot_to_row.contiguous()) {}
 
   const at::Tensor& expert_offsets() const { return expert_offsets_; }
 

@@ -1,8 +1,6 @@
 #include "cuda/reroute.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+#include "common/float_types.h"
 #include "cuda/candidate.h"
 #include "cuda/lane_groups.h"
 #include "cuda/warp.h"
@@ -154,7 +152,7 @@ __device__ int64_t next_proposal(
   const int64_t position = __shfl_sync(kAllLanes, mine.position, lane);
   const int64_t token = __shfl_sync(kAllLanes, mine.token, lane);
   const int64_t wish = __shfl_sync(kAllLanes, mine.wish, lane);
-  int64_t* marks = r.marks + warp_in_block() * r.num_experts;
+  int64_t* marks = r.scratch.marks + warp_in_block() * r.num_experts;
   const auto mark = [&](int64_t expert) {
     if (expert >= 0) {
       marks[expert] = stamp;
@@ -169,7 +167,7 @@ __device__ int64_t next_proposal(
   }
   __syncwarp();
   const auto is_available = [&](int64_t expert) {
-    return position < r.full_from[expert] && marks[expert] != stamp;
+    return position < r.scratch.full_from[expert] && marks[expert] != stamp;
   };
   const int64_t backup = r.backup == nullptr ? -1 : r.backup[wish];
   int64_t next = -1;
@@ -248,7 +246,7 @@ __device__ Takers count_takers(const unsigned char* of_warps) {
 template <typename T>
 __device__ void serve_chunk(const Rerouting<T>& r, const Chunk& chunk, int64_t& stamp) {
   Slot mine = slot_of_thread(r, chunk);
-  bool is_turned_down = mine.wish >= 0 && mine.position >= r.full_from[mine.wish];
+  bool is_turned_down = mine.wish >= 0 && mine.position >= r.scratch.full_from[mine.wish];
   for (;;) {
     propose(r, chunk, mine, is_turned_down, stamp);
     __syncthreads();  // whoever still reads the last round's proposals
@@ -261,7 +259,7 @@ __device__ void serve_chunk(const Rerouting<T>& r, const Chunk& chunk, int64_t& 
     const int64_t expert = is_turned_down ? -1 : mine.proposal;
     const LaneGroup group = group_lanes(expert);
     const bool leads = expert >= 0 && group.is_led_here();
-    unsigned char* of_warps = r.takers + expert * kRerouteWarps;
+    unsigned char* of_warps = r.scratch.takers + expert * kRerouteWarps;
     if (leads) {
       of_warps[warp_in_block()] = static_cast<unsigned char>(group.size);
     }
@@ -269,9 +267,9 @@ __device__ void serve_chunk(const Rerouting<T>& r, const Chunk& chunk, int64_t& 
     const Takers takers = leads ? count_takers(of_warps) : Takers{0, 0};
     const int rank = __shfl_sync(kAllLanes, takers.before, group.leader) + group.rank;
     if (expert >= 0) {
-      is_turned_down = rank >= r.room[expert];
-      if (rank == r.room[expert] - 1) {
-        r.full_from[expert] = mine.position + 1;
+      is_turned_down = rank >= r.scratch.room[expert];
+      if (rank == r.scratch.room[expert] - 1) {
+        r.scratch.full_from[expert] = mine.position + 1;
       }
     }
     const bool goes_on = block_any(is_turned_down);
@@ -280,7 +278,7 @@ __device__ void serve_chunk(const Rerouting<T>& r, const Chunk& chunk, int64_t& 
     }
     if (!goes_on) {
       if (leads && takers.before == 0) {
-        r.room[expert] -= takers.total;
+        r.scratch.room[expert] -= takers.total;
       }
       break;
     }
@@ -295,7 +293,7 @@ template <typename T>
 __device__ bool has_open_expert(const Rerouting<T>& r, int64_t position) {
   bool is_open = false;
   for (int64_t e = threadIdx.x; e < r.num_experts; e += kRerouteThreads) {
-    is_open = is_open || position < r.full_from[e];
+    is_open = is_open || position < r.scratch.full_from[e];
   }
   return block_any(is_open);
 }
@@ -306,8 +304,8 @@ __global__ void __launch_bounds__(kRerouteThreads)
   __shared__ int64_t rerouted_to[kRerouteThreads];
   rerouted_to[threadIdx.x] = -1;
   for (int64_t e = threadIdx.x; e < r.num_experts; e += kRerouteThreads) {
-    r.room[e] = r.capacity[e];
-    r.full_from[e] = r.capacity[e] > 0 ? r.sizes.num_slots() : 0;
+    r.scratch.room[e] = r.capacity[e];
+    r.scratch.full_from[e] = r.capacity[e] > 0 ? r.sizes.num_slots() : 0;
   }
   Chunk chunk{0, slots_of_warp, rerouted_to};
   int64_t stamp = 0;
@@ -337,9 +335,10 @@ void reroute_overflow(Stream stream, const Rerouting<T>& rerouting) {
   }
 }
 
-template void reroute_overflow(Stream, const Rerouting<float>&);
-template void reroute_overflow(Stream, const Rerouting<double>&);
-template void reroute_overflow(Stream, const Rerouting<c10::Half>&);
-template void reroute_overflow(Stream, const Rerouting<c10::BFloat16>&);
+// NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
+#define TORCHMOE_INSTANTIATE(T, ...) template void reroute_overflow(Stream, const Rerouting<T>&);
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
+#undef TORCHMOE_INSTANTIATE
+// NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace torchmoe::cuda

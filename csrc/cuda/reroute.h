@@ -14,6 +14,13 @@ namespace torchmoe::cuda {
 constexpr int kRerouteThreads = 1024;
 constexpr int kRerouteWarps = kRerouteThreads / 32;
 
+struct RerouteScratch {
+  int64_t* room;          // [E], what is left before the present chunk
+  int64_t* full_from;     // [E], the position from which on an expert is known to be full
+  int64_t* marks;         // [kRerouteWarps, E], zero
+  unsigned char* takers;  // [E, kRerouteWarps], zero, 8-byte aligned
+};
+
 /// T is the stored type of the scores.
 template <typename T>
 struct Rerouting {
@@ -27,11 +34,7 @@ struct Rerouting {
   const int64_t* positions;             // [N], the inverse; null with it
   int64_t* limited;  // [T, K], in: the expert in [0, E) that a slot asks for, else -1
 
-  // Scratch.
-  int64_t* room;          // [E], what is left before the present chunk
-  int64_t* full_from;     // [E], the position from which on an expert is known to be full
-  int64_t* marks;         // [kRerouteWarps, E], zero
-  unsigned char* takers;  // [E, kRerouteWarps], zero, 8-byte aligned
+  RerouteScratch scratch;
 };
 
 template <typename T>

@@ -41,7 +41,7 @@ at::Tensor router_logits_kernel(const at::Tensor& x,
 /// The sum of contiguous grad [T, E] over tokens, float64.
 at::Tensor sum_of_tokens(cuda::Stream stream, const at::Tensor& grad) {
   const cuda::TokenSizes sizes{1, grad.size(0), grad.size(1)};
-  return AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "router_logits_backward", [&] {
+  return with_accumulate_type(grad.scalar_type(), [&]<typename scalar_t>() {
     return cuda::sum_over_tokens<scalar_t>(stream, sizes, grad, std::nullopt).squeeze(0);
   });
 }

@@ -1,7 +1,5 @@
 #include "cuda/router_z_loss_kernel.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -29,20 +27,19 @@ at::Tensor router_z_loss_kernel(const at::Tensor& logits,
   const auto acc = accumulate_dtype(logits.scalar_type());
   auto squares = at::empty({num_tokens}, logits.options().dtype(at::kDouble));
   auto loss = at::empty({}, logits.options().dtype(acc));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, logits.scalar_type(), "router_z_loss", [&] {
-        cuda::squared_logsumexp(stream,
-                                num_tokens,
-                                num_experts,
-                                logits_c.const_data_ptr<scalar_t>(),
-                                squares.mutable_data_ptr<double>());
-        const auto sum = cuda::sum_over_tokens<double>(stream, sizes, squares, mask);
-        cuda::divide_by_counts(stream,
-                               sizes,
-                               sum.const_data_ptr<double>(),
-                               counted.counts(),
-                               loss.mutable_data_ptr<at::opmath_type<scalar_t>>());
-      });
+  with_float_type(logits.scalar_type(), [&]<typename scalar_t>() {
+    cuda::squared_logsumexp(stream,
+                            num_tokens,
+                            num_experts,
+                            logits_c.const_data_ptr<scalar_t>(),
+                            squares.mutable_data_ptr<double>());
+    const auto sum = cuda::sum_over_tokens<double>(stream, sizes, squares, mask);
+    cuda::divide_by_counts(stream,
+                           sizes,
+                           sum.const_data_ptr<double>(),
+                           counted.counts(),
+                           loss.mutable_data_ptr<at::opmath_type<scalar_t>>());
+  });
   return loss;
 }
 
@@ -59,17 +56,16 @@ at::Tensor router_z_loss_backward_kernel(const at::Tensor& grad,
   const int64_t num_tokens = logits.numel() / num_experts;
   const cuda::CountedTokens counted(stream, 1, num_tokens, mask);
   auto grad_logits = at::empty(logits.sizes(), logits.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, logits.scalar_type(), "router_z_loss_backward", [&] {
-        cuda::squared_logsumexp_backward(stream,
-                                         num_tokens,
-                                         num_experts,
-                                         grad_acc.const_data_ptr<at::opmath_type<scalar_t>>(),
-                                         logits_c.const_data_ptr<scalar_t>(),
-                                         data_or_null<bool>(mask),
-                                         counted.counts(),
-                                         grad_logits.mutable_data_ptr<scalar_t>());
-      });
+  with_float_type(logits.scalar_type(), [&]<typename scalar_t>() {
+    cuda::squared_logsumexp_backward(stream,
+                                     num_tokens,
+                                     num_experts,
+                                     grad_acc.const_data_ptr<at::opmath_type<scalar_t>>(),
+                                     logits_c.const_data_ptr<scalar_t>(),
+                                     data_or_null<bool>(mask),
+                                     counted.counts(),
+                                     grad_logits.mutable_data_ptr<scalar_t>());
+  });
   return grad_logits;
 }
 

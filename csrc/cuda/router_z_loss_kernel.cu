@@ -1,5 +1,6 @@
 #include "cuda/router_z_loss_kernel.h"
 
+#include "common/float_types.h"
 #include "cuda/score.h"
 
 namespace torchmoe::cuda {
@@ -107,7 +108,7 @@ void squared_logsumexp_backward(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T)                                                 \
+#define TORCHMOE_INSTANTIATE(T, ...)                                            \
   template void squared_logsumexp(Stream, int64_t, int64_t, const T*, double*); \
   template void squared_logsumexp_backward(Stream,                              \
                                            int64_t,                             \
@@ -117,10 +118,7 @@ void squared_logsumexp_backward(Stream stream,
                                            const bool*,                         \
                                            const TokenCounts&,                  \
                                            T*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

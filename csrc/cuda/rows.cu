@@ -1,5 +1,6 @@
 #include "cuda/rows.h"
 
+#include "common/float_types.h"
 #include "cuda/vectors.h"
 #include "cuda/warp.h"
 
@@ -211,7 +212,7 @@ void combine_rows_backward(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T)                                               \
+#define TORCHMOE_INSTANTIATE(T, ...)                                          \
   template void gather_rows(Stream, const Plan&, const T*, T*, int64_t);      \
   template void combine_rows(                                                 \
       Stream, const Plan&, const T*, const at::opmath_type<T>*, T*, int64_t); \
@@ -223,10 +224,7 @@ void combine_rows_backward(Stream stream,
                                       T*,                                     \
                                       at::opmath_type<T>*,                    \
                                       int64_t);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

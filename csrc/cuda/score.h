@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "common/choices.h"
 #include "common/sigmoid.h"
+#include "common/vocabulary.h"
 #include "cuda/warp.h"
 
 namespace torchmoe::cuda {

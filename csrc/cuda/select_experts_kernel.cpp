@@ -1,7 +1,5 @@
 #include "cuda/select_experts_kernel.h"
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -27,17 +25,16 @@ at::Tensor select_experts_kernel(const at::Tensor& scores,
   const auto tie_break_acc = contiguous_as(tie_break, acc);
   const auto mask = contiguous_as(token_mask, at::kBool);
   auto indices = at::empty({scores.size(0), top_k}, scores.options().dtype(at::kLong));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, scores.scalar_type(), "select_experts", [&] {
-        using Acc = at::opmath_type<scalar_t>;
-        cuda::select_experts<scalar_t>(device.stream(),
-                                       {scores.size(0), scores.size(1), top_k},
-                                       {scores_c.const_data_ptr<scalar_t>(),
-                                        data_or_null<Acc>(bias_acc),
-                                        data_or_null<Acc>(tie_break_acc)},
-                                       data_or_null<bool>(mask),
-                                       indices.mutable_data_ptr<int64_t>());
-      });
+  with_float_type(scores.scalar_type(), [&]<typename scalar_t>() {
+    using Acc = at::opmath_type<scalar_t>;
+    cuda::select_experts<scalar_t>(device.stream(),
+                                   {scores.size(0), scores.size(1), top_k},
+                                   {scores_c.const_data_ptr<scalar_t>(),
+                                    data_or_null<Acc>(bias_acc),
+                                    data_or_null<Acc>(tie_break_acc)},
+                                   data_or_null<bool>(mask),
+                                   indices.mutable_data_ptr<int64_t>());
+  });
   return indices;
 }
 

@@ -1,8 +1,6 @@
 #include "cuda/select_experts_kernel.h"
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+#include "common/float_types.h"
 #include "cuda/candidate.h"
 #include "cuda/score.h"
 #include "cuda/warp.h"
@@ -84,13 +82,10 @@ void select_experts(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T) \
-  template void select_experts( \
+#define TORCHMOE_INSTANTIATE(T, ...) \
+  template void select_experts(      \
       Stream, const SelectSizes&, const SelectScores<T>&, const bool*, int64_t*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

@@ -5,9 +5,8 @@
 #include <limits>
 
 #include <ATen/OpMathType.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
+#include "common/float_types.h"
 #include "cuda/launch.h"
 
 namespace torchmoe::cuda {
@@ -108,12 +107,9 @@ void order_slots(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T) \
+#define TORCHMOE_INSTANTIATE(T, ...) \
   template void rank_keys(Stream, const SlotSizes&, CapacityOrder, const T*, RankKey<T>*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "common/choices.h"
+#include "common/vocabulary.h"
 #include "cuda/stream.h"
 
 namespace torchmoe::cuda {

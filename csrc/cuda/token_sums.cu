@@ -2,9 +2,7 @@
 
 #include <algorithm>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+#include "common/float_types.h"
 #include "cuda/block_sum.h"
 
 namespace torchmoe::cuda {
@@ -132,18 +130,14 @@ void divide_by_counts(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T) \
+#define TORCHMOE_INSTANTIATE(T, ...) \
   template void sum_over_tokens(Stream, const TokenSizes&, const T*, const bool*, double*, double*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 TORCHMOE_INSTANTIATE(bool)
 #undef TORCHMOE_INSTANTIATE
-#define TORCHMOE_INSTANTIATE(T) \
+#define TORCHMOE_INSTANTIATE(T, ...) \
   template void divide_by_counts(Stream, const TokenSizes&, const double*, const TokenCounts&, T*);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
+TORCHMOE_ACCUMULATE_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

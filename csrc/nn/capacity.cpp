@@ -13,7 +13,8 @@
 #include <ATen/ops/mul.h>
 #include <c10/util/Exception.h>
 
-#include "common/choices.h"
+#include "common/checks.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe {
 namespace {
@@ -83,14 +84,9 @@ Share checked_share(int64_t num_experts,
                     kMostExperts,
                     "], got ",
                     num_experts);
-  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= num_experts,
-                    op,
-                    ": top_k must be in [1, ",
-                    num_experts,
-                    "], got ",
-                    top_k);
+  check_top_k(op, top_k, num_experts);
   TORCH_CHECK_VALUE(min_capacity >= 0, op, ": min_capacity must be >= 0, got ", min_capacity);
-  const bool up = choose_rounding(op, rounding) == Rounding::up;
+  const bool up = choose<Rounding>(op, rounding) == Rounding::up;
   // Where a token's share reaches a whole slot every token fits; below, its numerator is smaller
   // than its denominator.
   const int64_t denominator = factor.denominator() * num_experts;
@@ -130,9 +126,10 @@ at::Tensor expert_capacity(const at::Tensor& num_tokens,
                            std::string_view rounding) {
   const auto share = checked_share(num_experts, top_k, capacity_factor, min_capacity, rounding);
   const auto dtype = num_tokens.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kLong || dtype == at::kInt,
-                    "expert_capacity: num_tokens must be an int or an int64 tensor, got a tensor of ",
-                    dtype);
+  TORCH_CHECK_VALUE(
+      dtype == at::kLong || dtype == at::kInt,
+      "expert_capacity: num_tokens must be an int or an int64 tensor, got a tensor of ",
+      dtype);
   // On a device the answer would have to be waited for.
   if (num_tokens.is_cpu() && num_tokens.numel() > 0) {
     const auto least = num_tokens.min().item<int64_t>();

@@ -23,12 +23,12 @@ ExpertsImpl::ExpertsImpl(const ExpertsOptions& settings) : options(settings) {
   check_at_least("Experts", "hidden_size", options.hidden_size(), 1);
   check_at_least("Experts", "intermediate_size", options.intermediate_size(), 1);
   check_at_least("Experts", "num_experts", options.num_experts(), 1);
-  choose_activation("Experts", options.activation());
+  choose<Activation>("Experts", options.activation());
   reset();
 }
 
 void ExpertsImpl::reset() {
-  const bool gated = is_gated(choose_activation("Experts", options.activation()));
+  const bool gated = is_gated(choose<Activation>("Experts", options.activation()));
   const std::string name_in = gated ? "gate_up_proj" : "up_proj";
   const int64_t experts = options.num_experts();
   const int64_t hidden = options.hidden_size();
@@ -67,8 +67,11 @@ void ExpertsImpl::pretty_print(std::ostream& stream) const {
 at::Tensor ExpertsImpl::forward(const at::Tensor& x,
                                 const at::Tensor& indices,
                                 const at::Tensor& weights) {
-  return expert_mlp(
-      x, indices, weights, w_in, if_defined(b_in), w_out, if_defined(b_out), options.activation());
+  return expert_mlp(x,
+                    indices,
+                    weights,
+                    {w_in, if_defined(b_in), w_out, if_defined(b_out)},
+                    options.activation());
 }
 
 }  // namespace torchmoe::nn

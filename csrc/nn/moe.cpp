@@ -4,10 +4,14 @@
 #include <ostream>
 #include <utility>
 
-#include "common/choices.h"
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include "common/checks.h"
 #include "common/dtypes.h"
+#include "common/vocabulary.h"
 #include "nn/checks.h"
-#include "ops/dispatch_plan.h"
 #include "ops/gate_weights.h"
 #include "ops/limit_capacity.h"
 #include "ops/load_balancing_loss.h"
@@ -18,17 +22,17 @@ namespace torchmoe::nn {
 namespace {
 
 void check_gate(const GateOptions& gate) {
-  choose_score_function("Gate", gate.score_function());
+  choose<ScoreFunction>("Gate", gate.score_function());
   if (gate.normalize()) {
-    choose_normalize("Gate", *gate.normalize());
+    choose<Normalize>("Gate", *gate.normalize());
   }
-  choose_estimator("Gate", gate.estimator());
+  choose<GateEstimator>("Gate", gate.estimator());
 }
 
 void check_capacity(const CapacityOptions& capacity, int64_t num_experts) {
   check_at_least("Capacity", "minimum", capacity.minimum(), 0);
-  choose_order("Capacity", capacity.order());
-  const bool needs_backup = choose_overflow("Capacity", capacity.overflow()) == Overflow::backup;
+  choose<CapacityOrder>("Capacity", capacity.order());
+  const bool needs_backup = choose<Overflow>("Capacity", capacity.overflow()) == Overflow::backup;
   const auto& backup = capacity.backup();
   TORCH_CHECK_VALUE(static_cast<int64_t>(backup.size()) == (needs_backup ? num_experts : 0),
                     "Capacity: backup must have ",
@@ -37,20 +41,8 @@ void check_capacity(const CapacityOptions& capacity, int64_t num_experts) {
                     capacity.overflow(),
                     "\", got ",
                     backup.size());
-  for (size_t e = 0; e < backup.size(); ++e) {
-    TORCH_CHECK_VALUE(
-        backup[e] >= 0 && backup[e] < num_experts && backup[e] != static_cast<int64_t>(e),
-        "Capacity: backup must be another expert in [0, ",
-        num_experts,
-        ") for every expert, got ",
-        backup[e],
-        " for expert ",
-        e);
-  }
-  TORCH_CHECK_VALUE(capacity.normalize() == "before_drop" || capacity.normalize() == "after_drop",
-                    "Capacity: normalize must be one of \"before_drop\", \"after_drop\", got \"",
-                    capacity.normalize(),
-                    "\"");
+  check_backup("Capacity", backup);
+  choose<Normalized>("Capacity", capacity.normalize());
 }
 
 void check_router(const RouterOptions& router, const MoEOptions& options) {
@@ -93,9 +85,13 @@ at::Tensor before_drop(const Routing& routing) {
   return at::where(routing.indices.ge(0), routing.indices, routing.selected);
 }
 
-/// Slots per expert: [T, K] -> [E].
+/// Slots per expert: [T, K] -> [E]. Integers, so that any order of adding gives the same.
 at::Tensor count(const at::Tensor& indices, int64_t num_experts) {
-  return dispatch_plan(indices, num_experts).expert_offsets.diff();
+  const auto slots = indices.flatten();
+  const auto of_nobody = at::where(slots.lt(0), num_experts, slots);
+  return at::zeros({num_experts + 1}, slots.options())
+      .scatter_add_(0, of_nobody, at::ones_like(slots))
+      .narrow(0, 0, num_experts);
 }
 
 }  // namespace
@@ -103,11 +99,7 @@ at::Tensor count(const at::Tensor& indices, int64_t num_experts) {
 MoEImpl::MoEImpl(const MoEOptions& settings) : options(settings) {
   check_at_least("MoE", "hidden_size", options.hidden_size(), 1);
   check_at_least("MoE", "num_experts", options.num_experts(), 1);
-  TORCH_CHECK_VALUE(options.top_k() >= 1 && options.top_k() <= options.num_experts(),
-                    "MoE: top_k must be in [1, ",
-                    options.num_experts(),
-                    "], got ",
-                    options.top_k());
+  check_top_k("MoE", options.top_k(), options.num_experts());
   check_not_negative("MoE", "balance_weight", options.balance_weight());
   check_not_negative("MoE", "z_loss_weight", options.z_loss_weight());
   check_gate(options.gate());
@@ -180,8 +172,10 @@ MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>&
   // 3. Weigh: rerouted slots as what they are now, and before slots are dropped unless asked
   // otherwise.
   const auto& gate = options.gate();
-  const bool after_drop = options.capacity() && options.capacity()->normalize() == "after_drop" &&
-                          *gate.normalize() != "none";
+  const bool after_drop =
+      options.capacity() &&
+      choose<Normalized>("Capacity", options.capacity()->normalize()) == Normalized::after_drop &&
+      choose<Normalize>("Gate", *gate.normalize()) != Normalize::none;
   // Weights that are constant have a gradient of zero, which a frozen router does not miss; gate_weights
   // refuses it for one that could learn.
   const bool is_constant =
@@ -228,7 +222,7 @@ at::Tensor MoEImpl::limit(const Routing& routing, const std::optional<at::Tensor
   const auto slots = counted
                          ? slots_of(*counted).expand({options.num_experts()})
                          : selected.new_full({options.num_experts()}, slots_of(selected.size(0)));
-  const auto overflow = choose_overflow("Capacity", capacity.overflow());
+  const auto overflow = choose<Overflow>("Capacity", capacity.overflow());
   return limit_capacity(
       selected,
       slots,

@@ -68,7 +68,7 @@ struct ExpertsOptions {
   TORCH_ARG(int64_t, hidden_size);
   TORCH_ARG(int64_t, intermediate_size);
   TORCH_ARG(int64_t, num_experts);
-  /// gelu, gelu_tanh, relu, silu, or the gated swiglu, geglu, reglu.
+  /// A word of TORCHMOE_ACTIVATIONS (common/activation_names.h).
   TORCH_ARG(std::string, activation) = "swiglu";
   TORCH_ARG(bool, bias) = false;
 };

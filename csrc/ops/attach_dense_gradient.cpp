@@ -7,33 +7,26 @@
 #include "common/checks.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
-#include "ops/expert_mlp.h"
 
 namespace torchmoe {
 
 at::Tensor attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
-                                 const at::Tensor& w_in,
-                                 const std::optional<at::Tensor>& b_in,
-                                 const at::Tensor& w_out,
-                                 const std::optional<at::Tensor>& b_out,
+                                 const ExpertParameters& experts,
                                  std::string_view activation) {
   static const auto op =
       find_op<decltype(attach_dense_gradient)>("torchmoe::attach_dense_gradient");
-  return op.call(y, probs, x, w_in, b_in, w_out, b_out, activation);
+  return call(op, y, probs, x, experts, activation);
 }
 
 at::Tensor attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
-                                          const at::Tensor& w_in,
-                                          const std::optional<at::Tensor>& b_in,
-                                          const at::Tensor& w_out,
-                                          const std::optional<at::Tensor>& b_out,
+                                          const ExpertParameters& experts,
                                           std::string_view activation) {
   static const auto op = find_op<decltype(attach_dense_gradient_backward)>(
       "torchmoe::_attach_dense_gradient_backward");
-  return op.call(grad, x, w_in, b_in, w_out, b_out, activation);
+  return call(op, grad, x, experts, activation);
 }
 
 namespace {
@@ -53,28 +46,23 @@ void check_like_x(std::string_view op,
 void check_attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
-                                 const at::Tensor& w_in,
-                                 const std::optional<at::Tensor>& b_in,
-                                 const at::Tensor& w_out,
-                                 const std::optional<at::Tensor>& b_out,
+                                 const ExpertParameters& experts,
                                  std::string_view activation) {
   constexpr auto op = "attach_dense_gradient";
-  check_expert_weights(op, x, w_in, b_in, w_out, b_out, activation);
+  check_expert_parameters(op, x, experts, activation);
   check_like_x(op, "y", y, x);
-  check_shape(op, "probs", probs, {x.sym_size(0), w_out.sym_size(0)}, "[num_tokens, num_experts]");
+  check_shape(
+      op, "probs", probs, {x.sym_size(0), experts.w_out.sym_size(0)}, "[num_tokens, num_experts]");
   check_floating(op, "probs", probs);
   check_same_device(op, "probs", probs, "x", x);
 }
 
 void check_attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
-                                          const at::Tensor& w_in,
-                                          const std::optional<at::Tensor>& b_in,
-                                          const at::Tensor& w_out,
-                                          const std::optional<at::Tensor>& b_out,
+                                          const ExpertParameters& experts,
                                           std::string_view activation) {
   constexpr auto op = "_attach_dense_gradient_backward";
-  check_expert_weights(op, x, w_in, b_in, w_out, b_out, activation);
+  check_expert_parameters(op, x, experts, activation);
   check_like_x(op, "grad", grad, x);
 }
 
@@ -83,24 +71,18 @@ namespace {
 at::Tensor attach_dense_gradient_composite(const at::Tensor& y,
                                            const at::Tensor& probs,
                                            const at::Tensor& x,
-                                           const at::Tensor& w_in,
-                                           const std::optional<at::Tensor>& b_in,
-                                           const at::Tensor& w_out,
-                                           const std::optional<at::Tensor>& b_out,
+                                           const ExpertParameters& experts,
                                            std::string_view activation) {
-  check_attach_dense_gradient(y, probs, x, w_in, b_in, w_out, b_out, activation);
+  check_attach_dense_gradient(y, probs, x, experts, activation);
   return at::clone(y);
 }
 
 at::Tensor attach_dense_gradient_backward_meta(const at::Tensor& grad,
                                                const at::Tensor& x,
-                                               const at::Tensor& w_in,
-                                               const std::optional<at::Tensor>& b_in,
-                                               const at::Tensor& w_out,
-                                               const std::optional<at::Tensor>& b_out,
+                                               const ExpertParameters& experts,
                                                std::string_view activation) {
-  check_attach_dense_gradient_backward(grad, x, w_in, b_in, w_out, b_out, activation);
-  return at::empty_symint({x.sym_size(0), w_out.sym_size(0)},
+  check_attach_dense_gradient_backward(grad, x, experts, activation);
+  return at::empty_symint({x.sym_size(0), experts.w_out.sym_size(0)},
                           x.options().dtype(accumulate_dtype(x.scalar_type())));
 }
 
@@ -108,11 +90,11 @@ at::Tensor attach_dense_gradient_backward_meta(const at::Tensor& grad,
 
 // A copy is the same on every backend, Meta included.
 TORCH_LIBRARY_IMPL(torchmoe, CompositeExplicitAutograd, m) {
-  m.impl("attach_dense_gradient", &attach_dense_gradient_composite);
+  m.impl("attach_dense_gradient", with_records<&attach_dense_gradient_composite>);
 }
 
 TORCH_LIBRARY_IMPL(torchmoe, Meta, m) {
-  m.impl("_attach_dense_gradient_backward", &attach_dense_gradient_backward_meta);
+  m.impl("_attach_dense_gradient_backward", with_records<&attach_dense_gradient_backward_meta>);
 }
 
 }  // namespace torchmoe

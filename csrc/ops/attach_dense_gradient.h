@@ -1,9 +1,10 @@
 #pragma once
 
-#include <optional>
 #include <string_view>
 
 #include <ATen/core/Tensor.h>
+
+#include "expert_parameters.h"
 
 namespace torchmoe {
 
@@ -17,42 +18,30 @@ namespace torchmoe {
 /// DenseMixer, https://openreview.net/forum?id=4HGIIekCx3). x and the experts' weights get no
 /// gradient here.
 ///
-/// y [T, H] and probs [T, E] floating; x [T, H], w_in [E, P, H], b_in [E, P], w_out [E, H, I], b_out
-/// [E, H] of one floating dtype, as in expert_mlp -> [T, H] in y's dtype. Differentiable in y and probs; the second derivative through probs is refused. Saves its
-/// inputs; backward takes 2 T E H (P + I) FLOPs and, with A = activation(w_in x + b_in), forms
-/// <dL/dy w_out, A> + <dL/dy, b_out> in blocks of tokens, never an array of size [T, E, H].
+/// y [T, H] and probs [T, E] floating; x [T, H] of the experts' dtype -> [T, H] in y's dtype.
+/// Differentiable in y and probs; the second derivative through probs is refused. Saves its inputs;
+/// backward takes 2 T E H (P + I) FLOPs and, with A = activation(w_in x + b_in), forms <dL/dy w_out,
+/// A> + <dL/dy, b_out> in blocks of tokens, never an array of size [T, E, H].
 at::Tensor attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
-                                 const at::Tensor& w_in,
-                                 const std::optional<at::Tensor>& b_in,
-                                 const at::Tensor& w_out,
-                                 const std::optional<at::Tensor>& b_out,
+                                 const ExpertParameters& experts,
                                  std::string_view activation);
 
 /// The gradient of probs for `grad` [T, H]: [T, E], float32 (float64 for float64 x).
 at::Tensor attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
-                                          const at::Tensor& w_in,
-                                          const std::optional<at::Tensor>& b_in,
-                                          const at::Tensor& w_out,
-                                          const std::optional<at::Tensor>& b_out,
+                                          const ExpertParameters& experts,
                                           std::string_view activation);
 
 void check_attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
-                                 const at::Tensor& w_in,
-                                 const std::optional<at::Tensor>& b_in,
-                                 const at::Tensor& w_out,
-                                 const std::optional<at::Tensor>& b_out,
+                                 const ExpertParameters& experts,
                                  std::string_view activation);
 void check_attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
-                                          const at::Tensor& w_in,
-                                          const std::optional<at::Tensor>& b_in,
-                                          const at::Tensor& w_out,
-                                          const std::optional<at::Tensor>& b_out,
+                                          const ExpertParameters& experts,
                                           std::string_view activation);
 
 }  // namespace torchmoe

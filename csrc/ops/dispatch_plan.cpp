@@ -31,18 +31,25 @@ void check_dispatch_plan(const at::Tensor& indices, const c10::SymInt& num_exper
                     num_experts);
 }
 
-void check_plan(std::string_view op,
-                const at::Tensor& expert_offsets,
-                const at::Tensor& row_to_slot,
-                const at::Tensor& slot_to_row,
-                std::string_view like_name,
-                const at::Tensor& like) {
+void check_expert_offsets(std::string_view op,
+                          const at::Tensor& expert_offsets,
+                          std::string_view like_name,
+                          const at::Tensor& like) {
   check_dim(op, "expert_offsets", expert_offsets, 1, "[num_experts + 1]");
   check_dtype(op, "expert_offsets", expert_offsets, at::kLong);
   TORCH_CHECK(expert_offsets.sym_size(0) >= 1,
               op,
               ": expert_offsets must be [num_experts + 1], got shape ",
               expert_offsets.sym_sizes());
+  check_same_device(op, "expert_offsets", expert_offsets, like_name, like);
+}
+
+void check_plan(std::string_view op,
+                const DispatchPlan& plan,
+                std::string_view like_name,
+                const at::Tensor& like) {
+  const auto& [expert_offsets, row_to_slot, slot_to_row] = plan;
+  check_expert_offsets(op, expert_offsets, like_name, like);
   check_dim(op, "slot_to_row", slot_to_row, 2, "[num_tokens, top_k]");
   check_dtype(op, "slot_to_row", slot_to_row, at::kLong);
   check_shape(op,
@@ -51,7 +58,6 @@ void check_plan(std::string_view op,
               {slot_to_row.sym_size(0) * slot_to_row.sym_size(1)},
               "[num_tokens * top_k]");
   check_dtype(op, "row_to_slot", row_to_slot, at::kLong);
-  check_same_device(op, "expert_offsets", expert_offsets, like_name, like);
   check_same_device(op, "row_to_slot", row_to_slot, like_name, like);
   check_same_device(op, "slot_to_row", slot_to_row, like_name, like);
 }

@@ -17,6 +17,8 @@ struct DispatchPlan {
   at::Tensor row_to_slot;
   /// [T, K] int64: the inverse.
   at::Tensor slot_to_row;
+
+  auto fields() const { return std::tie(expert_offsets, row_to_slot, slot_to_row); }
 };
 
 /// The stable counting sort of the slots by expert: a full permutation, whatever the ids. An id
@@ -27,12 +29,16 @@ DispatchPlan dispatch_plan(const at::Tensor& indices, c10::SymInt num_experts);
 
 void check_dispatch_plan(const at::Tensor& indices, const c10::SymInt& num_experts);
 
-/// Checks of the plan that an op takes as three tensors; `like` names the tensor whose device they
+/// Checks of offsets [E + 1] that an op takes without the rest of a plan.
+void check_expert_offsets(std::string_view op,
+                          const at::Tensor& expert_offsets,
+                          std::string_view like_name,
+                          const at::Tensor& like);
+
+/// Checks of the plan that an op takes; `like` names the tensor whose device they
 /// must share.
 void check_plan(std::string_view op,
-                const at::Tensor& expert_offsets,
-                const at::Tensor& row_to_slot,
-                const at::Tensor& slot_to_row,
+                const DispatchPlan& plan,
                 std::string_view like_name,
                 const at::Tensor& like);
 

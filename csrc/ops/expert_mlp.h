@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "dispatch_plan.h"
+#include "expert_parameters.h"
 
 namespace torchmoe {
 
@@ -16,13 +17,11 @@ namespace torchmoe {
 ///     y[t] = sum over routed slots j of weights[t, j] * (w_out[i] a + b_out[i]),  i = indices[t, j]
 ///     a    = activation(w_in[i] x[t] + b_in[i])
 ///
-/// P is the width of the pre-activation: I for the plain activations gelu, gelu_tanh, relu and
-/// silu; 2I for the gated swiglu, geglu and reglu, whose first I rows of w_in are the gate: a =
-/// f(gate) * up.
+/// and a = f(gate) * up for the gated activations.
 ///
-/// x [T, H], w_in [E, P, H], b_in [E, P], w_out [E, H, I], b_out [E, H], of one floating dtype;
-/// indices [T, K] int64, an id outside [0, E) is not routed; weights [T, K] float32, float64 or
-/// that dtype -> y [T, H] in x's dtype. A token that names an expert twice gets both slots.
+/// x [T, H] of the experts' dtype; indices [T, K] int64, an id outside [0, E) is not routed; weights
+/// [T, K] float32, float64 or that dtype -> y [T, H] in x's dtype. A token that names an expert
+/// twice gets both slots.
 ///
 /// Differentiable once in x, weights, w_in, b_in, w_out and b_out. Saves x, the pre-activation [N,
 /// P], weights and integers, and nothing of size [N, H]: with dA' = dL/dy w_out the gradient of a
@@ -31,20 +30,14 @@ namespace torchmoe {
 at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
-                      const at::Tensor& w_in,
-                      const std::optional<at::Tensor>& b_in,
-                      const at::Tensor& w_out,
-                      const std::optional<at::Tensor>& b_out,
+                      const ExpertParameters& experts,
                       std::string_view activation);
 
 /// y and, where save_pre asks for it, the pre-activation [N, P] in row order (rows past
 /// expert_offsets[E] are 0), else [0, P].
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
                                                       const at::Tensor& weights,
-                                                      const at::Tensor& w_in,
-                                                      const std::optional<at::Tensor>& b_in,
-                                                      const at::Tensor& w_out,
-                                                      const std::optional<at::Tensor>& b_out,
+                                                      const ExpertParameters& experts,
                                                       const DispatchPlan& plan,
                                                       std::string_view activation,
                                                       bool save_pre);
@@ -72,48 +65,28 @@ struct ExpertMlpWanted {
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor& x,
                                        const at::Tensor& weights,
-                                       const at::Tensor& w_in,
-                                       const std::optional<at::Tensor>& b_in,
-                                       const at::Tensor& w_out,
-                                       const std::optional<at::Tensor>& b_out,
+                                       const ExpertParameters& experts,
                                        const DispatchPlan& plan,
                                        const at::Tensor& pre,
                                        std::string_view activation,
                                        std::array<bool, 6> output_mask);
 
-/// The experts' weights beside the tokens they are for; every op that runs experts calls it.
-void check_expert_weights(std::string_view op,
-                          const at::Tensor& x,
-                          const at::Tensor& w_in,
-                          const std::optional<at::Tensor>& b_in,
-                          const at::Tensor& w_out,
-                          const std::optional<at::Tensor>& b_out,
-                          std::string_view activation);
-/// What the op and its private parts share; `slots` is indices or slot_to_row.
 void check_expert_mlp(const at::Tensor& x,
-                      const at::Tensor& slots,
-                      std::string_view slots_name,
+                      const at::Tensor& indices,
                       const at::Tensor& weights,
-                      const at::Tensor& w_in,
-                      const std::optional<at::Tensor>& b_in,
-                      const at::Tensor& w_out,
-                      const std::optional<at::Tensor>& b_out,
+                      const ExpertParameters& experts,
                       std::string_view activation);
-/// The plan of the private parts: over as many experts as there are weights.
-void check_expert_mlp_plan(std::string_view op,
-                           const at::Tensor& x,
-                           const at::Tensor& w_in,
-                           const at::Tensor& expert_offsets,
-                           const at::Tensor& row_to_slot,
-                           const at::Tensor& slot_to_row);
+/// The private parts: with a plan over as many experts as there are parameters.
+void check_expert_mlp_forward(const at::Tensor& x,
+                              const at::Tensor& weights,
+                              const ExpertParameters& experts,
+                              const DispatchPlan& plan,
+                              std::string_view activation);
 void check_expert_mlp_backward(const at::Tensor& grad,
                                const at::Tensor& x,
-                               const at::Tensor& slot_to_row,
                                const at::Tensor& weights,
-                               const at::Tensor& w_in,
-                               const std::optional<at::Tensor>& b_in,
-                               const at::Tensor& w_out,
-                               const std::optional<at::Tensor>& b_out,
+                               const ExpertParameters& experts,
+                               const DispatchPlan& plan,
                                const at::Tensor& pre,
                                std::string_view activation);
 

@@ -4,9 +4,9 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe {
 
@@ -43,9 +43,9 @@ void check_gate_weights(const at::Tensor& logits,
       op, "indices", indices, {logits.sym_size(0), indices.sym_size(1)}, "[num_tokens, top_k]");
   check_dtype(op, "indices", indices, at::kLong);
   check_same_device(op, "indices", indices, "logits", logits);
-  choose_score_function(op, score_function);
-  choose_normalize(op, normalize);
-  choose_estimator(op, estimator);
+  choose<ScoreFunction>(op, score_function);
+  choose<Normalize>(op, normalize);
+  choose<GateEstimator>(op, estimator);
 }
 
 void check_gate_weights_backward(const at::Tensor& grad,

@@ -6,6 +6,7 @@
 #include "common/checks.h"
 #include "common/find_op.h"
 #include "common/output_mask.h"
+#include "ops/dispatch_plan.h"
 
 namespace torchmoe {
 
@@ -49,9 +50,8 @@ void check_grouped_linear(const at::Tensor& rows,
     check_same_dtype(op, "bias", *bias, "rows", rows);
     check_same_device(op, "bias", *bias, "rows", rows);
   }
+  check_expert_offsets(op, expert_offsets, "rows", rows);
   check_shape(op, "expert_offsets", expert_offsets, {weight.sym_size(0) + 1}, "[num_experts + 1]");
-  check_dtype(op, "expert_offsets", expert_offsets, at::kLong);
-  check_same_device(op, "expert_offsets", expert_offsets, "rows", rows);
 }
 
 void check_grouped_linear_backward(const at::Tensor& grad,

@@ -4,8 +4,8 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
-#include "common/choices.h"
 #include "common/find_op.h"
+#include "common/vocabulary.h"
 #include "ops/select_experts.h"
 
 namespace torchmoe {
@@ -60,7 +60,7 @@ void check_limit_capacity(const at::Tensor& indices,
   check_dim(op, "capacity", capacity, 1, "[num_experts]");
   check_dtype(op, "capacity", capacity, at::kLong);
   check_same_device(op, "capacity", capacity, "indices", indices);
-  choose_order(op, order);
+  choose<CapacityOrder>(op, order);
   if (priority) {
     check_shape(op,
                 "priority",
@@ -70,7 +70,7 @@ void check_limit_capacity(const at::Tensor& indices,
     check_floating(op, "priority", *priority);
     check_same_device(op, "priority", *priority, "indices", indices);
   }
-  const auto chosen = choose_overflow(op, overflow);
+  const auto chosen = choose<Overflow>(op, overflow);
   check_presence("scores", scores, chosen != Overflow::drop, overflow);
   if (scores) {
     check_shape(op,
@@ -102,16 +102,23 @@ void check_limit_capacity_entries(at::IntArrayRef capacity, std::optional<at::In
                       capacity[e],
                       " for expert ",
                       e);
-    if (backup) {
-      const int64_t other = (*backup)[e];
-      TORCH_CHECK_VALUE(other >= 0 && other < num_experts && other != e,
-                        "limit_capacity: backup must be another expert in [0, ",
-                        num_experts,
-                        ") for every expert, got ",
-                        other,
-                        " for expert ",
-                        e);
-    }
+  }
+  if (backup) {
+    check_backup("limit_capacity", *backup);
+  }
+}
+
+void check_backup(std::string_view op, at::IntArrayRef backup) {
+  const auto num_experts = static_cast<int64_t>(backup.size());
+  for (int64_t e = 0; e < num_experts; ++e) {
+    TORCH_CHECK_VALUE(backup[e] >= 0 && backup[e] < num_experts && backup[e] != e,
+                      op,
+                      ": backup must be another expert in [0, ",
+                      num_experts,
+                      ") for every expert, got ",
+                      backup[e],
+                      " for expert ",
+                      e);
   }
 }
 

@@ -50,5 +50,7 @@ void check_limit_capacity(const at::Tensor& indices,
 
 /// The entries of the two tables, for kernels that can read them.
 void check_limit_capacity_entries(at::IntArrayRef capacity, std::optional<at::IntArrayRef> backup);
+/// The entries of a backup table, which has one for each expert.
+void check_backup(std::string_view op, at::IntArrayRef backup);
 
 }  // namespace torchmoe

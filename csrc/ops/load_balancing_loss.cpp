@@ -4,10 +4,10 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
-#include "common/choices.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
 #include "common/token_mask.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe {
 
@@ -34,7 +34,7 @@ void check_load_balancing_loss(const at::Tensor& logits,
                                std::string_view score_function,
                                const std::optional<at::Tensor>& token_mask) {
   constexpr auto op = "load_balancing_loss";
-  choose_score_function(op, score_function);
+  choose<ScoreFunction>(op, score_function);
   check_floating(op, "logits", logits);
   TORCH_CHECK(logits.dim() >= 2,
               op,

@@ -16,13 +16,7 @@ at::Tensor permute(const at::Tensor& x, const DispatchPlan& plan);
 /// Gradient of x [T, H] for `grad` [N, H]: the sum of a token's routed rows, in slot order.
 at::Tensor permute_backward(const at::Tensor& grad, const DispatchPlan& plan);
 
-void check_permute(const at::Tensor& x,
-                   const at::Tensor& expert_offsets,
-                   const at::Tensor& row_to_slot,
-                   const at::Tensor& slot_to_row);
-void check_permute_backward(const at::Tensor& grad,
-                            const at::Tensor& expert_offsets,
-                            const at::Tensor& row_to_slot,
-                            const at::Tensor& slot_to_row);
+void check_permute(const at::Tensor& x, const DispatchPlan& plan);
+void check_permute_backward(const at::Tensor& grad, const DispatchPlan& plan);
 
 }  // namespace torchmoe

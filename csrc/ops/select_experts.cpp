@@ -41,12 +41,7 @@ void check_select_experts(const at::Tensor& scores,
   constexpr auto op = "select_experts";
   check_dim(op, "scores", scores, 2, "[num_tokens, num_experts]");
   check_floating(op, "scores", scores);
-  TORCH_CHECK_VALUE(top_k >= 1 && scores.sym_size(1) >= top_k,
-                    op,
-                    ": top_k must be in [1, ",
-                    scores.sym_size(1),
-                    "], got ",
-                    top_k);
+  check_top_k(op, top_k, scores.sym_size(1));
   if (selection_bias) {
     check_shape(op, "selection_bias", *selection_bias, {scores.sym_size(1)}, "[num_experts]");
     check_floating(op, "selection_bias", *selection_bias);

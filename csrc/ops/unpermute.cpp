@@ -9,27 +9,16 @@
 namespace torchmoe {
 
 at::Tensor unpermute(const at::Tensor& rows, const at::Tensor& weights, const DispatchPlan& plan) {
-  using Signature = at::Tensor(const at::Tensor&,
-                               const at::Tensor&,
-                               const at::Tensor&,
-                               const at::Tensor&,
-                               const at::Tensor&);
-  static const auto op = find_op<Signature>("torchmoe::unpermute");
-  return op.call(rows, weights, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row);
+  static const auto op = find_op<decltype(unpermute)>("torchmoe::unpermute");
+  return call(op, rows, weights, plan);
 }
 
 std::tuple<at::Tensor, at::Tensor> unpermute_backward(const at::Tensor& grad,
                                                       const at::Tensor& rows,
                                                       const at::Tensor& weights,
                                                       const DispatchPlan& plan) {
-  using Signature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&,
-                                                       const at::Tensor&,
-                                                       const at::Tensor&,
-                                                       const at::Tensor&,
-                                                       const at::Tensor&,
-                                                       const at::Tensor&);
-  static const auto op = find_op<Signature>("torchmoe::_unpermute_backward");
-  return op.call(grad, rows, weights, plan.expert_offsets, plan.row_to_slot, plan.slot_to_row);
+  static const auto op = find_op<decltype(unpermute_backward)>("torchmoe::_unpermute_backward");
+  return call(op, grad, rows, weights, plan);
 }
 
 void check_weights(std::string_view op,
@@ -51,30 +40,30 @@ void check_weights(std::string_view op,
   check_same_device(op, "weights", weights, like_name, like);
 }
 
-void check_unpermute(const at::Tensor& rows,
-                     const at::Tensor& weights,
-                     const at::Tensor& expert_offsets,
-                     const at::Tensor& row_to_slot,
-                     const at::Tensor& slot_to_row) {
+void check_unpermute(const at::Tensor& rows, const at::Tensor& weights, const DispatchPlan& plan) {
   constexpr auto op = "unpermute";
   check_dim(op, "rows", rows, 2, "[num_rows, hidden_size]");
   check_floating(op, "rows", rows);
-  check_plan(op, expert_offsets, row_to_slot, slot_to_row, "rows", rows);
-  check_shape(
-      op, "rows", rows, {row_to_slot.sym_size(0), rows.sym_size(1)}, "[num_rows, hidden_size]");
-  check_weights(op, weights, slot_to_row, "rows", rows);
+  check_plan(op, plan, "rows", rows);
+  check_shape(op,
+              "rows",
+              rows,
+              {plan.row_to_slot.sym_size(0), rows.sym_size(1)},
+              "[num_rows, hidden_size]");
+  check_weights(op, weights, plan.slot_to_row, "rows", rows);
 }
 
 void check_unpermute_backward(const at::Tensor& grad,
                               const at::Tensor& rows,
                               const at::Tensor& weights,
-                              const at::Tensor& expert_offsets,
-                              const at::Tensor& row_to_slot,
-                              const at::Tensor& slot_to_row) {
-  check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
+                              const DispatchPlan& plan) {
+  check_unpermute(rows, weights, plan);
   constexpr auto op = "_unpermute_backward";
-  check_shape(
-      op, "grad", grad, {slot_to_row.sym_size(0), rows.sym_size(1)}, "[num_tokens, hidden_size]");
+  check_shape(op,
+              "grad",
+              grad,
+              {plan.slot_to_row.sym_size(0), rows.sym_size(1)},
+              "[num_tokens, hidden_size]");
   check_gradient(op, grad, "rows", rows);
 }
 
@@ -82,20 +71,16 @@ namespace {
 
 at::Tensor unpermute_meta(const at::Tensor& rows,
                           const at::Tensor& weights,
-                          const at::Tensor& expert_offsets,
-                          const at::Tensor& row_to_slot,
-                          const at::Tensor& slot_to_row) {
-  check_unpermute(rows, weights, expert_offsets, row_to_slot, slot_to_row);
-  return at::empty_symint({slot_to_row.sym_size(0), rows.sym_size(1)}, rows.options());
+                          const DispatchPlan& plan) {
+  check_unpermute(rows, weights, plan);
+  return at::empty_symint({plan.slot_to_row.sym_size(0), rows.sym_size(1)}, rows.options());
 }
 
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_meta(const at::Tensor& grad,
                                                            const at::Tensor& rows,
                                                            const at::Tensor& weights,
-                                                           const at::Tensor& expert_offsets,
-                                                           const at::Tensor& row_to_slot,
-                                                           const at::Tensor& slot_to_row) {
-  check_unpermute_backward(grad, rows, weights, expert_offsets, row_to_slot, slot_to_row);
+                                                           const DispatchPlan& plan) {
+  check_unpermute_backward(grad, rows, weights, plan);
   return {at::empty_symint(rows.sym_sizes(), rows.options()),
           at::empty_symint(weights.sym_sizes(), weights.options())};
 }
@@ -103,8 +88,8 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward_meta(const at::Tensor& gra
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, Meta, m) {
-  m.impl("unpermute", &unpermute_meta);
-  m.impl("_unpermute_backward", &unpermute_backward_meta);
+  m.impl("unpermute", with_records<&unpermute_meta>);
+  m.impl("_unpermute_backward", with_records<&unpermute_backward_meta>);
 }
 
 }  // namespace torchmoe

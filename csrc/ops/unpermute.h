@@ -24,17 +24,11 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward(const at::Tensor& grad,
                                                       const at::Tensor& weights,
                                                       const DispatchPlan& plan);
 
-void check_unpermute(const at::Tensor& rows,
-                     const at::Tensor& weights,
-                     const at::Tensor& expert_offsets,
-                     const at::Tensor& row_to_slot,
-                     const at::Tensor& slot_to_row);
+void check_unpermute(const at::Tensor& rows, const at::Tensor& weights, const DispatchPlan& plan);
 void check_unpermute_backward(const at::Tensor& grad,
                               const at::Tensor& rows,
                               const at::Tensor& weights,
-                              const at::Tensor& expert_offsets,
-                              const at::Tensor& row_to_slot,
-                              const at::Tensor& slot_to_row);
+                              const DispatchPlan& plan);
 
 /// What every op that weighs slots asks of `weights`; `like` is the tensor they scale.
 void check_weights(std::string_view op,

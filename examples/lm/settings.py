@@ -22,8 +22,7 @@ from lm.model import (
 )
 from lm.routers import ROUTERS, looks_ahead
 from torchmoe.nn import known_estimators
-from torchmoe.nn.capacity import ORDERS
-from torchmoe.nn.estimators.estimator import NORMALIZES
+from torchmoe.ops import NORMALIZES, ORDERS
 from torchmoe.nn.estimators.registry import build_estimator
 
 # What weights are held in.

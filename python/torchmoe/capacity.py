@@ -24,13 +24,12 @@ from torchmoe._checks import (
     readable,
     shown,
 )
+from torchmoe.ops import ROUNDINGS
 
 # The largest denominator of a factor. A share of the tokens is then a fraction of at most 10^6 *
 # num_experts parts, which an int64 can multiply with 9 * 10^12 / num_experts tokens.
 _MOST_PARTS = 10**6
 _MOST_EXPERTS = 2**31
-
-ROUNDINGS = ("up", "down")
 
 
 def capacity_ratio(

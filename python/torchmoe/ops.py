@@ -12,7 +12,9 @@ An id outside [0, E) means "not routed": no output, its weight is ignored, its g
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,8 +30,34 @@ from torchmoe._checks import (
 
 _ops = torch.ops.torchmoe
 
-#: What probabilities are formed from logits by.
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+
+def _words(argument: str) -> tuple[str, ...]:
+    return tuple(_ops._vocabulary(argument)[0])
+
+
+_Function = TypeVar("_Function", bound=Callable[..., object])
+
+
+def _listing_words(function: _Function) -> _Function:
+    """Puts the library's list of words where a line of the docstring is `{argument}`."""
+
+    def listed(line: re.Match[str]) -> str:
+        words = zip(*_ops._vocabulary(line["argument"]), strict=True)
+        return "\n".join(f"{line['indent']}* `{name}`: {doc}" for name, doc in words)
+
+    lines = r"^(?P<indent> *)\{(?P<argument>[a-z_ ]+)\}$"
+    function.__doc__ = function.__doc__ and re.sub(lines, listed, function.__doc__, flags=re.M)
+    return function
+
+
+#: The words that arguments take, as the library lists them.
+SCORE_FUNCTIONS = _words("score_function")
+NORMALIZES = _words("normalize")
+ORDERS = _words("order")
+OVERFLOWS = _words("overflow")
+ROUNDINGS = _words("rounding")
+ACTIVATIONS = _words("activation")
+GATED_ACTIVATIONS = _words("gated activation")
 
 
 class DispatchPlan(NamedTuple):
@@ -398,6 +426,28 @@ def grouped_linear(
     return cast(Tensor, _call(_ops.grouped_linear.default, rows, weight, bias, expert_offsets))
 
 
+def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """What the rows of each expert add up to, in row order.
+
+    sums[e] = sum of rows[r] for expert_offsets[e] <= r < expert_offsets[e + 1].
+
+    Rows from expert_offsets[E] on are not read; an expert without rows has 0. Sums are formed in
+    float32 (float64 for float64 rows) and rounded once. Differentiable, twice, in rows.
+
+    Args:
+        rows: [N, H] floating, sorted by expert.
+        expert_offsets: [E + 1] int64, from dispatch_plan.
+
+    Returns:
+        [E, H] in the dtype of rows.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _call(_ops.sum_by_expert.default, rows, expert_offsets))
+
+
+@_listing_words
 def expert_mlp(
     x: Tensor,
     indices: Tensor,
@@ -412,9 +462,14 @@ def expert_mlp(
 
     y[t] = sum over routed slots j of weights[t, j] * expert_{indices[t, j]}(x[t]).
 
-    Activations "gelu", "gelu_tanh", "relu" and "silu" are plain; "swiglu" (SiLU), "geglu" (exact
-    GELU) and "reglu" (ReLU) are gated, act(gate) * up (Shazeer, arXiv 2002.05202). Layouts are
-    those of Hugging Face Transformers v5, so its checkpoints fit without a copy.
+    Layouts are those of Hugging Face Transformers v5, so its checkpoints fit without a copy. The
+    activations are plain, f(up):
+
+    {plain activation}
+
+    or gated, f(gate) * up (Shazeer, arXiv 2002.05202):
+
+    {gated activation}
 
     Differentiable, once, in x, weights and the four parameters. The backward pass keeps x, the
     pre-activation, the weights and integers, nothing of size [N, H]. Double backward is refused:

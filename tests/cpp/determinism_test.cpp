@@ -81,20 +81,21 @@ Named all_ops(at::ScalarType dtype) {
 
   const Tensor w = variable({kExperts, kInner, kHidden}, 6), b = variable({kExperts, kInner}, 7);
   keep("grouped_linear", torchmoe::grouped_linear(rows, w, b, plan.expert_offsets), {rows, w, b});
+  keep("sum_by_expert", torchmoe::sum_by_expert(rows, plan.expert_offsets), {rows});
   const Tensor w_out = variable({kExperts, kHidden, kInner}, 8),
                b_out = variable({kExperts, kHidden}, 9);
   keep("expert_mlp gelu",
-       torchmoe::expert_mlp(x, indices, weights, w, b, w_out, b_out, "gelu"),
+       torchmoe::expert_mlp(x, indices, weights, {w, b, w_out, b_out}, "gelu"),
        {x, weights, w, b, w_out, b_out});
   const Tensor w_gated = variable({kExperts, 2 * kInner, kHidden}, 10);
   keep("expert_mlp swiglu",
-       torchmoe::expert_mlp(x, indices, weights, w_gated, {}, w_out, {}, "swiglu"),
+       torchmoe::expert_mlp(x, indices, weights, {w_gated, {}, w_out, {}}, "swiglu"),
        {x, weights, w_gated, w_out});
 
   const Tensor y = variable({kTokens, kHidden}, 14);
   const Tensor probs = leaf({kTokens, kExperts}, 15);
   keep("attach_dense_gradient",
-       torchmoe::attach_dense_gradient(y, probs, x, w_gated, {}, w_out, b_out, "swiglu"),
+       torchmoe::attach_dense_gradient(y, probs, x, {w_gated, {}, w_out, b_out}, "swiglu"),
        {y, probs});
 
   const Tensor fraction = wave({kExperts}, 11).abs(), mask = wave({kTokens}, 12).gt(-0.5);
@@ -193,9 +194,9 @@ TEST_CASE("work that is too small to share starts no thread", "[determinism]") {
             const Tensor weights =
                 torchmoe::gate_weights(logits, indices, "softmax", "topk", "exact");
             const Tensor y =
-                torchmoe::expert_mlp(x, indices, weights, w_in, {}, w_out, {}, "swiglu");
+                torchmoe::expert_mlp(x, indices, weights, {w_in, {}, w_out, {}}, "swiglu");
             const Tensor dense =
-                torchmoe::attach_dense_gradient(y, logits, x, w_in, {}, w_out, {}, "swiglu");
+                torchmoe::attach_dense_gradient(y, logits, x, {w_in, {}, w_out, {}}, "swiglu");
             const auto plan = torchmoe::dispatch_plan(indices, 4);
             const Tensor rows =
                 torchmoe::grouped_linear(torchmoe::permute(x, plan), w_in, {}, plan.expert_offsets);

@@ -74,6 +74,18 @@ Activation find_activation(const std::string& name) {
 
 }  // namespace
 
+std::vector<std::string> activations() {
+  std::vector<std::string> names;
+  for (const auto& activation : kActivations) {
+    names.emplace_back(activation.name);
+  }
+  return names;
+}
+
+bool is_gated(const std::string& activation) {
+  return find_activation(activation).gated;
+}
+
 Tensor router_logits(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   Tensor logits = torch::zeros({x.size(0), weight.size(0)}, torch::kDouble);
   for (int64_t t = 0; t < x.size(0); ++t) {
@@ -309,6 +321,17 @@ Tensor grouped_linear(const Tensor& rows,
         rows.slice(0, begin, end), weight[e], bias ? OptionalTensor((*bias)[e]) : OptionalTensor());
   }
   return out;
+}
+
+Tensor sum_by_expert(const Tensor& rows, const Tensor& expert_offsets) {
+  const int64_t num_experts = expert_offsets.size(0) - 1;
+  Tensor sums = torch::zeros({num_experts, rows.size(1)}, torch::kDouble);
+  for (int64_t e = 0; e < num_experts; ++e) {
+    for (int64_t r = integer(expert_offsets, {e}); r < integer(expert_offsets, {e + 1}); ++r) {
+      sums[e] += rows[r].to(torch::kDouble);
+    }
+  }
+  return sums;
 }
 
 Tensor expert_mlp(const Tensor& x,

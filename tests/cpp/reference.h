@@ -15,6 +15,10 @@ namespace torchmoe::reference {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The activations that this room has formulas for.
+std::vector<std::string> activations();
+bool is_gated(const std::string& activation);
+
 Tensor router_logits(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = {});
 
 Tensor select_experts(const Tensor& scores,
@@ -54,6 +58,8 @@ Tensor grouped_linear(const Tensor& rows,
                       const Tensor& weight,
                       const OptionalTensor& bias,
                       const Tensor& expert_offsets);
+
+Tensor sum_by_expert(const Tensor& rows, const Tensor& expert_offsets);
 
 Tensor expert_mlp(const Tensor& x,
                   const Tensor& indices,

@@ -4,21 +4,15 @@
 #include <limits>
 #include <sstream>
 
+#include "common/dtypes.h"
+
 namespace torchmoe::test {
 
 namespace {
 
 double epsilon(at::ScalarType type) {
-  switch (type) {
-    case torch::kBFloat16:
-      return std::numeric_limits<c10::BFloat16>::epsilon();
-    case torch::kHalf:
-      return std::numeric_limits<c10::Half>::epsilon();
-    case torch::kFloat:
-      return std::numeric_limits<float>::epsilon();
-    default:
-      return std::numeric_limits<double>::epsilon();
-  }
+  return with_float_type(type,
+                         []<typename T>() -> double { return std::numeric_limits<T>::epsilon(); });
 }
 
 }  // namespace

@@ -1,10 +1,12 @@
 // Inputs and comparisons that several tests use.
 #pragma once
 
+#include <array>
 #include <string>
 #include <vector>
 
 #include "catch2.h"
+#include "common/float_types.h"
 #include "ops/dispatch_plan.h"
 #include "testing.h"
 
@@ -14,6 +16,11 @@ using at::Tensor;
 using torchmoe::testing::gradcheck;
 using torchmoe::testing::gradgradcheck;
 using torchmoe::testing::Tensors;
+
+// The types of the library's tensors.
+#define TORCHMOE_SCALAR_TYPE(type, scalar_type, name) at::ScalarType::scalar_type,
+inline constexpr std::array kFloatTypes{TORCHMOE_FLOAT_TYPES(TORCHMOE_SCALAR_TYPE)};
+#undef TORCHMOE_SCALAR_TYPE
 
 // A sum of n terms is off by less than n eps times the sum of their magnitudes (Higham, Accuracy
 // and Stability of Numerical Algorithms, section 4.2) and, as roundings differ in sign, by about

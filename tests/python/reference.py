@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -265,6 +266,18 @@ def grouped_linear(
         value = weight[expert].double() @ rows[row].double()
         result.append(value if bias is None else value + bias[expert].double())
     return _stack(result, (rows.size(0), weight.size(1)), rows)
+
+
+def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
+    """sums_e = the sum of the rows from expert e's first to its last."""
+    offsets = expert_offsets.tolist()
+    sums = []
+    for begin, end in pairwise(offsets):
+        total = torch.zeros(rows.size(1), dtype=torch.float64)
+        for row in range(begin, end):
+            total = total + rows[row].double()
+        sums.append(total)
+    return _stack(sums, (len(offsets) - 1, rows.size(1)), rows)
 
 
 def gelu(x: Tensor) -> Tensor:

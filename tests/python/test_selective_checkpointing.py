@@ -42,6 +42,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         lambda rows, weight, bias: ops.grouped_linear(rows, weight, bias, PLAN.expert_offsets),
         [(T * K, H), (E, INNER, H), (E, INNER)],
     ),
+    "sum_by_expert": (lambda rows: ops.sum_by_expert(rows, PLAN.expert_offsets), [(T * K, H)]),
     "expert_mlp": (
         lambda x, weights, w_in, w_out: ops.expert_mlp(
             x, INDICES, weights, w_in, None, w_out, None, "swiglu"

@@ -326,6 +326,12 @@ CASES = [
         dict.fromkeys(("rows", "weight", "bias", "expert_offsets"), "tensor"),
     ),
     Case(
+        ops.sum_by_expert,
+        "sum_by_expert",
+        {"rows": torch.randn(T * K, H), "expert_offsets": PLAN.expert_offsets},
+        dict.fromkeys(("rows", "expert_offsets"), "tensor"),
+    ),
+    Case(
         ops.expert_mlp,
         "expert_mlp",
         {"x": X, "indices": IDS, "weights": WEIGHTS} | MLP,

@@ -47,17 +47,17 @@ struct ProductSizes {
   int64_t k;
 };
 
-/// T as cpu/simd names it; T is float or a 16-bit type.
+/// T as cpu/simd names it.
 template <typename T>
 constexpr Element element_of() {
-  if constexpr (std::is_same_v<T, float>) {
-    return Element::float32;
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    return Element::bfloat16;
-  } else {
-    static_assert(std::is_same_v<T, at::Half>);
-    return Element::float16;
+#define TORCHMOE_ELEMENT(name, stored, type) \
+  if constexpr (std::is_same_v<T, type>) {   \
+    return Element::name;                    \
+  } else
+  TORCHMOE_ELEMENTS(TORCHMOE_ELEMENT) {
+    static_assert(sizeof(T) == 0, "cpu/simd has no such numbers");
   }
+#undef TORCHMOE_ELEMENT
 }
 
 template <typename T>

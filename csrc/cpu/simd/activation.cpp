@@ -42,43 +42,52 @@ inline Normal normal(Vector u) {
   return {u < 0.0F ? beyond : 1.0F - beyond, density};
 }
 
-template <Activation f>
-inline ValueAndSlope activate_with_slope(Vector u) {
-  if constexpr (f == Activation::relu) {
+/// f and f' of a nonlinearity.
+template <Nonlinearity f>
+struct Formula;
+
+template <>
+struct Formula<Nonlinearity::relu> {
+  static ValueAndSlope with_slope(Vector u) {
     const Vector zero{};
     return {u < 0.0F ? zero : u, u > 0.0F ? broadcast(1.0F) : zero};
-  } else if constexpr (f == Activation::silu) {
+  }
+};
+
+template <>
+struct Formula<Nonlinearity::silu> {
+  static ValueAndSlope with_slope(Vector u) {
     const Vector s = sigmoid(u);
     return {u * s, s * (1.0F + u * (1.0F - s))};
-  } else if constexpr (f == Activation::gelu) {
+  }
+};
+
+template <>
+struct Formula<Nonlinearity::gelu> {
+  static ValueAndSlope with_slope(Vector u) {
     constexpr float kInverseSqrt2Pi = 0.39894228040143267794F;
     const auto [below, density] = normal(u);
     return {u * below, below + u * kInverseSqrt2Pi * density};
-  } else {
-    // 0.5 (1 + tanh(z)) = sigmoid(2 z)
-    static_assert(f == Activation::gelu_tanh);
+  }
+};
+
+// 0.5 (1 + tanh(z)) = sigmoid(2 z)
+template <>
+struct Formula<Nonlinearity::gelu_tanh> {
+  static ValueAndSlope with_slope(Vector u) {
     constexpr float kTwoSqrt2OverPi = 1.59576912160573071176F;
     const Vector s = sigmoid(kTwoSqrt2OverPi * (u + 0.044715F * u * u * u));
     const Vector inner_slope = kTwoSqrt2OverPi * (1.0F + 3.0F * 0.044715F * u * u);
     return {u * s, s + u * s * (1.0F - s) * inner_slope};
   }
-}
-
-template <Activation f>
-struct Nonlinearity {};
+};
 
 template <typename Body>
-void with_nonlinearity(Activation nonlinearity, const Body& body) {
-  switch (nonlinearity) {
-    case Activation::relu:
-      return body(Nonlinearity<Activation::relu>{});
-    case Activation::silu:
-      return body(Nonlinearity<Activation::silu>{});
-    case Activation::gelu:
-      return body(Nonlinearity<Activation::gelu>{});
-    default:
-      return body(Nonlinearity<Activation::gelu_tanh>{});
-  }
+void with_nonlinearity(Nonlinearity f, const Body& body) {
+#define TORCHMOE_CASE(name, f, kind, doc) \
+  TORCHMOE_IF_PLAIN_##kind(case Nonlinearity::name : return body(Formula<Nonlinearity::name>{});)
+  switch (f) { TORCHMOE_ACTIVATIONS(TORCHMOE_CASE) }
+#undef TORCHMOE_CASE
 }
 
 template <typename T>
@@ -91,7 +100,7 @@ T* at(MutableNumbers numbers, int64_t i) {
   return static_cast<T*>(numbers.data) + i;
 }
 
-template <Activation f, typename T>
+template <typename F, typename T>
 void activate_rows(const ActivateCall& call) {
   const auto with_bias = [](Vector product, Numbers bias, int64_t c, int64_t count) {
     return bias.data == nullptr ? product : product + load_up_to(at<T>(bias, c), count);
@@ -106,7 +115,7 @@ void activate_rows(const ActivateCall& call) {
       if (call.pre_gate.data != nullptr) {
         store_up_to(gate, at<T>(call.pre_gate, pre), count);
       }
-      Vector act = activate_with_slope<f>(gate).value;
+      Vector act = F::with_slope(gate).value;
       if (ups != nullptr) {
         const Vector up = with_bias(load_up_to(ups + c, count), call.up_bias, c, count);
         if (call.pre_up.data != nullptr) {
@@ -119,7 +128,7 @@ void activate_rows(const ActivateCall& call) {
   }
 }
 
-template <Activation f, typename T>
+template <typename F, typename T>
 void activate_backward_rows(const ActivateBackwardCall& call) {
   for (int64_t r = 0; r < call.rows; ++r) {
     const T* gates = at<T>(call.pre_gate, r * call.pre_stride);
@@ -129,7 +138,7 @@ void activate_backward_rows(const ActivateBackwardCall& call) {
     for (int64_t c = 0; c < call.columns; c += kWidth) {
       const int64_t count = call.columns - c;
       const Vector grad_act = load_up_to(call.grad_act + r * call.grad_act_stride + c, count);
-      const auto [value, slope] = activate_with_slope<f>(load_up_to(gates + c, count));
+      const auto [value, slope] = F::with_slope(load_up_to(gates + c, count));
       const Vector weighted = weight * grad_act;
       float* grad_gate = call.grad_gate + r * call.grad_pre_stride + c;
       Vector act = value;
@@ -151,15 +160,15 @@ void activate_backward_rows(const ActivateBackwardCall& call) {
 }  // namespace
 
 void activate(const ActivateCall& call) {
-  with_nonlinearity(call.nonlinearity, [&]<Activation f>(Nonlinearity<f>) {
-    with_type(call.pre_gate.type, [&]<typename T>(const T*) { activate_rows<f, T>(call); });
+  with_nonlinearity(call.f, [&]<typename F>(F) {
+    with_type(call.pre_gate.type, [&]<typename T>(const T*) { activate_rows<F, T>(call); });
   });
 }
 
 void activate_backward(const ActivateBackwardCall& call) {
-  with_nonlinearity(call.nonlinearity, [&]<Activation f>(Nonlinearity<f>) {
+  with_nonlinearity(call.f, [&]<typename F>(F) {
     with_type(call.pre_gate.type,
-              [&]<typename T>(const T*) { activate_backward_rows<f, T>(call); });
+              [&]<typename T>(const T*) { activate_backward_rows<F, T>(call); });
   });
 }
 

@@ -11,9 +11,16 @@
 
 namespace torchmoe::cpu {
 
-/// A stored number. 16-bit types are widened to float32 on their way in and rounded on their way
-/// out; arithmetic is float32.
-enum class Element { float32, bfloat16, float16 };
+/// X(name, this room's type, the library's type) of the stored numbers. 16-bit types are widened to
+/// float32 on their way in and rounded on their way out; arithmetic is float32.
+#define TORCHMOE_ELEMENTS(X)           \
+  X(float32, float, float)             \
+  X(bfloat16, BFloat16, c10::BFloat16) \
+  X(float16, Float16, c10::Half)
+
+#define TORCHMOE_ELEMENT_NAME(name, ...) name,
+enum class Element { TORCHMOE_ELEMENTS(TORCHMOE_ELEMENT_NAME) };
+#undef TORCHMOE_ELEMENT_NAME
 
 /// Where numbers are stored.
 struct Numbers {
@@ -57,7 +64,7 @@ struct ProductCall {
 /// A block of the pre-activation's product becomes the pre-activation and the activation. The biases
 /// and the pre-activation are of one type, pre_gate's, whether that is wanted or not.
 struct ActivateCall {
-  Activation nonlinearity;
+  Nonlinearity f;
   int64_t rows;
   int64_t columns;
   const float* gate;  // [rows, columns], the product without the bias
@@ -74,7 +81,7 @@ struct ActivateCall {
 
 /// A block of dA' = dL/dy w_out goes backward through the activation.
 struct ActivateBackwardCall {
-  Activation nonlinearity;
+  Nonlinearity f;
   int64_t rows;
   int64_t columns;
   const float* grad_act;  // [rows, columns] = dA'

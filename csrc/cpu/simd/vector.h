@@ -42,14 +42,11 @@ constexpr bool is_float32(const T*) {
 /// Calls body with a pointer of the type that `type` names.
 template <typename Body>
 inline void with_type(Element type, const Body& body) {
-  switch (type) {
-    case Element::float32:
-      return body(static_cast<const float*>(nullptr));
-    case Element::bfloat16:
-      return body(static_cast<const BFloat16*>(nullptr));
-    case Element::float16:
-      return body(static_cast<const Float16*>(nullptr));
-  }
+#define TORCHMOE_CASE(name, stored, ...) \
+  case Element::name:                    \
+    return body(static_cast<const stored*>(nullptr));
+  switch (type) { TORCHMOE_ELEMENTS(TORCHMOE_CASE) }
+#undef TORCHMOE_CASE
 }
 
 inline Vector broadcast(float value) {

@@ -1,5 +1,6 @@
 #include "cuda/gemm/grouped_product.h"
 
+#include "common/float_types.h"
 #include "cuda/gemm/rows_product.h"
 
 namespace torchmoe::cuda {
@@ -159,8 +160,7 @@ int64_t product_tile_rows() {
 template <typename T>
 void grouped_linear(Stream stream,
                     const TileMap& map,
-                    const T* rows,
-                    const int64_t* sources,
+                    const SourceRows<T>& rows,
                     const T* weight,
                     const T* bias,
                     T* out,
@@ -169,8 +169,8 @@ void grouped_linear(Stream stream,
   run_rows_product<Contiguous::depth>(
       stream,
       map,
-      rows,
-      sources,
+      rows.data,
+      rows.sources,
       weight,
       in_features,
       out_features,
@@ -180,8 +180,7 @@ void grouped_linear(Stream stream,
 template <typename T>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,
-                              const T* grad,
-                              const int64_t* sources,
+                              const SourceRows<T>& grad,
                               const T* weight,
                               T* grad_rows,
                               int64_t in_features,
@@ -189,8 +188,8 @@ void grouped_linear_grad_rows(Stream stream,
   run_rows_product<Contiguous::side>(
       stream,
       map,
-      grad,
-      sources,
+      grad.data,
+      grad.sources,
       weight,
       out_features,
       in_features,
@@ -200,32 +199,29 @@ void grouped_linear_grad_rows(Stream stream,
 template <typename T>
 void grouped_linear_grad_weight(Stream stream,
                                 const TileMap& map,
-                                const T* grad,
-                                const int64_t* grad_sources,
-                                const T* rows,
-                                const int64_t* row_sources,
+                                const SourceRows<T>& grad,
+                                const SourceRows<T>& rows,
                                 T* grad_weight,
                                 int64_t in_features,
                                 int64_t out_features) {
   run_product(stream,
               WeightProduct<T>{map,
-                               grad,
-                               grad_sources,
-                               rows,
-                               row_sources,
+                               grad.data,
+                               grad.sources,
+                               rows.data,
+                               rows.sources,
                                grad_weight,
                                in_features,
                                out_features,
-                               allows_vectors(grad, out_features),
-                               allows_vectors(rows, in_features),
+                               allows_vectors(grad.data, out_features),
+                               allows_vectors(rows.data, in_features),
                                allows_vectors(grad_weight, in_features)});
 }
 
 template <typename T>
 void grouped_linear_grad_bias(Stream stream,
                               const TileMap& map,
-                              const T* grad,
-                              const int64_t* sources,
+                              const SourceRows<T>& grad,
                               const at::opmath_type<T>* weights,
                               T* grad_bias,
                               int64_t out_features) {
@@ -236,8 +232,8 @@ void grouped_linear_grad_bias(Stream stream,
          0,
          grad_bias_kernel<T>,
          map,
-         grad,
-         sources,
+         grad.data,
+         grad.sources,
          weights,
          grad_bias,
          out_features);
@@ -256,28 +252,18 @@ void zero_unrouted_rows(Stream stream, const TileMap& map, T* rows, int64_t widt
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T)                                                                    \
-  template int64_t product_tile_rows<T>();                                                         \
-  template void grouped_linear(                                                                    \
-      Stream, const TileMap&, const T*, const int64_t*, const T*, const T*, T*, int64_t, int64_t); \
-  template void grouped_linear_grad_rows(                                                          \
-      Stream, const TileMap&, const T*, const int64_t*, const T*, T*, int64_t, int64_t);           \
-  template void grouped_linear_grad_weight(Stream,                                                 \
-                                           const TileMap&,                                         \
-                                           const T*,                                               \
-                                           const int64_t*,                                         \
-                                           const T*,                                               \
-                                           const int64_t*,                                         \
-                                           T*,                                                     \
-                                           int64_t,                                                \
-                                           int64_t);                                               \
-  template void grouped_linear_grad_bias(                                                          \
-      Stream, const TileMap&, const T*, const int64_t*, const at::opmath_type<T>*, T*, int64_t);   \
+#define TORCHMOE_INSTANTIATE(T, ...)                                                             \
+  template int64_t product_tile_rows<T>();                                                       \
+  template void grouped_linear(                                                                  \
+      Stream, const TileMap&, const SourceRows<T>&, const T*, const T*, T*, int64_t, int64_t);   \
+  template void grouped_linear_grad_rows(                                                        \
+      Stream, const TileMap&, const SourceRows<T>&, const T*, T*, int64_t, int64_t);             \
+  template void grouped_linear_grad_weight(                                                      \
+      Stream, const TileMap&, const SourceRows<T>&, const SourceRows<T>&, T*, int64_t, int64_t); \
+  template void grouped_linear_grad_bias(                                                        \
+      Stream, const TileMap&, const SourceRows<T>&, const at::opmath_type<T>*, T*, int64_t);     \
   template void zero_unrouted_rows(Stream, const TileMap&, T*, int64_t);
-TORCHMOE_INSTANTIATE(float)
-TORCHMOE_INSTANTIATE(double)
-TORCHMOE_INSTANTIATE(c10::Half)
-TORCHMOE_INSTANTIATE(c10::BFloat16)
+TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
 #undef TORCHMOE_INSTANTIATE
 // NOLINTEND(bugprone-macro-parentheses)
 

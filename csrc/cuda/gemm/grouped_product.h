@@ -1,9 +1,7 @@
 // Products of rows sorted by expert with each expert's own matrix: the device's counterpart of
 // cpu/gemm/grouped_product.h.
 //
-// Rows may be gathered: `sources` [N] gives for each row the row that it is taken from, negative for
-// none; null means that every row is in its place. Sums are formed in T's opmath type and rounded
-// once.
+// Sums are formed in T's opmath type and rounded once.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -11,6 +9,14 @@
 #include "cuda/gemm/tile_map.h"
 
 namespace torchmoe::cuda {
+
+/// Rows that may be gathered: `sources` [N] gives for each row the row of `data` that it is taken from,
+/// negative for none; null means that every row is in its place.
+template <typename T>
+struct SourceRows {
+  const T* data;
+  const int64_t* sources = nullptr;
+};
 
 /// Rows of a tile for products of T.
 template <typename T>
@@ -21,8 +27,7 @@ int64_t product_tile_rows();
 template <typename T>
 void grouped_linear(Stream stream,
                     const TileMap& map,
-                    const T* rows,
-                    const int64_t* sources,
+                    const SourceRows<T>& rows,
                     const T* weight,
                     const T* bias,
                     T* out,
@@ -34,8 +39,7 @@ void grouped_linear(Stream stream,
 template <typename T>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,
-                              const T* grad,
-                              const int64_t* sources,
+                              const SourceRows<T>& grad,
                               const T* weight,
                               T* grad_rows,
                               int64_t in_features,
@@ -46,10 +50,8 @@ void grouped_linear_grad_rows(Stream stream,
 template <typename T>
 void grouped_linear_grad_weight(Stream stream,
                                 const TileMap& map,
-                                const T* grad,
-                                const int64_t* grad_sources,
-                                const T* rows,
-                                const int64_t* row_sources,
+                                const SourceRows<T>& grad,
+                                const SourceRows<T>& rows,
                                 T* grad_weight,
                                 int64_t in_features,
                                 int64_t out_features);
@@ -59,8 +61,7 @@ void grouped_linear_grad_weight(Stream stream,
 template <typename T>
 void grouped_linear_grad_bias(Stream stream,
                               const TileMap& map,
-                              const T* grad,
-                              const int64_t* sources,
+                              const SourceRows<T>& grad,
                               const at::opmath_type<T>* weights,
                               T* grad_bias,
                               int64_t out_features);

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from torchmoe import ops
 from torchmoe._checks import Checked, check_finite, shown
+from torchmoe.nn._part import Part
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routing import Decision, MoEOutput
 
 
-class WithAttachedLoss(nn.Module):
+class WithAttachedLoss(Part):
     """A layer that returns only its hidden states, with its auxiliary loss attached to their graph.
 
     For nn.Sequential, and for models one does not want to edit. The parameters get the gradients

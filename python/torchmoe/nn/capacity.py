@@ -13,7 +13,6 @@ from torch import Tensor
 
 from torchmoe._checks import check_at_least, check_backup, check_choice, check_flag
 from torchmoe.capacity import (
-    ROUNDINGS,
     capacity_from_ratio,
     capacity_ratio,
     check_amount,
@@ -21,9 +20,8 @@ from torchmoe.capacity import (
     dynamic_from_ratio,
 )
 from torchmoe.nn._settings import Settings
+from torchmoe.ops import ORDERS, OVERFLOWS, ROUNDINGS
 
-ORDERS = ("choice", "token")
-OVERFLOWS = ("drop", "next_best", "backup")
 _PRIORITIES = ("random", "weight")
 _NORMALIZES = ("before_drop", "after_drop")
 

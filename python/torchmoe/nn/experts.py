@@ -20,9 +20,6 @@ from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._part import Part
 from torchmoe.nn.declarations import ExpertsDeclaration
 
-GATED_ACTIVATIONS = ("swiglu", "geglu", "reglu")
-PLAIN_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-
 
 class Experts(ExpertsDeclaration, Part):
     """E feed-forward networks of one shape, in the layout of Hugging Face Transformers v5.
@@ -34,8 +31,7 @@ class Experts(ExpertsDeclaration, Part):
         hidden_size: H.
         intermediate_size: I.
         num_experts: E.
-        activation: "swiglu", "geglu" or "reglu" (gated), "gelu", "gelu_tanh", "relu" or "silu"
-            (plain).
+        activation: one of `torchmoe.ops.ACTIVATIONS`; see `torchmoe.ops.expert_mlp`.
         bias: gives both projections a learned bias.
         device: where the parameters are made.
         dtype: their dtype.
@@ -74,14 +70,14 @@ class Experts(ExpertsDeclaration, Part):
         check_at_least("Experts", "hidden_size", hidden_size, 1)
         check_at_least("Experts", "intermediate_size", intermediate_size, 1)
         check_at_least("Experts", "num_experts", num_experts, 1)
-        check_choice("Experts", "activation", activation, GATED_ACTIVATIONS + PLAIN_ACTIVATIONS)
+        check_choice("Experts", "activation", activation, ops.ACTIVATIONS)
         check_flag("Experts", "bias", bias)
         check_device("Experts", device)
         check_dtype("Experts", dtype)
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.num_experts, self.activation = num_experts, activation
 
-        gated = activation in GATED_ACTIVATIONS
+        gated = activation in ops.GATED_ACTIVATIONS
         inner = 2 * intermediate_size if gated else intermediate_size
         shapes: dict[str, tuple[int, ...] | None] = {
             self._in_name: (num_experts, inner, hidden_size),
@@ -98,7 +94,7 @@ class Experts(ExpertsDeclaration, Part):
 
     @property
     def _in_name(self) -> str:
-        return "gate_up_proj" if self.activation in GATED_ACTIVATIONS else "up_proj"
+        return "gate_up_proj" if self.activation in ops.GATED_ACTIVATIONS else "up_proj"
 
     def reset_parameters(self) -> None:
         """Draws every expert as nn.Linear does: uniform within 1 / sqrt(fan_in)."""

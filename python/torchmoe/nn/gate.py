@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torchmoe._checks import check_at_least, check_choice, shown
 from torchmoe.nn._settings import Settings
-from torchmoe.nn.estimators.estimator import NORMALIZES, Estimator
+from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import known_estimators
-from torchmoe.ops import SCORE_FUNCTIONS
+from torchmoe.ops import NORMALIZES, SCORE_FUNCTIONS
 
 
 @dataclass(frozen=True, repr=False)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/instruction_sets.h"
+#include "reference.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
 using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
@@ -128,7 +129,7 @@ Expected expected_activation(Activation f, double u) {
 template <typename T>
 torchmoe::ValueAndSlope<T> formula(Activation f, T u) {
   torchmoe::ValueAndSlope<T> result{};
-  torchmoe::with_nonlinearity(f, [&](auto g) { result = torchmoe::activate_with_slope<g()>(u); });
+  torchmoe::with_nonlinearity(f, [&](auto g) { result = g.with_slope(u); });
   return result;
 }
 
@@ -629,7 +630,7 @@ Tensor block_results(Activation activation, const Tensor& us) {
 /// The same from torch's own functions in float64, the pre-activation rounded to `type`.
 Tensor torch_results(const std::string& activation, const Tensor& us, at::ScalarType type) {
   const int64_t rows = us.size(0), columns = us.size(1);
-  const bool gated = activation.ends_with("glu");
+  const bool gated = torchmoe::reference::is_gated(activation);
   const auto stored = [&](const Tensor& x) { return x.to(type).to(torch::kDouble); };
   const auto apply = [&](const Tensor& gate, const Tensor& up) {
     const Tensor value = activation == "relu" || activation == "reglu"    ? gate.relu()
@@ -659,9 +660,9 @@ Tensor torch_results(const std::string& activation, const Tensor& us, at::Scalar
 
 TEST_CASE("activation: a block of every type", "[cpu][activation]") {
   const Tensor us = wave({5, 37}, 0, 4);
-  for (const std::string name : {"gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"}) {
+  for (const auto& name : torchmoe::reference::activations()) {
     INFO(name);
-    const Activation activation = torchmoe::choose_activation("test", name);
+    const Activation activation = torchmoe::choose<Activation>("test", name);
     CHECK(difference(block_results<double, double>(activation, us),
                      torch_results(name, us, torch::kDouble),
                      37) == "");

@@ -14,9 +14,6 @@ using torchmoe::nn::ExpertsOptions;
 
 namespace {
 
-const std::vector<std::string> kGated = {"swiglu", "geglu", "reglu"};
-const std::vector<std::string> kPlain = {"gelu", "gelu_tanh", "relu", "silu"};
-
 Experts make(const std::string& activation, bool bias) {
   Experts experts(ExpertsOptions(5, 3, 4).activation(activation).bias(bias));
   experts->to(torch::kFloat64);
@@ -30,20 +27,19 @@ std::optional<Tensor> if_defined(const Tensor& tensor) {
 }  // namespace
 
 TEST_CASE("Experts name and shape their parameters as Transformers does", "[nn]") {
-  for (const bool gated : {false, true}) {
-    for (const auto& activation : gated ? kGated : kPlain) {
-      for (const bool bias : {false, true}) {
-        CAPTURE(activation, bias);
-        const auto parameters = make(activation, bias)->named_parameters();
-        const std::string name_in = gated ? "gate_up_proj" : "up_proj";
-        const int64_t inner = gated ? 6 : 3;
-        CHECK(parameters.size() == (bias ? 4 : 2));
-        CHECK(parameters[name_in].sizes() == at::IntArrayRef({4, inner, 5}));
-        CHECK(parameters["down_proj"].sizes() == at::IntArrayRef({4, 5, 3}));
-        if (bias) {
-          CHECK(parameters[name_in + "_bias"].sizes() == at::IntArrayRef({4, inner}));
-          CHECK(parameters["down_proj_bias"].sizes() == at::IntArrayRef({4, 5}));
-        }
+  for (const auto& activation : torchmoe::reference::activations()) {
+    const bool gated = torchmoe::reference::is_gated(activation);
+    for (const bool bias : {false, true}) {
+      CAPTURE(activation, bias);
+      const auto parameters = make(activation, bias)->named_parameters();
+      const std::string name_in = gated ? "gate_up_proj" : "up_proj";
+      const int64_t inner = gated ? 6 : 3;
+      CHECK(parameters.size() == (bias ? 4 : 2));
+      CHECK(parameters[name_in].sizes() == at::IntArrayRef({4, inner, 5}));
+      CHECK(parameters["down_proj"].sizes() == at::IntArrayRef({4, 5, 3}));
+      if (bias) {
+        CHECK(parameters[name_in + "_bias"].sizes() == at::IntArrayRef({4, inner}));
+        CHECK(parameters["down_proj_bias"].sizes() == at::IntArrayRef({4, 5}));
       }
     }
   }
@@ -51,23 +47,21 @@ TEST_CASE("Experts name and shape their parameters as Transformers does", "[nn]"
 
 TEST_CASE("Experts give the weighted sum of their networks", "[nn]") {
   const auto x = wave({5, 5});
-  for (const auto& names : {kGated, kPlain}) {
-    for (const auto& activation : names) {
-      for (const bool bias : {false, true}) {
-        auto experts = make(activation, bias);
-        for (const auto& [name, indices] : choices()) {
-          CAPTURE(activation, bias, name);
-          const auto weights = wave(indices.sizes(), 1);
-          const auto expected = torchmoe::reference::expert_mlp(x,
-                                                                indices,
-                                                                weights,
-                                                                experts->w_in.detach(),
-                                                                if_defined(experts->b_in),
-                                                                experts->w_out.detach(),
-                                                                if_defined(experts->b_out),
-                                                                activation);
-          CHECK(difference(experts(x, indices, weights), expected, 5 + 3 + 2) == "");
-        }
+  for (const auto& activation : torchmoe::reference::activations()) {
+    for (const bool bias : {false, true}) {
+      auto experts = make(activation, bias);
+      for (const auto& [name, indices] : choices()) {
+        CAPTURE(activation, bias, name);
+        const auto weights = wave(indices.sizes(), 1);
+        const auto expected = torchmoe::reference::expert_mlp(x,
+                                                              indices,
+                                                              weights,
+                                                              experts->w_in.detach(),
+                                                              if_defined(experts->b_in),
+                                                              experts->w_out.detach(),
+                                                              if_defined(experts->b_out),
+                                                              activation);
+        CHECK(difference(experts(x, indices, weights), expected, 5 + 3 + 2) == "");
       }
     }
   }

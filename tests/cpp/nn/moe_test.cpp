@@ -290,7 +290,7 @@ TEST_CASE("MoE gives the same bits for any number of threads", "[nn]") {
 }
 
 TEST_CASE("MoE runs in every dtype and under autocast", "[nn]") {
-  for (const auto dtype : {torch::kFloat32, torch::kFloat64, torch::kBFloat16, torch::kFloat16}) {
+  for (const auto dtype : kFloatTypes) {
     MoE moe(sizes());
     moe->to(dtype);
     const auto output = moe(wave({kTokens, kHidden}, 0, 1, dtype));

@@ -35,14 +35,12 @@ Layer layer(int64_t tokens,
 
 Tensor gradient_of_probs(const Layer& l, const Tensor& grad, bool bias, const std::string& name) {
   const std::optional<Tensor> none;
-  const Tensor y = attach_dense_gradient(l.y,
-                                         l.probs,
-                                         l.x,
-                                         l.w_in,
-                                         bias ? std::optional(l.b_in) : none,
-                                         l.w_out,
-                                         bias ? std::optional(l.b_out) : none,
-                                         name);
+  const Tensor y = attach_dense_gradient(
+      l.y,
+      l.probs,
+      l.x,
+      {l.w_in, bias ? std::optional(l.b_in) : none, l.w_out, bias ? std::optional(l.b_out) : none},
+      name);
   return torch::autograd::grad({y}, {l.probs}, {grad})[0];
 }
 
@@ -70,7 +68,7 @@ Tensor expected(const Layer& l, const Tensor& grad, bool bias, const std::string
 TEST_CASE("attach_dense_gradient: a copy of y", "[attach_dense_gradient]") {
   const Layer l = layer(5, true);
   const Tensor y =
-      attach_dense_gradient(l.y, l.probs, l.x, l.w_in, l.b_in, l.w_out, l.b_out, "swiglu");
+      attach_dense_gradient(l.y, l.probs, l.x, {l.w_in, l.b_in, l.w_out, l.b_out}, "swiglu");
   CHECK(torch::equal(y, l.y));
   CHECK(y.data_ptr() != l.y.data_ptr());
 }
@@ -100,7 +98,7 @@ TEST_CASE("attach_dense_gradient: y keeps its gradient, nothing else gets one",
     t->requires_grad_();
   }
   const Tensor grad = wave({5, 3}, 7);
-  attach_dense_gradient(l.y, l.probs, l.x, l.w_in, l.b_in, l.w_out, l.b_out, "reglu")
+  attach_dense_gradient(l.y, l.probs, l.x, {l.w_in, l.b_in, l.w_out, l.b_out}, "reglu")
       .backward(grad);
   CHECK(torch::equal(l.y.grad(), grad));
   for (const Tensor& t : {l.x, l.w_in, l.b_in, l.w_out, l.b_out}) {
@@ -125,7 +123,7 @@ TEST_CASE("attach_dense_gradient: any strides", "[attach_dense_gradient]") {
 TEST_CASE("attach_dense_gradient: double backward is refused", "[attach_dense_gradient]") {
   const Layer l = layer(4, true);
   const Tensor grad = leaf({4, 3}, 7);
-  const Tensor y = attach_dense_gradient(l.y, l.probs, l.x, l.w_in, {}, l.w_out, {}, "swiglu");
+  const Tensor y = attach_dense_gradient(l.y, l.probs, l.x, {l.w_in, {}, l.w_out, {}}, "swiglu");
   const Tensor first = torch::autograd::grad({y}, {l.probs}, {grad}, true, true)[0];
   CHECK_THROWS_WITH(first.sum().backward(),
                     contains("attach_dense_gradient: double backward must not be requested"));
@@ -135,7 +133,7 @@ TEST_CASE("attach_dense_gradient: errors", "[attach_dense_gradient]") {
   c10::InferenceMode mode(GENERATE(false, true));
   const Layer l = layer(2, true);
   const auto call = [&](const Layer& a, const char* activation = "swiglu") {
-    return attach_dense_gradient(a.y, a.probs, a.x, a.w_in, a.b_in, a.w_out, a.b_out, activation);
+    return attach_dense_gradient(a.y, a.probs, a.x, {a.w_in, a.b_in, a.w_out, a.b_out}, activation);
   };
   const auto with = [&](Tensor Layer::*member, const Tensor& value) {
     Layer changed = l;

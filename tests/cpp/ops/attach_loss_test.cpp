@@ -6,7 +6,7 @@ using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the te
 using torchmoe::attach_loss;
 
 TEST_CASE("attach_loss: a copy of x", "[attach_loss]") {
-  for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+  for (const auto dtype : kFloatTypes) {
     const Tensor x = wave({3, 4}, 0, 1, dtype), y = attach_loss(x, torch::tensor(7.0f));
     CHECK(torch::equal(y, x));
     CHECK(y.scalar_type() == dtype);

@@ -14,11 +14,8 @@ using torchmoe::expert_mlp;
 
 namespace {
 
-const std::vector<std::string> kActivations = {
-    "gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu"};
-
 int64_t pre_width(const std::string& activation, int64_t inner) {
-  return activation.ends_with("glu") ? 2 * inner : inner;
+  return torchmoe::reference::is_gated(activation) ? 2 * inner : inner;
 }
 
 struct Layer {
@@ -45,13 +42,12 @@ Layer layer(const std::string& activation,
 
 TEST_CASE("expert_mlp: values", "[expert_mlp]") {
   for (const auto& [name, indices] : choices()) {
-    for (const auto& activation : kActivations) {
-      for (const auto dtype :
-           {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+    for (const auto& activation : torchmoe::reference::activations()) {
+      for (const auto dtype : kFloatTypes) {
         INFO(name << " " << activation << " " << dtype);
         const Layer l = layer(activation, indices, 3, 5, dtype);
         const Tensor y =
-            expert_mlp(l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, activation);
+            expert_mlp(l.x, indices, l.weights, {l.w_in, l.b_in, l.w_out, l.b_out}, activation);
         CHECK(y.scalar_type() == dtype);
         const Tensor expected = torchmoe::reference::expert_mlp(
             l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, activation);
@@ -59,10 +55,7 @@ TEST_CASE("expert_mlp: values", "[expert_mlp]") {
         CHECK(difference(expert_mlp(strided(l.x),
                                     strided(indices),
                                     strided(l.weights),
-                                    strided(l.w_in),
-                                    {},
-                                    strided(l.w_out),
-                                    {},
+                                    {strided(l.w_in), {}, strided(l.w_out), {}},
                                     activation),
                          torchmoe::reference::expert_mlp(
                              l.x, indices, l.weights, l.w_in, {}, l.w_out, {}, activation),
@@ -79,7 +72,7 @@ TEST_CASE("expert_mlp: odd sizes", "[expert_mlp]") {
       INFO(activation << " " << dtype);
       const Layer l = layer(activation, indices, 17, 9, dtype, 5);
       CHECK(difference(
-                expert_mlp(l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, activation),
+                expert_mlp(l.x, indices, l.weights, {l.w_in, l.b_in, l.w_out, l.b_out}, activation),
                 torchmoe::reference::expert_mlp(
                     l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, activation),
                 17 + 9 + 3) == "");
@@ -95,7 +88,7 @@ TEST_CASE("expert_mlp: a token without a route gives 0 and reads nothing", "[exp
   for (Tensor* t : {&l.x, &l.weights, &l.w_in, &l.w_out}) {
     t->requires_grad_();
   }
-  const Tensor y = expert_mlp(l.x, indices, l.weights, l.w_in, {}, l.w_out, {}, "swiglu");
+  const Tensor y = expert_mlp(l.x, indices, l.weights, {l.w_in, {}, l.w_out, {}}, "swiglu");
   CHECK(torch::equal(y[0], torch::zeros({3}, torch::kDouble)));
   y.sum().backward();
   CHECK(torch::equal(l.x.grad()[0], torch::zeros({3}, torch::kDouble)));
@@ -110,7 +103,7 @@ TEST_CASE("expert_mlp: NaN and inf stay with their token", "[expert_mlp]") {
   const Tensor indices = choices()[0].indices;
   Layer l = layer("gelu", indices, 3, 2, torch::kFloat32);
   l.x[1][0] = std::nan("");
-  const Tensor y = expert_mlp(l.x, indices, l.weights, l.w_in, {}, l.w_out, {}, "gelu");
+  const Tensor y = expert_mlp(l.x, indices, l.weights, {l.w_in, {}, l.w_out, {}}, "gelu");
   CHECK(y[1].isnan().all().item<bool>());
   CHECK(torch::cat({y.slice(0, 0, 1), y.slice(0, 2)}).isfinite().all().item<bool>());
 }
@@ -118,23 +111,23 @@ TEST_CASE("expert_mlp: NaN and inf stay with their token", "[expert_mlp]") {
 TEST_CASE("expert_mlp: empty", "[expert_mlp]") {
   const Tensor none = torch::empty({0, 2}, torch::kLong);
   const Layer l = layer("swiglu", none, 3, 2);
-  CHECK(expert_mlp(l.x, none, l.weights, l.w_in, {}, l.w_out, {}, "swiglu").sizes() ==
+  CHECK(expert_mlp(l.x, none, l.weights, {l.w_in, {}, l.w_out, {}}, "swiglu").sizes() ==
         at::IntArrayRef{0, 3});
 }
 
 TEST_CASE("expert_mlp: gradients", "[expert_mlp]") {
   for (const auto& [name, indices] : choices()) {
-    for (const auto& activation : kActivations) {
+    for (const auto& activation : torchmoe::reference::activations()) {
       INFO(name << " " << activation);
       Layer l = layer(activation, indices, 3, 2);
       for (Tensor* t : {&l.x, &l.weights, &l.w_in, &l.b_in, &l.w_out, &l.b_out}) {
         t->requires_grad_();
       }
       const auto with_bias = [&, indices = indices](const Tensors& in) {
-        return expert_mlp(in[0], indices, in[1], in[2], in[3], in[4], in[5], activation);
+        return expert_mlp(in[0], indices, in[1], {in[2], in[3], in[4], in[5]}, activation);
       };
       const auto without = [&, indices = indices](const Tensors& in) {
-        return expert_mlp(in[0], indices, in[1], in[2], {}, in[3], {}, activation);
+        return expert_mlp(in[0], indices, in[1], {in[2], {}, in[3], {}}, activation);
       };
       CHECK(gradcheck(with_bias, {l.x, l.weights, l.w_in, l.b_in, l.w_out, l.b_out}).message == "");
       CHECK(gradcheck(without, {l.x, l.weights, l.w_in, l.w_out}).message == "");
@@ -149,10 +142,10 @@ TEST_CASE("expert_mlp: gradients with one bias only", "[expert_mlp]") {
     t->requires_grad_();
   }
   const auto inner = [&](const Tensors& in) {
-    return expert_mlp(in[0], indices, in[1], in[2], in[4], in[3], {}, "swiglu");
+    return expert_mlp(in[0], indices, in[1], {in[2], in[4], in[3], {}}, "swiglu");
   };
   const auto outer = [&](const Tensors& in) {
-    return expert_mlp(in[0], indices, in[1], in[2], {}, in[3], in[4], "swiglu");
+    return expert_mlp(in[0], indices, in[1], {in[2], {}, in[3], in[4]}, "swiglu");
   };
   CHECK(gradcheck(inner, {l.x, l.weights, l.w_in, l.w_out, l.b_in}).message == "");
   CHECK(gradcheck(outer, {l.x, l.weights, l.w_in, l.w_out, l.b_out}).message == "");
@@ -167,7 +160,7 @@ TEST_CASE("expert_mlp: the same as permute, grouped_linear and unpermute", "[exp
       torch::silu(torchmoe::grouped_linear(rows, l.w_in, l.b_in, plan.expert_offsets));
   const Tensor y = torchmoe::unpermute(
       torchmoe::grouped_linear(inner, l.w_out, l.b_out, plan.expert_offsets), l.weights, plan);
-  CHECK(difference(expert_mlp(l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, "silu"),
+  CHECK(difference(expert_mlp(l.x, indices, l.weights, {l.w_in, l.b_in, l.w_out, l.b_out}, "silu"),
                    y,
                    3 + 5 + 2) == "");
 }
@@ -178,7 +171,9 @@ TEST_CASE("expert_mlp: gradients keep their input's type", "[expert_mlp]") {
   for (Tensor* t : {&l.x, &l.weights, &l.w_in, &l.b_in, &l.w_out, &l.b_out}) {
     t->requires_grad_();
   }
-  expert_mlp(l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, "swiglu").sum().backward();
+  expert_mlp(l.x, indices, l.weights, {l.w_in, l.b_in, l.w_out, l.b_out}, "swiglu")
+      .sum()
+      .backward();
   for (const Tensor& t : {l.x, l.weights, l.w_in, l.b_in, l.w_out, l.b_out}) {
     CHECK(t.grad().scalar_type() == t.scalar_type());
     CHECK(t.grad().sizes() == t.sizes());
@@ -189,7 +184,7 @@ TEST_CASE("expert_mlp: double backward is refused", "[expert_mlp]") {
   const Tensor indices = choices()[0].indices;
   const Layer l = layer("swiglu", indices, 3, 2);
   const auto function = [&](const Tensors& in) {
-    return expert_mlp(in[0], indices, l.weights, l.w_in, {}, l.w_out, {}, "swiglu");
+    return expert_mlp(in[0], indices, l.weights, {l.w_in, {}, l.w_out, {}}, "swiglu");
   };
   CHECK_THROWS_WITH(gradgradcheck(function, {leaf({5, 3})}),
                     contains("expert_mlp: double backward must not be requested") &&
@@ -201,7 +196,7 @@ TEST_CASE("expert_mlp: errors", "[expert_mlp]") {
   const Tensor indices = ids({{0, 1}, {1, 2}});
   const Layer l = layer("swiglu", indices, 3, 2, torch::kFloat32);
   const auto call = [&](const Layer& a, const Tensor& i, const char* activation = "swiglu") {
-    return expert_mlp(a.x, i, a.weights, a.w_in, a.b_in, a.w_out, a.b_out, activation);
+    return expert_mlp(a.x, i, a.weights, {a.w_in, a.b_in, a.w_out, a.b_out}, activation);
   };
   const auto with = [&](Tensor Layer::*member, const Tensor& value) {
     Layer changed = l;

@@ -25,8 +25,7 @@ TEST_CASE("gate_weights: values", "[gate_weights]") {
   for (const auto& [name, indices] : choices()) {
     for (const auto& score : kScoreFunctions) {
       for (const auto& normalize : kNormalizations) {
-        for (const auto dtype :
-             {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+        for (const auto dtype : kFloatTypes) {
           INFO(name << " " << score << " " << normalize << " " << dtype);
           const Tensor logits = wave({5, 4}, 0, 3, dtype);
           const Tensor w = gate_weights(logits, indices, score, normalize, "exact");

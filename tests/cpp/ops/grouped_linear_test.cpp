@@ -27,7 +27,7 @@ std::vector<Tensor> splits() {
 
 TEST_CASE("grouped_linear: values", "[grouped_linear]") {
   for (const auto& split : splits()) {
-    for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+    for (const auto dtype : kFloatTypes) {
       for (const auto& [in, out] :
            std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {7, 5}, {33, 18}}) {
         INFO(split << " " << dtype << " " << in << " to " << out);

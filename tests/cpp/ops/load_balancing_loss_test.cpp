@@ -34,7 +34,7 @@ TEST_CASE("load_balancing_loss: the fixture", "[load_balancing_loss]") {
 
 TEST_CASE("load_balancing_loss: values", "[load_balancing_loss]") {
   for (const auto& score : kScoreFunctions) {
-    for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+    for (const auto dtype : kFloatTypes) {
       INFO(score << " " << dtype);
       const Tensor logits = wave({37, 5}, 0, 3, dtype), fraction = wave({5}, 1).abs();
       const Tensor loss = load_balancing_loss(logits, fraction.to(torch::kFloat32), score);

@@ -9,7 +9,7 @@ using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the te
 using torchmoe::mean_over_tokens;
 
 TEST_CASE("mean_over_tokens: values", "[mean_over_tokens]") {
-  for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+  for (const auto dtype : kFloatTypes) {
     for (const auto& [t, c] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {37, 5}, {700, 3}}) {
       INFO(dtype << " T " << t << " C " << c);
       const Tensor values = wave({t, c}, 0, 3, dtype);

@@ -14,7 +14,7 @@ TEST_CASE("router_logits: values", "[router_logits]") {
     int64_t tokens, hidden, experts;
   };
   for (const auto& [t, h, e] : {Size{1, 1, 1}, Size{7, 3, 5}, Size{33, 65, 17}, Size{0, 4, 3}}) {
-    for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+    for (const auto dtype : kFloatTypes) {
       INFO("T " << t << " H " << h << " E " << e << " " << dtype);
       const Tensor x = wave({t, h}, 0, 1, dtype), w = wave({e, h}, 1, 1, dtype);
       const Tensor b = wave({e}, 2, 1, dtype);

@@ -21,7 +21,7 @@ TEST_CASE("router_z_loss: the fixture", "[router_z_loss]") {
 }
 
 TEST_CASE("router_z_loss: values", "[router_z_loss]") {
-  for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+  for (const auto dtype : kFloatTypes) {
     for (const auto& [t, e] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {37, 5}, {12, 67}}) {
       INFO(dtype << " T " << t << " E " << e);
       const Tensor logits = wave({t, e}, 0, 3, dtype);

@@ -6,7 +6,7 @@ using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the te
 using torchmoe::scale_gradient;
 
 TEST_CASE("scale_gradient: a copy of x", "[scale_gradient]") {
-  for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+  for (const auto dtype : kFloatTypes) {
     const Tensor x = wave({3, 4}, 0, 1, dtype);
     const Tensor y = scale_gradient(x, wave({3, 1}, 1, 1, torch::kFloat32));
     CHECK(torch::equal(y, x));

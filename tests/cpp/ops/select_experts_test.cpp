@@ -18,7 +18,7 @@ TEST_CASE("select_experts: values", "[select_experts]") {
     int64_t tokens, experts, top_k;
   };
   for (const auto& [t, e, k] : {Size{1, 1, 1}, Size{9, 5, 5}, Size{33, 67, 8}, Size{0, 4, 2}}) {
-    for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+    for (const auto dtype : kFloatTypes) {
       INFO("T " << t << " E " << e << " K " << k << " " << dtype);
       // bfloat16 has few values, so that these scores tie.
       const Tensor scores = wave({t, e}, 0, 1, dtype);

@@ -12,7 +12,7 @@ using torchmoe::unpermute;
 TEST_CASE("unpermute: values", "[unpermute]") {
   for (const auto& [name, indices] : choices()) {
     const auto plan = dispatch_plan(indices, 4);
-    for (const auto dtype : {torch::kFloat64, torch::kFloat32, torch::kBFloat16, torch::kFloat16}) {
+    for (const auto dtype : kFloatTypes) {
       for (const int64_t hidden : {1, 7, 64}) {
         INFO(name << " " << dtype << " H " << hidden);
         const Tensor rows = wave({indices.numel(), hidden}, 0, 1, dtype);

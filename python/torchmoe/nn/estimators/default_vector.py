@@ -99,7 +99,7 @@ class DefaultVector(Estimator, Remembering):
         y = y + linear(others, self.default_vectors.to(others.dtype).t()).to(y.dtype)
 
         rows = outputs.detach().to(wide(self.default_vectors[:0]).dtype)
-        sums = _sum_by_expert(rows, plan.expert_offsets, self.num_experts)
+        sums = ops.sum_by_expert(rows, plan.expert_offsets)
         return y, (sums, plan.expert_offsets.diff())
 
     @torch.no_grad()
@@ -111,16 +111,3 @@ class DefaultVector(Estimator, Remembering):
         means = sums.to(vectors.dtype) / counts.clamp(min=1)
         moved = self.decay * vectors + (1 - self.decay) * means
         vectors.copy_(torch.where(counts > 0, moved, vectors))
-
-
-def _sum_by_expert(rows: Tensor, expert_offsets: Tensor, num_experts: int) -> Tensor:
-    """The sum of each expert's rows [N, H], in row order: [E, H].
-
-    It is the gradient of a bias that each expert adds to its rows, and the op that forms that one
-    is deterministic.
-    """
-    nothing = rows.new_empty(rows.shape[0], 0)
-    no_weight = rows.new_empty(num_experts, rows.shape[1], 0)
-    backward = torch.ops.torchmoe._grouped_linear_backward.default
-    sums: Tensor = backward(rows, nothing, no_weight, expert_offsets, [False, False, True])[2]
-    return sums

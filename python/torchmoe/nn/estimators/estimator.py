@@ -34,9 +34,7 @@ from torchmoe import ops
 from torchmoe._checks import Fixed, check_output
 from torchmoe.nn._part import Part
 from torchmoe.nn.estimators._groups import limit_to_groups
-from torchmoe.ops import SCORE_FUNCTIONS
-
-NORMALIZES = ("none", "topk", "uniform")
+from torchmoe.ops import NORMALIZES, SCORE_FUNCTIONS
 
 #: What a layer computes its experts with: (x [T, H], indices [T, K], weights [T, K]) -> y [T, H].
 ExpertFunction = Callable[[Tensor, Tensor, Tensor], Tensor]

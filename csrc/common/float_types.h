@@ -1,0 +1,17 @@
+// The types of the numbers that tensors hold: the table from which the dispatch over a tensor's type,
+// the check of it and the instances of kernels follow.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+/// X(type, ScalarType, name in Python), in the order in which messages list them.
+#define TORCHMOE_FLOAT_TYPES(X)          \
+  TORCHMOE_ACCUMULATE_TYPES(X)           \
+  X(c10::BFloat16, BFloat16, "bfloat16") \
+  X(c10::Half, Half, "float16")
+
+/// The types that sums are formed in.
+#define TORCHMOE_ACCUMULATE_TYPES(X) \
+  X(float, Float, "float32")         \
+  X(double, Double, "float64")

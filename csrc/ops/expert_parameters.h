@@ -1,0 +1,38 @@
+#pragma once
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include <ATen/core/Tensor.h>
+
+namespace torchmoe {
+
+/// The matrices and biases of all experts: w_in [E, P, H], b_in [E, P], w_out [E, H, I], b_out [E,
+/// H], of one floating dtype. P is the width of the pre-activation: I for a plain activation; 2I for
+/// a gated one, whose first I rows of w_in are the gate.
+struct ExpertParameters {
+  at::Tensor w_in;
+  std::optional<at::Tensor> b_in;
+  at::Tensor w_out;
+  std::optional<at::Tensor> b_out;
+
+  auto fields() const { return std::tie(w_in, b_in, w_out, b_out); }
+};
+
+/// Copies of those that are not contiguous, for kernels.
+inline ExpertParameters contiguous(const ExpertParameters& experts) {
+  const auto of = [](const std::optional<at::Tensor>& bias) {
+    return bias ? std::optional(bias->contiguous()) : std::nullopt;
+  };
+  return {
+      experts.w_in.contiguous(), of(experts.b_in), experts.w_out.contiguous(), of(experts.b_out)};
+}
+
+/// The experts' parameters beside the tokens they are for; every op that runs experts calls it.
+void check_expert_parameters(std::string_view op,
+                             const at::Tensor& x,
+                             const ExpertParameters& experts,
+                             std::string_view activation);
+
+}  // namespace torchmoe

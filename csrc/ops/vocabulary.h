@@ -1,0 +1,16 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+namespace torchmoe {
+
+/// The words that an argument of the ops takes, in order, and a line about each: of score_function,
+/// normalize, estimator, order, overflow, rounding and activation, or of the activations of one
+/// kind, "plain activation" and "gated activation". Python and the tests have their lists from it.
+std::tuple<std::vector<std::string>, std::vector<std::string>> vocabulary(
+    std::string_view argument);
+
+}  // namespace torchmoe
