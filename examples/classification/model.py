@@ -13,18 +13,15 @@ from torch import Tensor, nn
 
 from classification.texts import CLS, LONGEST, Texts
 from lm.model import HEAD_SIZE, Attention
-from lm.routers import READS_TOKEN_IDS, Make, pooled
+from lm.routers import READS_TOKEN_IDS, Make, is_pooled, pooled
 from lm.routers import ROUTERS as LM_ROUTERS
 from torchmoe.nn import MoE, Routing
 
 BLOCKS, HIDDEN_SIZE, INTERMEDIATE_SIZE, EXPERTS, TOP_K = 2, 32, 64, 8, 2
 
-# By what they read: a token, all tokens that an expert picks from, a pooled sequence.
+# Those that read a pooled sequence come last.
 ROUTERS: Mapping[str, Make] = {
-    **{name: LM_ROUTERS[name] for name in ("linear", "cosine", "hash", "expert_choice")},
-    "sequence_first": LM_ROUTERS["sequence_first"],
-    "sequence_mean": LM_ROUTERS["sequence_mean"],
-    "sequence_attention": LM_ROUTERS["sequence_attention"],
+    **{name: LM_ROUTERS[name] for name in sorted(LM_ROUTERS, key=is_pooled)},
     "sequence_given": pooled("given"),
 }
 

@@ -27,6 +27,11 @@ def pooled(pooling: str) -> Make:
     )
 
 
+def is_pooled(name: str) -> bool:
+    """Whether the router of this name decides once for each sequence."""
+    return name.startswith("sequence_")
+
+
 ROUTERS: Mapping[str, Make] = {
     "linear": lambda size, experts, _top_k, _layer: Router(size, experts),
     "cosine": lambda size, experts, _top_k, _layer: CosineRouter(size, experts),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
+from built_in import ESTIMATORS
 from planted_errors import (
     PLANTED,
     scaled,
@@ -26,19 +27,20 @@ from torchmoe.nn import (
 )
 from torchmoe.testing import check_surrogate
 
-BUILT_IN = (
-    "exact",
-    "straight_through",
-    "straight_through_dense",
-    "default_vector",
-    "sparsemixer",
-    "gumbel_straight_through",
+#: Those whose settings are drawn; any other is tried with its defaults.
+DRAWN = (
+    Exact,
+    StraightThrough,
+    StraightThroughDense,
+    DefaultVector,
+    SparseMixer,
+    GumbelStraightThrough,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_built_in_estimators_are_right(name: str) -> None:
     assert check_surrogate(name)
     assert check_surrogate(name, capacity=Capacity(0.6), masked_tokens=2, bias=True, seed=1)
@@ -70,6 +72,7 @@ def draw(seed: int) -> dict[str, Any]:
             DefaultVector(choose.random() * 0.99),
             SparseMixer(choose.choice([0.01, 0.2, 1.0, 10.0])),
             GumbelStraightThrough(choose.choice([0.0, 0.3, 1.0, 4.0])),
+            *(kind() for kind in ESTIMATORS.values() if kind not in DRAWN),
         ]
     )
     top_k = choose.randint(1, num_experts)
@@ -148,7 +151,7 @@ def test_another_output_is_an_error_too() -> None:
 
 def test_experts_of_ones_own() -> None:
     experts = ExpertList(torch.nn.Linear(4, 4, dtype=torch.float64) for _ in range(5))
-    for name in BUILT_IN:
+    for name in ESTIMATORS:
         assert check_surrogate(name, experts=experts, intermediate_size=None, fast_mode=True)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from built_in import ESTIMATORS
 from torchmoe.nn import (
     Balance,
     Capacity,
@@ -441,10 +442,16 @@ def test_leaves_out_what_does_not_go_with_the_router_or_the_experts() -> None:
     talking = ExpertCommunication(
         Experts(H, INNER, E, dtype=torch.float64), H, E, dtype=torch.float64
     )
+    drawing = {name for name, kind in ESTIMATORS.items() if kind.draws}
+    alone = {name for name, kind in ESTIMATORS.items() if kind.takes_experts_alone}
+    unbiased = {name for name, kind in ESTIMATORS.items() if not kind.takes_selection_bias}
+    assert drawing >= {"sparsemixer", "gumbel_straight_through"}
+    assert alone >= {"default_vector", "straight_through_dense"}
+    assert unbiased >= {"sparsemixer"}
     for options, left_out in (
-        ({"router": router}, {"sparsemixer", "gumbel_straight_through"}),
-        ({"balance": Balance(selection_bias_rate=0.1)}, {"sparsemixer"}),
-        ({"experts": talking}, {"default_vector", "straight_through_dense"}),
+        ({"router": router}, drawing),
+        ({"balance": Balance(selection_bias_rate=0.1)}, unbiased),
+        ({"experts": talking}, alone),
     ):
         moe = make_moe(top_k=2, gate=Gate(), **options)
         compared = compare_estimators(moe, make_batches(1), square, seeds=1, warm_up=0)

@@ -10,23 +10,18 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import torchmoe.nn
+from built_in import ESTIMATORS, ROUTERS, make_router
 from torchmoe.nn import (
     Assistance,
     Capacity,
-    CosineRouter,
     Estimator,
-    ExpertChoiceRouter,
     ExpertCommunication,
     ExpertList,
     Experts,
     Gate,
-    HashRouter,
     MoE,
-    Router,
-    SequenceRouter,
     SharedExperts,
     WithAttachedLoss,
-    known_estimators,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
@@ -63,11 +58,7 @@ MODULES = {
     "ExpertCommunication": lambda: ExpertCommunication(
         Experts(H, INNER, E), hidden_size=H, num_experts=E
     ),
-    "Router": lambda: Router(H, E),
-    "CosineRouter": lambda: CosineRouter(H, E),
-    "HashRouter": lambda: HashRouter(E, K),
-    "SequenceRouter": lambda: SequenceRouter(Router(H, E)),
-    "ExpertChoiceRouter": lambda: ExpertChoiceRouter(Router(H, E), K),
+    **{kind.__name__: lambda kind=kind: make_router(kind, H, E, K) for kind in ROUTERS},
     "Assistance": lambda: Assistance(backup=(1, 2, 3, 0)),
     "WithAttachedLoss": lambda: WithAttachedLoss(MoE(H, INNER, E, K)),
     "Estimator": Temperature,
@@ -79,7 +70,7 @@ MODULES = {
     ),
     **{
         name: lambda name=name: MoE(H, INNER, E, K, gate=Gate(estimator=name))
-        for name in known_estimators()
+        for name in ESTIMATORS
     },
 }
 

@@ -12,29 +12,22 @@ import pytest
 import torch
 
 import torchmoe
+from built_in import ESTIMATORS, ROUTERS, needed
 from tool_arguments import TOOLS
 from torchmoe import losses, ops
 from torchmoe.nn import (
     Assistance,
     Balance,
     Capacity,
-    CosineRouter,
-    DefaultVector,
-    ExpertChoiceRouter,
     ExpertCommunication,
     ExpertList,
     Experts,
     Gate,
-    GumbelStraightThrough,
-    HashRouter,
     MoE,
-    Router,
-    SequenceRouter,
     SharedExperts,
-    SparseMixer,
     WithAttachedLoss,
 )
-from wrong_arguments import MODULE, Case, check_named, wrong
+from wrong_arguments import MODULE, Case, by_annotations, check_named, wrong
 
 T, H, INNER, E, K = 6, 4, 3, 4, 2
 
@@ -53,6 +46,8 @@ OF_MLP = dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), "tensor") | {"activat
 MASKED = {"token_mask": "tensor"}
 
 CASES = [
+    *(row for kind in ROUTERS if (row := by_annotations(kind, needed(kind, H, E, K)))),
+    *(row for kind in ESTIMATORS.values() if (row := by_annotations(kind, {}))),
     Case(
         MoE,
         "MoE",
@@ -110,58 +105,6 @@ CASES = [
         OF_SIZES | MADE | {"intermediate_size": "size", "activation": "name", "bias": "flag"},
     ),
     Case(
-        Router,
-        "Router",
-        SIZES,
-        OF_SIZES
-        | MADE
-        | {
-            "bias": "flag",
-            "input_jitter": "number",
-            "logit_noise": "number",
-            "usage_scaling": "flag",
-            "track_usage": "flag",
-        },
-    ),
-    Case(
-        CosineRouter,
-        "CosineRouter",
-        SIZES,
-        OF_SIZES
-        | MADE
-        | {
-            "projection_size": "size",
-            "temperature": "number",
-            "min_temperature": "number",
-            "usage_scaling": "flag",
-            "track_usage": "flag",
-        },
-    ),
-    Case(
-        HashRouter,
-        "HashRouter",
-        {"num_experts": E},
-        {"num_experts": "size", "top_k": "size", "seed": "integer"},
-    ),
-    Case(
-        SequenceRouter,
-        "SequenceRouter",
-        {"router": Router(H, E)},
-        {"router": "module", "pooling": "name"},
-    ),
-    Case(
-        ExpertChoiceRouter,
-        "ExpertChoiceRouter",
-        {"router": Router(H, E), "top_k": K},
-        {
-            "router": "module",
-            "top_k": "size",
-            "among": "name",
-            "most_per_token": "size",
-            "score_function": "name",
-        },
-    ),
-    Case(
         ExpertCommunication,
         "ExpertCommunication",
         SIZES | {"experts": Experts(H, INNER, E)},
@@ -215,9 +158,6 @@ CASES = [
             "patience": "size",
         },
     ),
-    Case(DefaultVector, "DefaultVector", {}, {"decay": "number"}),
-    Case(GumbelStraightThrough, "GumbelStraightThrough", {}, {"temperature": "number"}),
-    Case(SparseMixer, "SparseMixer", {}, {"jitter": "number"}),
     Case(
         torchmoe.expert_capacity,
         "expert_capacity",
@@ -384,13 +324,11 @@ def test_a_wrong_argument_is_named(case: Case, argument: str, value: object) -> 
 WITHOUT_ARGUMENTS = {
     "ContextRouter",
     "Estimator",
-    "Exact",
     "ExpertsDeclaration",
     "RouterDeclaration",
-    "StraightThrough",
-    "StraightThroughDense",
     "build_info",
     "known_estimators",
+    *(kind.__name__ for kind in ESTIMATORS.values() if not by_annotations(kind, {})),
 }
 # Made by torchmoe and not by its users.
 RESULTS = {

@@ -60,6 +60,36 @@ class Case:
         return self.good.get(argument, default) is None
 
 
+#: The kind of an argument, from what its annotation says beside None.
+OF_ANNOTATION = {
+    "int": "size",
+    "float": "number",
+    "bool": "flag",
+    "str": "name",
+    "nn.Module": "module",
+    "torch.device | str": "device",
+    "torch.dtype": "dtype",
+}
+#: Those of which the annotation does not say it.
+OF_NAME = {"seed": "integer"}
+
+
+def by_annotations(part: type, good: dict[str, Any]) -> Case | None:
+    """The row of a part whose arguments are of the kinds that their annotations say.
+
+    One with an argument of another kind fails here, and gets a row of its own where the others are.
+    None if it has no argument.
+    """
+    arguments = inspect.signature(part).parameters.values()
+    kinds = {
+        argument.name: OF_NAME.get(argument.name)
+        or OF_ANNOTATION[str(argument.annotation).removesuffix(" | None")]
+        for argument in arguments
+        if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    }
+    return Case(part, part.__name__, good, kinds) if kinds else None
+
+
 def wrong(cases: Sequence[Case]) -> list[Any]:
     """(case, argument, value) of every argument and every value that its kind refuses."""
     return [

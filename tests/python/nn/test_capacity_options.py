@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import reference
+from built_in import ESTIMATORS
 from capacity_layers import RING, E, H, K, T, make
 from limited import F64, by_logits
 from plain_moe import gradients
@@ -141,17 +142,7 @@ def test_rerouting_ranks_as_selection_does() -> None:
 # --- by weight ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        "exact",
-        "straight_through",
-        "straight_through_dense",
-        "default_vector",
-        "gumbel_straight_through",
-        "sparsemixer",
-    ],
-)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_least_weights_are_dropped(estimator: str) -> None:
     moe = make(Capacity(0.6, priority="weight"), gate=Gate(normalize="none", estimator=estimator))
     if estimator == "sparsemixer":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +16,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+import torchmoe.nn
+from built_in import ESTIMATORS
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import (
     Balance,
     Capacity,
+    Estimator,
     ExpertList,
     Gate,
     MoE,
@@ -27,15 +33,7 @@ from torchmoe.nn import (
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
-NAMES = (
-    "exact",
-    "straight_through",
-    "straight_through_dense",
-    "default_vector",
-    "sparsemixer",
-    "gumbel_straight_through",
-)
-every_estimator = pytest.mark.parametrize("name", NAMES)
+every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 
 
 def make(name: str, top_k: int = K, num_experts: int = E, **options: Any) -> MoE:
@@ -67,8 +65,22 @@ def step(
     )
 
 
-def test_they_are_registered() -> None:
-    assert known_estimators()[: len(NAMES)] == NAMES
+def test_every_public_class_has_one_name() -> None:
+    public = {
+        kind
+        for name in torchmoe.nn.__all__
+        if inspect.isclass(kind := getattr(torchmoe.nn, name)) and issubclass(kind, Estimator)
+    }
+    assert known_estimators()[: len(ESTIMATORS)] == tuple(ESTIMATORS)
+    assert len({*ESTIMATORS.values()}) == len(ESTIMATORS)
+    assert {*ESTIMATORS.values()} == public - {Estimator}
+
+
+def test_the_table_of_the_architecture_lists_them_all() -> None:
+    text = (Path(__file__).parents[3] / "ARCHITECTURE.md").read_text()
+    section = text.partition("\n## Gradient estimators\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)
+    assert rows == list(ESTIMATORS)
 
 
 @every_estimator

@@ -201,7 +201,7 @@ def test_refuses_estimators_that_need_each_experts_output_alone(estimator: str) 
         "MoE: gate.estimator must not need the output of each expert alone with "
         f"ExpertCommunication, where it depends on the token's other experts, got {kind}"
     )
-    assert set(ALONE) == {"default_vector", "straight_through_dense"}
+    assert set(ALONE) >= {"default_vector", "straight_through_dense"}
 
 
 # ---- gradients

@@ -10,25 +10,22 @@ import pytest
 import torch
 from torch import nn
 
+from built_in import ESTIMATORS, make_router, without
 from torchmoe.nn import (
     Assistance,
     Balance,
     Capacity,
     CosineRouter,
-    DefaultVector,
     ExpertChoiceRouter,
     ExpertCommunication,
     ExpertList,
     Experts,
     Gate,
-    GumbelStraightThrough,
     HashRouter,
     MoE,
     Router,
     SequenceRouter,
     SharedExperts,
-    SparseMixer,
-    StraightThroughDense,
     WithAttachedLoss,
 )
 
@@ -48,11 +45,13 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "sequence": lambda: SequenceRouter(Router(H, E)),
     "expert_choice": lambda: ExpertChoiceRouter(Router(H, E), K),
     **{
-        estimator.__name__: lambda estimator=estimator: (
-            MoE(H, INNER, E, K, gate=Gate(estimator=estimator())).estimator
-        )
-        for estimator in (DefaultVector, GumbelStraightThrough, SparseMixer, StraightThroughDense)
+        kind.__name__: lambda name=name: MoE(H, INNER, E, K, gate=Gate(estimator=name)).estimator
+        for name, kind in ESTIMATORS.items()
     },
+}
+MODULES |= {
+    name: lambda kind=kind: make_router(kind, H, E, K)
+    for name, kind in without([type(make()) for make in MODULES.values()]).items()
 }
 every_module = pytest.mark.parametrize("name", MODULES)
 

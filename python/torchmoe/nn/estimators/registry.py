@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from torchmoe.nn.gate import Gate
     from torchmoe.nn.moe import MoE
 
+# What torchmoe.nn exports too.
+__all__ = [
+    "DefaultVector",
+    "Estimator",
+    "Exact",
+    "GumbelStraightThrough",
+    "SparseMixer",
+    "StraightThrough",
+    "StraightThroughDense",
+    "known_estimators",
+    "register_estimator",
+]
+
 _REGISTRY: dict[str, Callable[[], Estimator]] = {
     "exact": Exact,
     "straight_through": StraightThrough,

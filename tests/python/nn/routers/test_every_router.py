@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from built_in import ROUTERS as BUILT_IN
+from built_in import make_router, without
 from copies import by_pickle, load_state
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import (
@@ -52,6 +56,11 @@ ROUTERS: dict[str, Make] = {
     "sequence_first": sequence("first"),
     "expert_choice_batch": expert_choice("batch"),
     "expert_choice_sequence": expert_choice("sequence"),
+}
+NAMED = [type(make(H, E)) for make in ROUTERS.values()]
+ROUTERS |= {
+    name: lambda *sizes, kind=kind, **options: make_router(kind, *sizes, K, **options)
+    for name, kind in without(NAMED).items()
 }
 NAMES = tuple(ROUTERS)
 every_router = pytest.mark.parametrize("name", NAMES)
@@ -102,6 +111,15 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(actual[key], value), key
+
+
+def test_the_page_on_gating_shows_them_all() -> None:
+    text = (Path(__file__).parents[4] / "docs" / "gating.md").read_text()
+    table = text.partition("\n## ")[0]
+    rows = set(re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE))
+    assert rows == {kind.__name__ for kind in BUILT_IN}
+    for name in rows:
+        assert re.search(rf"^[^|]*\b{name}\(", text, flags=re.MULTILINE), f"no snippet for {name}"
 
 
 @every_router
