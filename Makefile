@@ -20,7 +20,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch
+.PHONY: help additions copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -187,6 +187,10 @@ cuda-check: $(VENV)/.complete  ## Compile the CUDA backend where nvcc is found, 
 	printf '#include "%s"\n' $(CUDA_ADAPTERS:csrc/%=%) > $(CUDA_CHECK)/adapters.cpp && \
 	$(CXX) $$includes $$(nvcc --dryrun -x cu -c /dev/null -o /dev/null 2>&1 | sed -n 's/^.*INCLUDES="-I\([^"]*\)".*/-isystem \1/p') \
 	  -O1 -Wall -Wextra -Wpedantic -Werror -fopenmp -fsyntax-only $(CUDA_CHECK)/adapters.cpp
+
+# In copies, of which those with changed C++ are built.
+additions: develop  ## Count the files that an addition of each kind touches, and run its tests (ARGS="--help")
+	$(BIN)/python tests/additions/count_additions.py --run $(ARGS)
 
 # ---- Release -----------------------------------------------------------------------------------------------------------------
 
