@@ -57,6 +57,7 @@ ORDERS = _words("order")
 OVERFLOWS = _words("overflow")
 ROUNDINGS = _words("rounding")
 ACTIVATIONS = _words("activation")
+PLAIN_ACTIVATIONS = _words("plain activation")
 GATED_ACTIVATIONS = _words("gated activation")
 
 

@@ -36,35 +36,35 @@ bool ranks_before(double a, double b) {
   return a > b || (std::isnan(b) && !std::isnan(a));
 }
 
-double gelu(double x) {
-  return 0.5 * x * (1 + std::erf(x / std::numbers::sqrt2));
-}
-double gelu_tanh(double x) {
-  const double inner = std::sqrt(2 / std::numbers::pi) * (x + 0.044715 * x * x * x);
-  return 0.5 * x * (1 + std::tanh(inner));
-}
-double relu(double x) {
+// The words of activations.inc beside those of <cmath>.
+constexpr double pi = std::numbers::pi;
+double positive(double x) {
   return x > 0 ? x : 0;
 }
-double silu(double x) {
-  return x / (1 + std::exp(-x));
+double sigmoid(double x) {
+  return 1 / (1 + std::exp(-x));
 }
+
+enum class Kind { plain, gated };
 
 struct Activation {
   const char* name;
   double (*function)(double);
   bool gated;
 };
-constexpr Activation kActivations[] = {{"gelu", gelu, false},
-                                       {"gelu_tanh", gelu_tanh, false},
-                                       {"relu", relu, false},
-                                       {"silu", silu, false},
-                                       {"swiglu", silu, true},
-                                       {"geglu", gelu, true},
-                                       {"reglu", relu, true}};
+
+std::vector<Activation> all_activations() {
+  using std::erf, std::exp, std::log, std::sqrt, std::tanh;
+  std::vector<Activation> all;
+#define ACTIVATION(name, kind, formula) \
+  all.push_back({ #name, [](double x) -> double { return formula; }, Kind::kind == Kind::gated });
+#include "../activations.inc"
+#undef ACTIVATION
+  return all;
+}
 
 Activation find_activation(const std::string& name) {
-  for (const auto& activation : kActivations) {
+  for (const auto& activation : all_activations()) {
     if (name == activation.name) {
       return activation;
     }
@@ -76,7 +76,7 @@ Activation find_activation(const std::string& name) {
 
 std::vector<std::string> activations() {
   std::vector<std::string> names;
-  for (const auto& activation : kActivations) {
+  for (const auto& activation : all_activations()) {
     names.emplace_back(activation.name);
   }
   return names;

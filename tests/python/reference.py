@@ -8,8 +8,10 @@ the reference gradient; where an op's gradient is by definition not the derivati
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -280,32 +282,25 @@ def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     return _stack(sums, (len(offsets) - 1, rows.size(1)), rows)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """The exact x Phi(x)."""
-    return 0.5 * x * (1.0 + torch.erf(x / math.sqrt(2.0)))
+def _activations(kind: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The formulas of one kind in tests/activations.inc, by name."""
+    lines = (Path(__file__).parents[1] / "activations.inc").read_text()
+    words = {name: getattr(torch, name) for name in ("erf", "exp", "log", "tanh", "sigmoid")}
+    words |= {"sqrt": _square_root, "pi": math.pi, "positive": torch.relu}
+    return {
+        name: eval(f"lambda x: {formula}", dict(words))
+        for name, formula in re.findall(
+            rf"^ACTIVATION\((\w+), {kind}, (.+)\)$", lines, flags=re.MULTILINE
+        )
+    }
 
 
-def gelu_tanh(x: Tensor) -> Tensor:
-    """The tanh approximation of gelu."""
-    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+def _square_root(x: Tensor | float) -> Tensor | float:
+    return x.sqrt() if isinstance(x, Tensor) else math.sqrt(x)
 
 
-def silu(x: Tensor) -> Tensor:
-    """The product x sigmoid(x)."""
-    return x * torch.sigmoid(x)
-
-
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": gelu,
-    "gelu_tanh": gelu_tanh,
-    "relu": torch.relu,
-    "silu": silu,
-}
-GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": silu,
-    "geglu": gelu,
-    "reglu": torch.relu,
-}
+PLAIN = _activations("plain")
+GATED = _activations("gated")
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:

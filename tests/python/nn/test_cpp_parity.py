@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import torchmoe
+from torchmoe.ops import ACTIVATIONS
 
 pytestmark = pytest.mark.needs_build
 
@@ -63,10 +64,7 @@ class Case:
 
 CASES = [
     Case("plain", {}),
-    *(
-        Case(activation, {"activation": activation, "bias": True})
-        for activation in ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "reglu")
-    ),
+    *(Case(activation, {"activation": activation, "bias": True}) for activation in ACTIVATIONS),
     Case("router_bias", {"router_bias": True, "z_loss_weight": 0.001, "balance_weight": 0.1}),
     Case("sigmoid", {"score_function": "sigmoid", "z_loss_weight": 0.1}),
     Case("unnormalized", {"normalize": "none", "top_k": 3}),

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 import torchmoe
+from built_in import ACTIVATIONS
 from gradient_harness import GRADCHECK, DifferentiableOpTests
 from op_case import (
     Autocast,
@@ -112,7 +113,7 @@ class TestExpertMlp(DifferentiableOpTests):
 
     @pytest.mark.usefixtures("one_thread")
     @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("activation", [*reference.PLAIN, *reference.GATED])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_every_activation(self, activation: str, bias: bool) -> None:
         case = self.case
         inputs = make(SITUATIONS["dropped"], torch.float64, activation, bias)
@@ -127,6 +128,17 @@ class TestExpertMlp(DifferentiableOpTests):
             [inputs[n] for n in names],
             **GRADCHECK,
         )
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_every_activation_in_single_precision(self, activation: str) -> None:
+        """Where vectors are at work."""
+        variant = {"activation": activation, "bias": True}
+        self.test_gradients_are_the_reference(SITUATIONS["dropped"], torch.float32, variant)
+        self.test_forward_is_the_reference(SITUATIONS["dropped"], torch.float32, variant)
+
+    def test_every_activation_has_a_formula(self) -> None:
+        assert tuple(reference.PLAIN) == torchmoe.ops.PLAIN_ACTIVATIONS
+        assert tuple(reference.GATED) == torchmoe.ops.GATED_ACTIVATIONS
 
     @pytest.mark.usefixtures("one_thread")
     @pytest.mark.parametrize("which", ["b_in", "b_out"])
@@ -210,7 +222,7 @@ class TestExpertMlp(DifferentiableOpTests):
         assert floating == [(16 * 3, width)]
         assert sum(t.numel() for t in own if not t.is_floating_point()) <= 6 + 3 * 16 * 3
 
-    @pytest.mark.parametrize("activation", [*reference.PLAIN, *reference.GATED])
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_nan_stays_nan_and_in_its_token(self, activation: str) -> None:
         inputs = make(SITUATIONS["plain"], torch.float32, activation, bias=True)
         inputs["x"][1] = torch.nan
