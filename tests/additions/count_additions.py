@@ -74,6 +74,15 @@ KINDS = {
             "tests/python/examples/test_classification_model.py "
             "-k 'distance or Distance or public or gating or causal_router or refuses'",
         ),
+        Kind(
+            "activation",
+            4,
+            "squared_relu",
+            "tests/python/ops/test_expert_mlp.py tests/python/ops/test_attach_dense_gradient.py "
+            "tests/python/nn/test_experts.py tests/python/nn/test_cpp_parity.py "
+            "-k 'squared_relu or has_a_formula or errors'",
+            cpp_tests="expert_mlp*,Experts*",
+        ),
     )
 }
 
