@@ -22,8 +22,8 @@ from lm.model import (
 )
 from lm.routers import ROUTERS, looks_ahead
 from torchmoe.nn import known_estimators
-from torchmoe.ops import NORMALIZES, ORDERS
 from torchmoe.nn.estimators.registry import build_estimator
+from torchmoe.ops import NORMALIZES, ORDERS
 
 # What weights are held in.
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 import torchmoe  # noqa: F401  registers the ops
+from float_types import FLOATS
 from situations import SITUATIONS
 
 Inputs = dict[str, Any]
 Outputs = tuple[Tensor, ...]
 Function = Callable[[Inputs], Outputs]
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # A sum of n terms formed in precision eps errs by at most n * eps * sum |terms| / 2 (Higham,
 # "Accuracy and Stability", 3.1), for terms of both signs by far less. The terms here are of order

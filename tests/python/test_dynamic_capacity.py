@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchmoe
+from float_types import FLOATS
 from torchmoe import dynamic_capacity, expert_capacity
 from torchmoe.nn import Capacity
 
@@ -75,7 +76,7 @@ def test_an_excess_below_a_millionth_does_not_round_up(above: float, expected: i
 
 
 @pytest.mark.parametrize("num_experts", [1, 3, 5, 6, 7, 10, 13, 64, 257])
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_an_even_load_gives_the_usual_capacity(num_experts: int, dtype: torch.dtype) -> None:
     """Although 1 / E and its mean are rounded."""
     usage = torch.full((num_experts,), 1 / num_experts, dtype=dtype)

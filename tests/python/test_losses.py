@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from float_types import NARROW
 from loss_formulas import (
     F32,
     F64,
@@ -181,7 +182,7 @@ def test_any_number_of_threads_gives_the_same_bits(term: Term) -> None:
 
 
 @every_term
-@pytest.mark.parametrize("dtype", [F32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [F32, *NARROW])
 def test_is_formed_in_float32_or_wider(term: Term, dtype: torch.dtype) -> None:
     values = term.draw(dtype=dtype)
     result, gradient = value_and_gradient(term, values)

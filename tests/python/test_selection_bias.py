@@ -14,6 +14,7 @@ from hypothesis import given
 from torch import Tensor
 from torch.testing import assert_close
 
+from float_types import FLOATS, NARROW
 from plain_moe import gradients, tensors_of
 from torchmoe import update_selection_bias
 from torchmoe.nn import Balance, Capacity, Gate, MoE, Router
@@ -77,7 +78,7 @@ def test_gives_a_new_tensor_and_leaves_the_old_alone() -> None:
     assert got.tolist() == pytest.approx([0.1, 0.1, -0.1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_keeps_the_dtype_of_the_bias(dtype: torch.dtype) -> None:
     bias = torch.zeros(3, dtype=dtype)
     for counts in (torch.tensor([1, 2, 9]), torch.tensor([1, 2, 9], dtype=torch.int32)):
@@ -267,7 +268,7 @@ def test_ranks_but_never_weighs(score_function: str, normalize: str) -> None:
     assert_close(output.routing.weights, weights)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", NARROW)
 def test_stays_wide_in_a_narrow_layer(dtype: torch.dtype) -> None:
     moe = make(1e-3, dtype=torch.float32)
     moe.update(moe(torch.randn(T, H)).routing)

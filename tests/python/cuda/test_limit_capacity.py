@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference
+from float_types import FLOATS
 from on_device import moved
 from op_case import Inputs, call
 from situations import INT64_MAX, INT64_MIN
@@ -17,7 +18,6 @@ from situations import INT64_MAX, INT64_MIN
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("default")]
 
 ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, 2.0)
-TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def table(
@@ -62,7 +62,7 @@ def table(
     experts=st.integers(2, 70),
     room=st.floats(0.0, 1.5),
     skew=st.floats(1.0, 6.0),
-    dtype=st.sampled_from(TYPES),
+    dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**31),
 )
 @pytest.mark.parametrize("overflow", ["drop", "next_best", "backup"])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from float_types import NARROW
 from geometry_case import E, H, T, drawn, gate
 from slow_geometry import dot
 from torchmoe.monitor import geometry
@@ -76,7 +77,7 @@ def test_leading_dimensions_are_kept(leading: tuple[int, ...], cosine: bool) -> 
             check(one, other)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
 def test_x_of_any_dtype_is_widened(dtype: torch.dtype) -> None:
     got, x = drawn(), torch.randn(T, H, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

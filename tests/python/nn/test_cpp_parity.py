@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import torchmoe
+from float_types import FLOATS
 from torchmoe.ops import ACTIVATIONS
 
 pytestmark = pytest.mark.needs_build
@@ -105,7 +106,7 @@ CASES = [
     Case("quiet_in_eval", {"input_jitter": 0.05, "logit_noise": 0.5}, train=False),
     *(
         Case(f"everything_{str(dtype).removeprefix('torch.')}", everything, dtype, masked=True)
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        for dtype in FLOATS
         for everything in [
             {
                 "activation": "geglu",

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchmoe.nn
 from built_in import ESTIMATORS
+from float_types import AUTOCAST
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import (
     Balance,
@@ -127,7 +128,7 @@ def test_checkpointing_replays_the_same_numbers(name: str, use_reentrant: bool) 
 
 
 @every_estimator
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST)
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     moe = warmed(make(name, capacity=Capacity(1.1)))
     x = torch.randn(T, H)

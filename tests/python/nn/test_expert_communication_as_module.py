@@ -30,6 +30,7 @@ from communicating_experts import (
     talking,
 )
 from copies import by_pickle, load_state
+from float_types import AUTOCAST, NARROW
 from plain_moe import gradients
 from torchmoe.nn import (
     Capacity,
@@ -73,7 +74,7 @@ def narrow_tolerance(layer: ExpertCommunication, dtype: torch.dtype, y: Tensor) 
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST)
 def test_autocast(dtype: torch.dtype) -> None:
     moe = moe_of(talking(stacked(torch.float32), torch.float32), router=None, dtype=None)
     x = torch.randn(T, H, requires_grad=True)
@@ -89,7 +90,7 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", NARROW)
 def test_narrow_parameters(dtype: torch.dtype) -> None:
     narrow = talking(stacked(dtype), dtype)
     indices, x, weights = ids("dropped"), torch.randn(T, H).to(dtype), torch.rand(T, K)

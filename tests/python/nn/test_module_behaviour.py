@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from copies import by_pickle, load_state
+from float_types import AUTOCAST
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import Balance, Capacity, Gate, MoE, Router, WithAttachedLoss
 
@@ -264,7 +265,7 @@ def test_compile_with_noise_usage_and_attached_loss() -> None:
     assert_close(seen[0], seen[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST)
 def test_autocast(dtype: torch.dtype) -> None:
     moe = MoE(
         H, INNER, E, K, bias=True, capacity=Capacity(1.1), balance=Balance(z_loss_weight=0.01)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from float_types import FLOATS
 from plain_moe import gradients, plain_balance, plain_moe
 from torchmoe import ops
 from torchmoe.nn import (
@@ -176,7 +177,7 @@ def test_weights_are_formed_before_or_after_dropping() -> None:
     assert (weights[lost_one][kept[lost_one]] == 1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes(dtype: torch.dtype) -> None:
     moe = make(dtype=dtype)
     output = moe(torch.randn(T, H, dtype=dtype))

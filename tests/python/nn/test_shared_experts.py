@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from float_types import AUTOCAST
 from plain_moe import gradients, plain_balance, plain_moe, tensors_of
 from torchmoe.nn import Capacity, Experts, Gate, MoE, SharedExperts, WithAttachedLoss
 
@@ -162,7 +163,7 @@ def test_with_estimators_that_combine_themselves(estimator: str) -> None:
     assert_close(output.routing.statistics, expected.routing.statistics)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST)
 def test_autocast(dtype: torch.dtype) -> None:
     moe = make(dtype=torch.float32)
     x = torch.randn(T, H)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from float_types import NARROW
 from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Router
 
 T, H, INNER, E, K = 12, 8, 6, 4, 2
@@ -49,7 +50,7 @@ def in_place(moe: MoE, name: str, narrow: torch.dtype) -> None:
     module._buffers[last] = module._buffers[last].to(narrow)
 
 
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("narrow", NARROW)
 @pytest.mark.parametrize("load", [by_loading, by_attribute, in_place])
 @pytest.mark.parametrize("layer", list(LAYERS))
 def test_steps_are_not_lost(

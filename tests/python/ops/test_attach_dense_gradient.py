@@ -8,7 +8,6 @@ from torch import Tensor
 
 import reference
 import torchmoe
-from built_in import ACTIVATIONS
 from gradient_harness import DifferentiableOpTests
 from op_case import Autocast, ErrorCase, Inputs, OpCase, altered, call, leaves, wide_dtype
 from situations import EXPERT_WEIGHTS, SITUATIONS, Situation, expert_weights, normal
@@ -100,7 +99,7 @@ class TestAttachDenseGradient(DifferentiableOpTests):
                 inputs["probs"].grad[:, i], (outputs * direction).sum(1), rtol=0, atol=1e-12
             )
 
-    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("activation", torchmoe.ops.ACTIVATIONS)
     def test_every_activation(self, activation: str) -> None:
         self.test_gradients_are_the_reference(
             SITUATIONS["plain"], torch.float64, {"activation": activation, "bias": True}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from float_types import FLOATS
 from plain_moe import gradients
 from torchmoe.nn import (
     Assistance,
@@ -252,7 +253,7 @@ def test_what_a_router_must_not_return(
         make(router)(torch.randn(B, S, H))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_narrow_logits_are_widened(dtype: torch.dtype) -> None:
     wide = torch.promote_types(dtype, torch.float32)
     logits = LOGITS.to(dtype)

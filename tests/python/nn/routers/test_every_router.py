@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from built_in import ROUTERS as BUILT_IN
 from built_in import make_router, without
 from copies import by_pickle, load_state
+from float_types import AUTOCAST, NARROW
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import (
     Balance,
@@ -150,7 +151,7 @@ def test_inductor(name: str) -> None:
 
 
 @every_router_of_ours
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", AUTOCAST)
 def test_autocast(name: str, dtype: torch.dtype) -> None:
     moe = make(name, capacity=Capacity(1.1))
     x = torch.randn(B, S, H)
@@ -184,7 +185,7 @@ def test_autocast_around_narrow_activations(name: str) -> None:
 
 
 @every_router
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", NARROW)
 def test_narrow_parameters(name: str, dtype: torch.dtype) -> None:
     moe = make(name).to(dtype)
     x = torch.randn(B, S, H).to(dtype)
