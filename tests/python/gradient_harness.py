@@ -18,6 +18,7 @@ from op_case import (
     expected_gradients,
     id_names,
     leaves,
+    map_tensors,
     overload,
     run,
     strided,
@@ -25,6 +26,7 @@ from op_case import (
     wide_dtype,
 )
 from op_harness import OpTests
+from selectively import selectively
 from situations import BLOCKS, COMPILED_TOKENS, GRADIENT, SITUATIONS, Situation
 
 # In float64 a central difference over steps of 1e-6 errs by some 1e-12 (the step squared) plus
@@ -218,6 +220,18 @@ class DifferentiableOpTests(OpTests):
 
         actual, expected = run(function, inputs, names), run(self.case, inputs, names)
         assert_same(actual[0] + actual[1], expected[0] + expected[1])
+
+    @pytest.mark.above_kernels
+    def test_a_policy_of_checkpointing_is_asked_about_the_op(self) -> None:
+        inputs = self.plain(torch.float32)
+        inputs = leaves(inputs, self.case.names(inputs))
+        seen: list[str] = []
+        (y,) = selectively(self.case, inputs, seen=seen)
+        y.sum().backward()
+        assert seen == list(self.case.asked_as or (self.case.name,))
+        seen.clear()
+        selectively(self.case, map_tensors(inputs, Tensor.detach), seen=seen)
+        assert seen == [self.case.name]
 
     @pytest.mark.above_kernels
     def test_autocast_gradients_keep_their_types(self) -> None:

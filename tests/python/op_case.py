@@ -95,6 +95,8 @@ class OpCase:
     # False where the gradient is by definition not the derivative of the value.
     is_derivative: Callable[[Inputs], bool] = field(default=lambda inputs: True)
     double_backward: str = "right"  # or "refused"
+    # What a policy of selective checkpointing is asked about instead, with a gradient to come.
+    asked_as: tuple[str, ...] = ()
 
     def __call__(self, inputs: Inputs) -> Outputs:
         return call(self.name, inputs)

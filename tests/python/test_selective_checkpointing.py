@@ -2,116 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
 from functools import partial
+from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from plain_moe import gradients
-from torchmoe import ops
+from selectively import selectively
 from torchmoe.nn import MoE
 
 T, H, INNER, E, K = 7, 6, 5, 4, 2
 ROUTER = 2 * T * H * E
 EXPERTS = 6 * T * K * H * INNER
-INDICES = torch.arange(T * K).reshape(T, K) % E
-PLAN = ops.dispatch_plan(INDICES, E)
-
-# For each differentiable op of the library: how it is called, and the tensors it is called with.
-CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "router_logits": (ops.router_logits, [(T, H), (E, H), (E,)]),
-    "gate_weights": (
-        lambda logits: ops.gate_weights(
-            logits, INDICES, score_function="softmax", normalize="topk", estimator="exact"
-        ),
-        [(T, E)],
-    ),
-    "permute": (lambda x: ops.permute(x, PLAN), [(T, H)]),
-    "unpermute": (lambda rows, weights: ops.unpermute(rows, weights, PLAN), [(T * K, H), (T, K)]),
-    "grouped_linear": (
-        lambda rows, weight, bias: ops.grouped_linear(rows, weight, bias, PLAN.expert_offsets),
-        [(T * K, H), (E, INNER, H), (E, INNER)],
-    ),
-    "sum_by_expert": (lambda rows: ops.sum_by_expert(rows, PLAN.expert_offsets), [(T * K, H)]),
-    "expert_mlp": (
-        lambda x, weights, w_in, w_out: ops.expert_mlp(
-            x, INDICES, weights, w_in, None, w_out, None, "swiglu"
-        ),
-        [(T, H), (T, K), (E, 2 * INNER, H), (E, H, INNER)],
-    ),
-    "load_balancing_loss": (
-        lambda logits: ops.load_balancing_loss(
-            logits, torch.full((E,), 1 / E), score_function="softmax"
-        ),
-        [(T, E)],
-    ),
-    "mean_over_tokens": (ops.mean_over_tokens, [(T, E)]),
-    "router_z_loss": (ops.router_z_loss, [(T, E)]),
-    "scale_gradient": (lambda x: ops.scale_gradient(x, torch.ones(H)), [(T, H)]),
-    "attach_dense_gradient": (
-        lambda y, probs, x, w_in, w_out: ops.attach_dense_gradient(
-            y, probs, x, w_in, None, w_out, None, "swiglu"
-        ),
-        [(T, H), (T, E), (T, H), (E, 2 * INNER, H), (E, H, INNER)],
-    ),
-    "attach_loss": (lambda x, loss: ops.attach_loss(x, loss.sum()), [(T, H), (1,)]),
-}
-INSTEAD = {"expert_mlp": ["dispatch_plan", "_expert_mlp"]}
 
 
-def selectively(
-    function: Callable[..., Tensor],
-    *args: Tensor,
-    save: tuple[object, ...] = (),
-    seen: list[str] | None = None,
-) -> Tensor:
-    """The function under a policy that saves the ops `save` and notes what it was asked about."""
-
-    def policy(
-        context: SelectiveCheckpointContext, op: torch._ops.OpOverload, *_: object, **__: object
-    ) -> CheckpointPolicy:
-        if seen is not None and op.namespace == "torchmoe" and not context.is_recompute:
-            seen.append(op._schema.name.removeprefix("torchmoe::"))
-        return CheckpointPolicy.MUST_SAVE if op in save else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return checkpoint(
-        function,
-        *args,
-        use_reentrant=False,
-        context_fn=partial(create_selective_checkpoint_contexts, policy),
-    )
-
-
-def test_the_cases_are_the_differentiable_ops() -> None:
+def test_every_differentiable_op_has_its_checklist() -> None:
     differentiable = {
         name.removeprefix("torchmoe::")
         for name in torch._C._dispatch_get_registrations_for_dispatch_key("Autograd")
         if name.startswith("torchmoe::") and not name.startswith("torchmoe::_")
     }
-    assert differentiable == set(CASES)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_what_a_policy_sees(name: str) -> None:
-    function, shapes = CASES[name]
-    seen: list[str] = []
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    selectively(function, *inputs, seen=seen).sum().backward()
-    assert seen == INSTEAD.get(name, [name])
-    if name in INSTEAD:
-        seen.clear()
-        selectively(function, *(tensor.detach() for tensor in inputs), seen=seen)
-        assert seen == [name]
+    texts = (path.read_text() for path in (Path(__file__).parent / "ops").glob("test_*.py"))
+    checked = {
+        name
+        for text in texts
+        if "(DifferentiableOpTests)" in text
+        for name in re.findall(r'OpCase\(\s*name="(\w+)"', text)
+    }
+    assert differentiable == checked
 
 
 def test_saving_the_experts_leaves_the_rest_to_be_computed_again() -> None:

@@ -78,6 +78,7 @@ class TestExpertMlp(DifferentiableOpTests):
         ),
         differentiable=("x", "weights", *EXPERT_WEIGHTS),
         double_backward="refused",
+        asked_as=("dispatch_plan", "_expert_mlp"),
         # The pre-activation is saved in the storage type, and the slope and the value both come
         # from it.
         gradient_roundings=2,
