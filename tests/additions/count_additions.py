@@ -62,7 +62,8 @@ KINDS = {
             "tests/python/nn tests/python/test_check_surrogate.py tests/python/test_scripting.py "
             "tests/python/test_compare_estimators.py tests/python/test_wrong_arguments.py "
             "tests/python/test_package.py "
-            "-k 'uniform or UniformStraightThrough or public or table or leaves_out'",
+            "-k 'uniform_straight_through or UniformStraightThrough or uniform_noise or public or "
+            "architecture or leaves_out'",
         ),
         Kind(
             "router",
@@ -82,6 +83,22 @@ KINDS = {
             "tests/python/nn/test_experts.py tests/python/nn/test_cpp_parity.py "
             "-k 'squared_relu or has_a_formula or errors'",
             cpp_tests="expert_mlp*,Experts*",
+        ),
+        Kind(
+            "op",
+            15,
+            "squared_norms",
+            "tests/python/ops/test_squared_norms.py tests/python/test_wrong_arguments.py "
+            "tests/python/test_selective_checkpointing.py tests/python/test_package.py "
+            "-k 'SquaredNorms or squared_norms or checklist or public'",
+            cpp_tests="squared_norms*",
+        ),
+        Kind(
+            "dtype",
+            8,
+            "float8",
+            "tests/python/ops/test_float8.py",
+            cpp_tests="permute*",
         ),
     )
 }
@@ -154,6 +171,8 @@ def run_tests(kind: Kind, folder: Path) -> None:
     check = f"import torchmoe; assert torchmoe.__file__.startswith({str(package)!r})"
     subprocess.run([sys.executable, "-c", check], env=environment, check=True)
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if not kind.cpp_tests:
+        pytest += ["-m", "not cuda and not needs_build"]
     subprocess.run([*pytest, *shlex.split(kind.tests)], cwd=folder, env=environment, check=True)
 
 
