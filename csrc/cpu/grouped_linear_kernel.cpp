@@ -35,14 +35,14 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
     auto* result = out.mutable_data_ptr<scalar_t>();
     zero_unrouted(offsets, result, rows.size(0), out_features);
     cpu::Phase tasks;
-    cpu::grouped_linear(tasks,
-                        offsets,
-                        cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
-                        weight_c.const_data_ptr<scalar_t>(),
-                        data_or_null<scalar_t>(bias_c),
-                        result,
-                        in_features,
-                        out_features);
+    cpu::grouped_linear(
+        tasks,
+        offsets,
+        cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
+        cpu::Linear<scalar_t>{weight_c.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(bias_c)},
+        result,
+        in_features,
+        out_features);
     cpu::run(std::move(tasks), rows.size(0) * in_features * out_features);
   });
   return out;

@@ -45,13 +45,13 @@ void check_capacity(const CapacityOptions& capacity, int64_t num_experts) {
   choose<Normalized>("Capacity", capacity.normalize());
 }
 
-void check_router(const RouterOptions& router, const MoEOptions& options) {
+void check_router(const RouterOptions& router, int64_t hidden_size, int64_t num_experts) {
   const auto check_equal = [](const char* name, int64_t expected, int64_t actual) {
     TORCH_CHECK_VALUE(
         actual == expected, "MoE: router must have ", name, " ", expected, ", got ", actual);
   };
-  check_equal("num_experts", options.num_experts(), router.num_experts());
-  check_equal("hidden_size", options.hidden_size(), router.hidden_size());
+  check_equal("num_experts", num_experts, router.num_experts());
+  check_equal("hidden_size", hidden_size, router.hidden_size());
 }
 
 /// x [..., H] and its mask [...] as tokens [T, H] and a mask [T].
@@ -119,7 +119,7 @@ MoEImpl::MoEImpl(const MoEOptions& settings) : options(settings) {
   if (!options.router()) {
     options.router(RouterOptions(options.hidden_size(), options.num_experts()));
   }
-  check_router(*options.router(), options);
+  check_router(*options.router(), options.hidden_size(), options.num_experts());
   reset();
 }
 

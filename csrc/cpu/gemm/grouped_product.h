@@ -13,13 +13,19 @@
 
 namespace torchmoe::cpu {
 
+/// Every expert's matrix and bias; null: none.
+template <typename W>
+struct Linear {
+  const W* weight;
+  const W* bias;
+};
+
 /// out[r] = rows[r] weight[e]^T + bias[e] for expert e's rows: rows [N, in] -> out [N, out].
 template <typename A, typename W, typename Out>
 void grouped_linear(Phase& tasks,
                     const Offsets& offsets,
                     const Rows<A>& rows,
-                    const W* weight,
-                    const W* bias,
+                    const Linear<W>& linear,
                     Out* out,
                     int64_t in_features,
                     int64_t out_features,
@@ -30,9 +36,9 @@ void grouped_linear(Phase& tasks,
       const int64_t first = block.expert * out_features + block.columns.begin;
       product_plus_bias(Form::nt,
                         rows.from(block.rows.begin, 0),
-                        Rows<W>{weight + first * in_features, in_features},
+                        Rows<W>{linear.weight + first * in_features, in_features},
                         sizes,
-                        bias == nullptr ? nullptr : bias + first,
+                        linear.bias == nullptr ? nullptr : linear.bias + first,
                         out + block.rows.begin * out_features + block.columns.begin,
                         out_features,
                         workspace);

@@ -265,7 +265,6 @@ class MoE(Remembering):
             router_input=router_input,
             token_mask=token_mask,
         )
-
         logits = routed.logits  # [T, E]
 
         # 2. Decide which experts, who assists them, and what becomes of the slots that find them

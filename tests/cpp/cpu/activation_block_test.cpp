@@ -1,9 +1,4 @@
 // The activations of every instruction set against the float64 formulas of common/activation.h.
-//
-// The tolerances are running error bounds, to first order in u = 2^-24 (Higham, Accuracy and
-// Stability of Numerical Algorithms, section 3.3): what each operation of csrc/cpu/simd rounds and
-// what it makes of the errors in its operands. exp is off by 2 units in the last place, 4 u, and
-// gives 0 where its result is below the least normal number.
 
 #include "cpu/activation_block.h"
 
@@ -13,121 +8,28 @@
 #include <string>
 #include <vector>
 
+#include "cpu/expected_activation.h"
 #include "cpu/instruction_sets.h"
-#include "reference.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
 using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
-using torchmoe::Activation;
+using torchmoe::Nonlinearity;
 
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr double kLeastNormal = 0x1p-126;
-constexpr double kLeast = 0x1p-149;  // what a subnormal result rounds by, twice
 constexpr double kSecondOrder = 1.001;
 
-const std::vector<std::pair<Activation, const char*>> kNonlinearities = {
-    {Activation::relu, "relu"},
-    {Activation::silu, "silu"},
-    {Activation::gelu, "gelu"},
-    {Activation::gelu_tanh, "gelu_tanh"}};
-
-/// A number and how far a float32 result may be from it.
-struct Bounded {
-  double value;
-  double error;
-};
-
-struct Expected {
-  Bounded value;
-  Bounded slope;
-};
-
-/// 1 / (1 + exp(-u)) where exp(-u) is off by `relative`; `rest` is 1 - s. Where exp(-u) is so small
-/// that 1 + exp(-u) is 1, the sum's error is rest itself and the quotient has none. Where exp(-u) is
-/// inf, from 2^128 on, s is 0.
-double sigmoid_error(double s, double rest, double relative) {
-  return s * rest * relative + 2 * s * std::min(rest, kUnit) + (s < 0x1.01p-128 ? s : kLeast);
-}
-
-Expected expected_relu(double u) {
-  return {{u < 0 ? 0 : u, 0}, {u > 0 ? 1.0 : 0.0, 0}};
-}
-
-Expected expected_silu(double u) {
-  const double s = torchmoe::sigmoid(u), rest = torchmoe::sigmoid(-u), size = std::fabs(u);
-  const double s_error = sigmoid_error(s, rest, 4 * kUnit);
-  const double value = u * s;
-  const double inner = 1 + u * rest;  // 1 - s, the product and the sum round
-  const double inner_error =
-      size * (s_error + kUnit * rest) + kUnit * size * rest + kUnit * std::fabs(inner);
-  const double slope = s * inner;
-  return {{value, size * s_error + kUnit * std::fabs(value)},
-          {slope, s * inner_error + std::fabs(inner) * s_error + kUnit * std::fabs(slope)}};
-}
-
-/// The relative error of P(X > |u|) = exp(-u^2 / 2) s q(s), in u: 4 of exp and u^2 / 2 of its
-/// argument's rounding; s is off by 2.4 (a constant, a sum, a quotient), which s q(s) makes 2.5 times
-/// as large; 3 of the polynomial's steps, whose partial sums add up to 3 q; 0.7 of its fit; and 2
-/// products.
-double beyond_error(double u) {
-  return (u * u / 2 + 4 + 2.4 * 2.5 + 3 + 0.7 + 2) * kUnit;
-}
-
-Expected expected_gelu(double u) {
-  constexpr double kInverseSqrt2 = 0.70710678118654752440;
-  constexpr double kInverseSqrt2Pi = 0.39894228040143267794;
-  const double size = std::fabs(u);
-  const double beyond = std::erfc(size * kInverseSqrt2) / 2, below = u < 0 ? beyond : 1 - beyond;
-  const double density = std::exp(-u * u / 2);
-  const double flushed = density < 2 * kLeastNormal ? kLeastNormal : 0;
-  const double below_error = beyond * beyond_error(u) + flushed + (u < 0 ? 0 : kUnit * below);
-  const double value = u * below;
-  const double term = density == 0 ? 0 : u * kInverseSqrt2Pi * density;
-  // A constant and two products.
-  const double term_error =
-      std::fabs(term) * (u * u / 2 + 4 + 3) * kUnit + (size < 100 ? size * flushed : 0);
-  const double slope = below + term;
-  return {{value, size * below_error + kUnit * std::fabs(value)},
-          {slope, below_error + term_error + kUnit * std::fabs(slope)}};
-}
-
-Expected expected_gelu_tanh(double u) {
-  constexpr double kTwoSqrt2OverPi = 1.59576912160573071176;
-  const double size = std::fabs(u);
-  const double twice = kTwoSqrt2OverPi * (u + 0.044715 * u * u * u);
-  const double s = torchmoe::sigmoid(twice), rest = torchmoe::sigmoid(-twice);
-  // Two constants, three products and a sum, all of the same sign, in the argument.
-  const double s_error = sigmoid_error(s, rest, (4 + 6 * std::fabs(twice)) * kUnit);
-  const double value = u * s;
-  const double inner = kTwoSqrt2OverPi * (1 + 3 * 0.044715 * u * u);  // off by 6: as the argument
-  const double term = rest == 0 ? 0 : u * s * rest * inner;
-  const double term_error = size * inner * (s * (s_error + kUnit * rest) + rest * s_error) +
-                            std::fabs(term) * (6 + 3) * kUnit;
-  const double slope = s + term;
-  return {{value, size * s_error + kUnit * std::fabs(value)},
-          {slope, s_error + term_error + kUnit * std::fabs(slope)}};
-}
-
-/// f(u) and f'(u), small ones too, where the formulas of common/activation.h lose all digits.
-Expected expected_activation(Activation f, double u) {
-  switch (f) {
-    case Activation::relu:
-      return expected_relu(u);
-    case Activation::silu:
-      return expected_silu(u);
-    case Activation::gelu:
-      return expected_gelu(u);
-    default:
-      return expected_gelu_tanh(u);
-  }
-}
+const std::vector<std::pair<Nonlinearity, const char*>> kNonlinearities = {
+    {Nonlinearity::relu, "relu"},
+    {Nonlinearity::silu, "silu"},
+    {Nonlinearity::gelu, "gelu"},
+    {Nonlinearity::gelu_tanh, "gelu_tanh"}};
 
 /// The formulas of common/activation.h.
 template <typename T>
-torchmoe::ValueAndSlope<T> formula(Activation f, T u) {
+torchmoe::ValueAndSlope<T> formula(Nonlinearity f, T u) {
   torchmoe::ValueAndSlope<T> result{};
   torchmoe::with_nonlinearity(f, [&](auto g) { result = g.with_slope(u); });
   return result;
@@ -248,7 +150,7 @@ float float_at(const Stored& stored, int64_t i, int64_t j) {
 
 /// A forward call over `us` as [rows, columns], the biases already taken off where there are any.
 struct Forward {
-  Activation f;
+  Nonlinearity f;
   bool is_gated;
   bool has_gate_bias;
   bool has_up_bias;
@@ -314,7 +216,7 @@ std::string check_forward(const Simd& simd, const Forward& given, const Tensor& 
 
 template <typename T>
 std::string check_backward(
-    const Simd& simd, Activation f, bool is_gated, int64_t gap, const Tensor& us) {
+    const Simd& simd, Nonlinearity f, bool is_gated, int64_t gap, const Tensor& us) {
   const int64_t rows = us.size(0), columns = us.size(1), stride = columns + gap;
   const auto padded = [&](const Tensor& x, at::ScalarType type) {
     return Stored(torch::constant_pad_nd(x, {gap, 0}, kNaN), type);
@@ -396,7 +298,7 @@ TEST_CASE("activation: what is expected is what common/activation.h says", "[cpu
     for (const float number : sweep()) {
       const double u = number;
       const auto [value, slope] = formula<double>(f, u);
-      const Expected expected = expected_activation(f, u);
+      const ExpectedActivation expected = expected_activation(f, u);
       // 1 + erf and 1 + tanh are off by 2^-53 and what erf and tanh are off by.
       const double scale = std::max(1.0, std::fabs(u));
       worst = std::max(worst, std::fabs(value - expected.value.value) / scale);
@@ -516,7 +418,7 @@ TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[cpu][
         CHECK(std::string(class_of(dots.at(i, 0))) == class_of(scalar.value));
         CHECK(std::string(class_of(slope.at(i, 0))) == class_of(scalar.slope));
         Wrong wrong;
-        const Expected expected = expected_activation(f, u[i]);
+        const ExpectedActivation expected = expected_activation(f, u[i]);
         if (std::isfinite(scalar.value)) {
           wrong.check("value", act.at(i, 0), expected.value, u[i]);
         }
@@ -565,112 +467,9 @@ TEST_CASE("activation: NaN stays with its row", "[cpu][activation]") {
         // relu's slope is 0 there, as in the scalar formula.
         CHECK(torch::equal(
             gate.values().isnan(),
-            f == Activation::relu ? torch::zeros_like(us).to(torch::kBool) : us.isnan()));
+            f == Nonlinearity::relu ? torch::zeros_like(us).to(torch::kBool) : us.isnan()));
         CHECK(torch::equal(dots.values().flatten().isnan(), us.isnan().any(1)));
       }
     }
-  }
-}
-
-namespace {
-
-/// Both directions of a block in T with arithmetic in Acc, all results in one tensor.
-template <typename T, typename Acc>
-Tensor block_results(Activation activation, const Tensor& us) {
-  const int64_t rows = us.size(0), columns = us.size(1);
-  const bool gated = is_gated(activation);
-  const auto acc = type_of<Acc>, type = type_of<T>;
-  const Tensor gate = us.to(acc), up = wave(us.sizes(), 1, 3, acc);
-  const Tensor gate_bias = wave({columns}, 2, 1, type), up_bias = wave({columns}, 3, 1, type);
-  const Written<T> pre_gate(rows, columns, columns), pre_up(rows, columns, columns);
-  const Written<Acc> act(rows, columns, columns), weighted(rows, columns, columns);
-  const Written<Acc> grad_gate(rows, columns, columns), grad_up(rows, columns, columns);
-  const Written<Acc> dots(rows, 1, 1);
-  const Tensor grad = wave(us.sizes(), 4, 1, acc), weights = wave({rows}, 5, 1, acc);
-  activate_block<T, Acc>(activation,
-                         {rows,
-                          columns,
-                          gate.const_data_ptr<Acc>(),
-                          gated ? up.const_data_ptr<Acc>() : nullptr,
-                          columns,
-                          gate_bias.const_data_ptr<T>(),
-                          gated ? up_bias.const_data_ptr<T>() : nullptr,
-                          pre_gate.data(),
-                          gated ? pre_up.data() : nullptr,
-                          columns,
-                          act.data(),
-                          columns});
-  activate_block_backward<T, Acc>(activation,
-                                  {rows,
-                                   columns,
-                                   grad.const_data_ptr<Acc>(),
-                                   columns,
-                                   pre_gate.data(),
-                                   gated ? pre_up.data() : nullptr,
-                                   columns,
-                                   weights.const_data_ptr<Acc>(),
-                                   weighted.data(),
-                                   columns,
-                                   grad_gate.data(),
-                                   gated ? grad_up.data() : nullptr,
-                                   columns,
-                                   dots.data(),
-                                   1});
-  std::vector<Tensor> all = {
-      pre_gate.values(), act.values(), weighted.values(), grad_gate.values(), dots.values()};
-  if (gated) {
-    all.insert(all.end(), {pre_up.values(), grad_up.values()});
-  }
-  for (Tensor& x : all) {
-    x = x.to(torch::kDouble).flatten();
-  }
-  return torch::cat(all);
-}
-
-/// The same from torch's own functions in float64, the pre-activation rounded to `type`.
-Tensor torch_results(const std::string& activation, const Tensor& us, at::ScalarType type) {
-  const int64_t rows = us.size(0), columns = us.size(1);
-  const bool gated = torchmoe::reference::is_gated(activation);
-  const auto stored = [&](const Tensor& x) { return x.to(type).to(torch::kDouble); };
-  const auto apply = [&](const Tensor& gate, const Tensor& up) {
-    const Tensor value = activation == "relu" || activation == "reglu"    ? gate.relu()
-                         : activation == "silu" || activation == "swiglu" ? torch::silu(gate)
-                         : activation == "gelu_tanh" ? torch::gelu(gate, "tanh")
-                                                     : torch::gelu(gate);
-    return gated ? value * up : value;
-  };
-  const Tensor gate = us + stored(wave({columns}, 2)),
-               up = wave(us.sizes(), 1, 3) + stored(wave({columns}, 3));
-  const Tensor pre_gate = stored(gate).requires_grad_(), pre_up = stored(up).requires_grad_();
-  const Tensor act = apply(pre_gate, pre_up);
-  const Tensor grad = wave(us.sizes(), 4), weights = wave({rows}, 5).unsqueeze(1);
-  act.backward(weights * grad);
-  std::vector<Tensor> all = {
-      pre_gate, apply(gate, up), weights * act, pre_gate.grad(), (grad * act).sum(1)};
-  if (gated) {
-    all.insert(all.end(), {pre_up, pre_up.grad()});
-  }
-  for (Tensor& x : all) {
-    x = x.detach().flatten();
-  }
-  return torch::cat(all);
-}
-
-}  // namespace
-
-TEST_CASE("activation: a block of every type", "[cpu][activation]") {
-  const Tensor us = wave({5, 37}, 0, 4);
-  for (const auto& name : torchmoe::reference::activations()) {
-    INFO(name);
-    const Activation activation = torchmoe::choose<Activation>("test", name);
-    CHECK(difference(block_results<double, double>(activation, us),
-                     torch_results(name, us, torch::kDouble),
-                     37) == "");
-    CHECK(difference(block_results<float, float>(activation, us).to(torch::kFloat),
-                     torch_results(name, us, torch::kFloat),
-                     37) == "");
-    CHECK(difference(block_results<c10::BFloat16, float>(activation, us).to(torch::kFloat),
-                     torch_results(name, us, torch::kBFloat16),
-                     37) == "");
   }
 }

@@ -1,10 +1,4 @@
 // The matrix products of every instruction set against float64 ones.
-//
-// A float32 sum of k products, in any order and with or without fused operations, is off by at most
-// gamma_k = k u / (1 - k u) times the sum of the products' magnitudes, u = 2^-24: no product passes
-// more than k roundings, its own and k - 1 additions (Higham, Accuracy and Stability of Numerical
-// Algorithms, section 3.1). gamma_k <= (k + 1) u for k <= 4000. What float64 rounds lies within the
-// one u that this leaves.
 #include "cpu/gemm/product.h"
 
 #include <bit>
@@ -14,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/expected_product.h"
 #include "cpu/gemm/tasks.h"
 #include "cpu/instruction_sets.h"
 
@@ -24,9 +19,6 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-const std::vector<std::pair<Form, const char*>> kForms = {
-    {Form::nt, "nt"}, {Form::nn, "nn"}, {Form::tn, "tn"}};
 
 using Types = std::pair<at::ScalarType, at::ScalarType>;
 
@@ -40,46 +32,12 @@ std::vector<Types> pairs_of_types() {
   return pairs;
 }
 
-struct Expected {
-  Tensor sums;
-  Tensor tolerance;
-};
-
-/// left [m, k] times right [k, n], float64.
-Expected expected_product(const Tensor& left, const Tensor& right) {
-  const auto terms = static_cast<double>(left.size(1));
-  return {left.matmul(right), (terms + 1) * kUnit * left.abs().matmul(right.abs())};
-}
-
 /// The last rows and columns of what is expected.
-Expected last(const Expected& expected, int64_t m, int64_t n) {
+ExpectedProduct last(const ExpectedProduct& expected, int64_t m, int64_t n) {
   const auto cut = [&](const Tensor& x) {
     return x.slice(0, x.size(0) - m).slice(1, x.size(1) - n);
   };
   return {cut(expected.sums), cut(expected.tolerance)};
-}
-
-/// Empty when every number is within the tolerance, or the very inf or a NaN that is expected.
-std::string mismatch(const Tensor& actual, const Expected& expected) {
-  const Tensor a = actual.to(torch::kDouble);
-  const Tensor& b = expected.sums;
-  const Tensor error = (a - b).abs();
-  if (error.le(expected.tolerance).logical_and_(b.isfinite()).all().item<bool>()) {
-    return "";
-  }
-  const Tensor right =
-      torch::where(b.isfinite(), error <= expected.tolerance, (a == b) | (a.isnan() & b.isnan()));
-  if (right.all().item<bool>()) {
-    return "";
-  }
-  const Tensor where = right.logical_not().nonzero();
-  const auto i = where[0][0].item<int64_t>(), j = where[0][1].item<int64_t>();
-  std::ostringstream text;
-  text.precision(10);
-  text << where.size(0) << " wrong, the first at [" << i << ", " << j
-       << "]: " << a[i][j].item<double>() << " instead of " << b[i][j].item<double>()
-       << ", allowed " << expected.tolerance[i][j].item<double>();
-  return text.str();
 }
 
 /// A product's scratch, full of NaN before each call.
@@ -124,7 +82,7 @@ class Operands {
         left_(form == Form::tn ? left.t() : left, types.first),
         right_(form == Form::nt ? right.t() : right, types.second) {}
 
-  Expected expected(int64_t k) const {
+  ExpectedProduct expected(int64_t k) const {
     const Tensor left = form_ == Form::tn ? left_.values().t() : left_.values();
     const Tensor right = form_ == Form::nt ? right_.values().t() : right_.values();
     return expected_product(left.slice(1, left.size(1) - k), right.slice(0, right.size(0) - k));
@@ -152,7 +110,7 @@ void check_sizes(const Types& types, const Sizes& ms, const Sizes& ns, const Siz
   for (const auto& [form, form_name] : kForms) {
     const Operands operands(form, types, largest(ms), largest(ns), largest(ks));
     for (const int64_t k : ks) {
-      const Expected expected = operands.expected(k);
+      const ExpectedProduct expected = operands.expected(k);
       for (const auto& [name, functions] : instruction_sets()) {
         Products products(*functions);
         for (const int64_t m : ms) {
@@ -273,7 +231,7 @@ TEST_CASE("product: rows by index", "[cpu][product]") {
         const NumberRows in_place_left = plain_left.last(left.matrix.size(0), left.matrix.size(1));
         const NumberRows in_place_right =
             plain_right.last(right.matrix.size(0), right.matrix.size(1));
-        const Expected expected =
+        const ExpectedProduct expected =
             expected_product(left_has_terms ? left.matrix.t() : left.matrix,
                              right_has_terms ? right.matrix : right.matrix.t());
         for (const auto& [name, functions] : instruction_sets()) {
@@ -308,7 +266,7 @@ TEST_CASE("product: NaN and inf go where they belong", "[cpu][product]") {
   for (const auto& types : pairs_of_types()) {
     for (const auto& [form, form_name] : kForms) {
       const Operands operands(form, types, left, right);
-      const Expected expected = operands.expected(kK);
+      const ExpectedProduct expected = operands.expected(kK);
       REQUIRE(expected.sums.isinf().any().item<bool>());
       REQUIRE(expected.sums.isfinite().any().item<bool>());
       for (const auto& [name, functions] : instruction_sets()) {
@@ -403,8 +361,8 @@ TEST_CASE("product: every number of a 16-bit type is read as it is", "[cpu][prod
   for (const auto type : {torch::kBFloat16, torch::kHalf}) {
     const Stored numbers(bits.view(type).to(torch::kDouble), type);
     // + 0.0 makes a zero of -0, as a sum does.
-    const Expected column{numbers.values() + 0.0, torch::zeros({kAll, 1}, torch::kDouble)};
-    const Expected row{column.sums.view({1, kAll}), column.tolerance.view({1, kAll})};
+    const ExpectedProduct column{numbers.values() + 0.0, torch::zeros({kAll, 1}, torch::kDouble)};
+    const ExpectedProduct row{column.sums.view({1, kAll}), column.tolerance.view({1, kAll})};
     for (const auto& [name, functions] : instruction_sets()) {
       INFO(name << " " << type);
       Products products(*functions);
@@ -417,193 +375,4 @@ TEST_CASE("product: every number of a 16-bit type is read as it is", "[cpu][prod
       CHECK(mismatch(products(Form::nn, factor, of_all, 1, kAll, 1), row) == "");
     }
   }
-}
-
-namespace {
-
-/// All 16-bit numbers, what lies halfway to the next one and beside that, and bits of all kinds.
-template <typename T>
-std::vector<float> numbers_to_round() {
-  std::vector<float> numbers;
-  const auto with_neighbours = [&](float x) {
-    numbers.insert(numbers.end(), {x, std::nextafter(x, kInf), std::nextafter(x, -kInf)});
-  };
-  for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const auto x = static_cast<float>(T(static_cast<uint16_t>(bits), T::from_bits()));
-    const auto next = static_cast<float>(T(static_cast<uint16_t>(bits + 1), T::from_bits()));
-    with_neighbours(x);
-    with_neighbours(static_cast<float>((static_cast<double>(x) + static_cast<double>(next)) / 2));
-  }
-  constexpr float kLargest = std::numeric_limits<float>::max();
-  for (const float x : {65504.0F, 65519.996F, 65520.0F, 65536.0F, kLargest, 3.3895314e38F, 0.0F}) {
-    with_neighbours(x);
-    with_neighbours(-x);
-  }
-  for (const uint32_t bits : {0x7f800001U, 0x7fffffffU, 0xffffffffU, 0xff800001U, 0x7fc00000U}) {
-    numbers.push_back(std::bit_cast<float>(bits));  // NaN whose payload is lost when it is cut off
-  }
-  uint32_t state = 1;
-  for (int i = 0; i < 200000; ++i) {
-    state = state * 1664525 + 1013904223;
-    numbers.push_back(std::bit_cast<float>(state));
-  }
-  return numbers;
-}
-
-template <typename T>
-void check_rounding(const Simd& simd) {
-  const auto numbers = numbers_to_round<T>();
-  const auto count = static_cast<int64_t>(numbers.size());
-  const Written<T> out(1, count, count);
-  simd.store(numbers.data(), torchmoe::cpu::numbers(out.data()), count);
-  int64_t wrong = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const T expected(numbers[i]), actual = out.data()[i];
-    if (std::isnan(numbers[i]) ? !std::isnan(static_cast<float>(actual)) : actual.x != expected.x) {
-      if (++wrong == 1) {
-        UNSCOPED_INFO(std::hex << "bits " << std::bit_cast<uint32_t>(numbers[i]) << " become "
-                               << actual.x << " instead of " << expected.x);
-      }
-    }
-  }
-  CHECK(wrong == 0);
-}
-
-template <typename T>
-void check_counts(const Simd& simd) {
-  for (int64_t count = 0; count <= 70; ++count) {
-    INFO(count << " numbers");
-    const Stored from(wave({1, count}, 0, 100), torch::kFloat);
-    const Written<T> out(1, count, count);
-    simd.store(
-        static_cast<const float*>(from.numbers().data), torchmoe::cpu::numbers(out.data()), count);
-    CHECK(torch::equal(out.values(), from.values().to(torch::kFloat).to(out.values().dtype())));
-    CHECK(out.is_only_matrix_written());
-  }
-}
-
-}  // namespace
-
-TEST_CASE("store: rounds as c10 does", "[cpu][product]") {
-  for (const auto& [name, functions] : instruction_sets()) {
-    INFO(name);
-    check_rounding<c10::BFloat16>(*functions);
-    check_rounding<c10::Half>(*functions);
-    const auto numbers = numbers_to_round<c10::Half>();
-    std::vector<float> out(numbers.size());
-    functions->store(
-        numbers.data(), torchmoe::cpu::numbers(out.data()), static_cast<int64_t>(out.size()));
-    CHECK(std::memcmp(out.data(), numbers.data(), out.size() * sizeof(float)) == 0);
-  }
-}
-
-TEST_CASE("store: writes what it is asked for", "[cpu][product]") {
-  for (const auto& [name, functions] : instruction_sets()) {
-    INFO(name);
-    check_counts<float>(*functions);
-    check_counts<c10::BFloat16>(*functions);
-    check_counts<c10::Half>(*functions);
-  }
-}
-
-namespace {
-
-/// product(), and with a bias, of a task.
-template <typename L, typename R, typename Out>
-void check_task(bool is_indexed) {
-  using Acc = at::opmath_type<L>;
-  constexpr int64_t kM = 11, kN = 19, kK = 205, kGap = 3;
-  const double unit = std::numeric_limits<Acc>::epsilon() / 2;
-  const double stored =
-      std::is_same_v<Out, Acc> ? 0 : static_cast<double>(std::numeric_limits<Out>::epsilon()) / 2;
-  for (const auto& [form, form_name] : kForms) {
-    INFO(form_name << (is_indexed ? " by index" : ""));
-    const bool left_has_terms = form == Form::tn, right_has_terms = form != Form::nt;
-    const int64_t left_rows = left_has_terms ? kK : kM, left_width = left_has_terms ? kM : kK;
-    const int64_t right_rows = right_has_terms ? kK : kN, right_width = right_has_terms ? kN : kK;
-    const Tensor left =
-        wave({left_rows + 1, left_width + 2}, 0, 1, c10::CppTypeToScalarType<L>::value);
-    const Tensor right =
-        wave({right_rows + 1, right_width + 2}, 2, 1, c10::CppTypeToScalarType<R>::value);
-    const Tensor bias = wave({kN}, 3, 1, c10::CppTypeToScalarType<R>::value);
-    Rows<L> of_left{left.const_data_ptr<L>(), left_width + 2};
-    Rows<R> of_right{right.const_data_ptr<R>(), right_width + 2};
-    Tensor a = left.to(torch::kDouble), b = right.to(torch::kDouble);
-    std::vector<int64_t> left_index(left_rows + 1), right_index(right_rows + 1);
-    if (is_indexed) {
-      const auto set = [](std::vector<int64_t>& index, Tensor& matrix, auto& rows) {
-        std::vector<Tensor> read;
-        for (size_t i = 0; i < index.size(); ++i) {
-          index[i] = i % 4 == 2 ? -3 : static_cast<int64_t>(i * 5 % index.size());
-          read.push_back(index[i] < 0 ? torch::zeros_like(matrix[0]) : matrix[index[i]]);
-        }
-        matrix = torch::stack(read);
-        rows.index = index.data();
-      };
-      set(left_index, a, of_left);
-      set(right_index, b, of_right);
-    }
-    a = a.slice(0, 1).slice(1, 2);
-    b = b.slice(0, 1).slice(1, 2);
-    a = left_has_terms ? a.t() : a;
-    b = right_has_terms ? b : b.t();
-    const Tensor sizes = a.abs().matmul(b.abs()), sums = a.matmul(b);
-    const Written<Acc> plain(kM, kN, kN + kGap);
-    const Written<Out> with_bias(kM, kN, kN + kGap);
-    run({[&, form = form](Workspace& workspace) {
-          const ProductSizes shape{kM, kN, kK};
-          product(form,
-                  of_left.from(1, 2),
-                  of_right.from(1, 2),
-                  shape,
-                  plain.data(),
-                  kN + kGap,
-                  workspace);
-          product_plus_bias(form,
-                            of_left.from(1, 2),
-                            of_right.from(1, 2),
-                            shape,
-                            bias.const_data_ptr<R>(),
-                            with_bias.data(),
-                            kN + kGap,
-                            workspace);
-        }},
-        /*multiplications=*/kM * kN * kK);
-    // Twice, for float64 is as exact as what it is compared with.
-    const Tensor tolerance = 2 * (kK + 1) * unit * sizes;
-    CHECK(mismatch(plain.values(), {sums, tolerance}) == "");
-    const Tensor result = sums + bias.to(torch::kDouble);
-    CHECK(mismatch(
-              with_bias.values(),
-              {result, (tolerance + unit * result.abs()) * (1 + stored) + stored * result.abs()}) ==
-          "");
-    CHECK(plain.is_only_matrix_written());
-    CHECK(with_bias.is_only_matrix_written());
-  }
-}
-
-}  // namespace
-
-TEST_CASE("product: a task's, of every type", "[cpu][product]") {
-  for (const bool is_indexed : {false, true}) {
-    check_task<double, double, double>(is_indexed);
-    check_task<float, float, float>(is_indexed);
-    check_task<c10::BFloat16, c10::BFloat16, c10::BFloat16>(is_indexed);
-    check_task<c10::BFloat16, c10::BFloat16, float>(is_indexed);
-    check_task<float, c10::BFloat16, float>(is_indexed);
-    check_task<c10::Half, float, c10::Half>(is_indexed);
-  }
-}
-
-TEST_CASE("product: a task's of nothing", "[cpu][product]") {
-  const Written<double> out(2, 3, 4);
-  run({[&](Workspace& workspace) {
-        const Rows<double> none{nullptr, 1};
-        product(Form::nn, none, none, {0, 3, 2}, out.data(), 4, workspace);
-        product(Form::tn, none, none, {2, 0, 2}, out.data(), 4, workspace);
-        product(Form::nt, none, none, {2, 3, 0}, out.data(), 4, workspace);
-      }},
-      /*multiplications=*/0);
-  CHECK(torch::equal(out.values(), torch::zeros({2, 3}, torch::kDouble)));
-  CHECK(out.is_only_matrix_written());
 }
