@@ -9,33 +9,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.testing import assert_close
 
 from assisted_layers import F64, INNER, RING, SLOTS, E, H, K, T, make
-from plain_moe import gradients, tensors_of
-from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router
+from compiled_once import check_compiled_once
+from torchmoe.nn import Assistance, Capacity, Gate, MoE, Router, Routing
 
 # --- as a module --------------------------------------------------------------------------------
 
 
 def test_compiles_once_whatever_the_state() -> None:
     moe = make(capacity=Capacity(1.1), dtype=torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
-    for num_tokens, assisted in ((11, []), (17, [0]), (40, [1, 2, 3])):
+    assisted: tuple[list[int], ...] = ([], [0], [1, 2, 3])
+
+    def assist(turn: int) -> None:
         moe.assistance.assisted.zero_()
-        moe.assistance.assisted[assisted] = True
-        x, mask = torch.randn(num_tokens, H), torch.rand(num_tokens) > 0.3
-        seen = []
-        for layer in (moe, compiled):
-            moe.zero_grad()
-            output = layer(x, token_mask=mask)
-            (output.hidden_states.square().sum() + output.aux_loss).backward()
-            seen.append({"y": output.hidden_states} | tensors_of(output.routing) | gradients(moe))
-        assert bool((seen[1]["selected"][:, K] >= 0).any()) == bool(assisted)
-        assert_close(seen[0], seen[1])
-    assert counter.frame_count == 1
+        moe.assistance.assisted[assisted[turn]] = True
+
+    def check_slots(turn: int, routing: Routing) -> None:
+        assert bool((routing.selected[:, K] >= 0).any()) == bool(assisted[turn])
+
+    check_compiled_once(moe, H, before=assist, after=check_slots)
 
 
 def test_state_dict_copies_and_reset() -> None:

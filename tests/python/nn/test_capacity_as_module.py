@@ -12,8 +12,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from capacity_layers import INNER, RING, E, H, K, T, make
+from compiled_once import check_compiled_once
 from limited import F64
-from plain_moe import gradients, tensors_of
+from plain_moe import tensors_of
 from torchmoe.nn import Capacity, MoE, Router
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,20 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 )
 def test_compiles_once_for_all_token_counts(capacity: Capacity) -> None:
     moe = make(capacity, dtype=torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
-    for num_tokens in (11, 17, 40):
-        x, mask = torch.randn(num_tokens, H), torch.rand(num_tokens) > 0.3
-        seen = []
-        for layer in (moe, compiled):
-            moe.zero_grad()
-            torch.manual_seed(2)
-            output = layer(x, token_mask=mask)
-            (output.hidden_states.square().sum() + output.aux_loss).backward()
-            seen.append({"y": output.hidden_states} | tensors_of(output.routing) | gradients(moe))
-        assert_close(seen[0], seen[1])
-        moe.update(output.routing)
-    assert counter.frame_count == 1
+    check_compiled_once(moe, H, after=lambda turn, routing: moe.update(routing))
 
 
 def test_a_dynamic_capacity_compiles_without_a_mask() -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 import reference
-from plain_moe import gradients, tensors_of
+from compiled_once import check_compiled_once
+from plain_moe import gradients
 from torchmoe.nn import Balance, Capacity, Exact, Gate, MoE, SparseMixer
 
 H, INNER, E, K, T = 6, 7, 8, 3, 23
@@ -278,18 +278,7 @@ def test_rerouting_stays_in_the_groups_while_they_have_room(overflow: str, order
 def test_compiles_once_for_all_token_counts() -> None:
     moe = make(balance=Balance(selection_bias_rate=0.01), dtype=torch.float32)
     moe.update(moe(torch.randn(T, H)).routing)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
-    for num_tokens in (11, 17, 40):
-        x, mask = torch.randn(num_tokens, H), torch.rand(num_tokens) > 0.3
-        seen = []
-        for layer in (moe, compiled):
-            moe.zero_grad()
-            output = layer(x, token_mask=mask)
-            (output.hidden_states.square().sum() + output.aux_loss).backward()
-            seen.append({"y": output.hidden_states} | tensors_of(output.routing) | gradients(moe))
-        assert_close(seen[0], seen[1])
-    assert counter.frame_count == 1
+    check_compiled_once(moe, H)
 
 
 def test_repr() -> None:

@@ -13,8 +13,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
+from compiled_once import check_compiled_once
 from float_types import AUTOCAST
-from plain_moe import gradients, plain_balance, plain_moe, tensors_of
+from plain_moe import gradients, plain_balance, plain_moe
 from torchmoe.nn import Capacity, Experts, Gate, MoE, SharedExperts, WithAttachedLoss
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
@@ -194,19 +195,7 @@ def test_checkpointing(use_reentrant: bool) -> None:
 
 @pytest.mark.parametrize("factor", [1.0, 2.5])
 def test_compiles_once_for_all_token_counts(factor: float) -> None:
-    moe = make(factor, dtype=torch.float32)
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
-    for num_tokens in (11, 17, 40):
-        x, mask = torch.randn(num_tokens, H), torch.rand(num_tokens) > 0.3
-        seen = []
-        for layer in (moe, compiled):
-            moe.zero_grad()
-            output = layer(x, token_mask=mask)
-            (output.hidden_states.square().sum() + output.aux_loss).backward()
-            seen.append({"y": output.hidden_states} | tensors_of(output.routing) | gradients(moe))
-        assert_close(seen[0], seen[1])
-    assert counter.frame_count == 1
+    check_compiled_once(make(factor, dtype=torch.float32), H)
 
 
 def test_compiles_once_for_all_factors() -> None:
