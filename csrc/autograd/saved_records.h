@@ -1,10 +1,9 @@
 // Records among the tensors that a Function saves.
 #pragma once
 
-#include <optional>
-
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "common/tensors.h"
 #include "ops/dispatch_plan.h"
 #include "ops/expert_parameters.h"
 
@@ -17,9 +16,6 @@ inline DispatchPlan saved_plan(const torch::autograd::variable_list& saved, size
 
 /// The parameters saved as the four tensors from `first` on; an absent bias is undefined there.
 inline ExpertParameters saved_experts(const torch::autograd::variable_list& saved, size_t first) {
-  const auto if_defined = [](const at::Tensor& tensor) {
-    return tensor.defined() ? std::optional(tensor) : std::nullopt;
-  };
   return {
       saved[first], if_defined(saved[first + 1]), saved[first + 2], if_defined(saved[first + 3])};
 }

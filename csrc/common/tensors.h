@@ -1,4 +1,4 @@
-// How kernels take tensors whose strides and types vary.
+// How tensors are taken that may be absent, or whose strides and types vary.
 #pragma once
 
 #include <optional>
@@ -19,6 +19,11 @@ inline std::optional<at::Tensor> contiguous_as(const std::optional<at::Tensor>& 
 
 inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& tensor) {
   return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
+}
+
+/// An absent tensor where modules and Functions keep it, which is an undefined one there.
+inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }
 
 /// The data of an optional contiguous tensor, null where there is none.

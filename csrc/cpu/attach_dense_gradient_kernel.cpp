@@ -102,7 +102,7 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
   const auto shape = cpu::shape_of(experts);
   const auto grad_c = contiguous_as(grad, x.scalar_type());
   const auto x_c = x.contiguous();
-  const auto experts_c = contiguous(experts);
+  const auto experts_c = cpu::contiguous(experts);
   const int64_t num_experts = experts.w_out.size(0);
   auto grad_probs =
       at::empty({x.size(0), num_experts}, x.options().dtype(accumulate_dtype(x.scalar_type())));

@@ -31,6 +31,14 @@ struct ExpertMatrices {
   T* b_out;
 };
 
+/// Copies of those that are not contiguous.
+inline ExpertParameters contiguous(const ExpertParameters& experts) {
+  return {experts.w_in.contiguous(),
+          torchmoe::contiguous(experts.b_in),
+          experts.w_out.contiguous(),
+          torchmoe::contiguous(experts.b_out)};
+}
+
 /// The numbers of contiguous parameters.
 template <typename T>
 ExpertMatrices<const T> matrices_of(const ExpertParameters& experts) {

@@ -148,7 +148,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   const auto options = x.options().dtype(accumulate_dtype(x.scalar_type()));
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(x.scalar_type()));
-  const auto experts_c = contiguous(experts);
+  const auto experts_c = cpu::contiguous(experts);
   auto y = at::empty(x.sizes(), x.options());
   auto pre = cpu::empty_pages({save_pre ? num_rows : 0, shape.pre_width}, x.options());
   const auto rows = cpu::empty_pages({num_rows, shape.hidden}, options);
@@ -344,7 +344,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto grad_c = contiguous_as(grad, dtype);
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(dtype));
-  const auto experts_c = contiguous(experts);
+  const auto experts_c = cpu::contiguous(experts);
   const auto pre_c = contiguous_as(pre, dtype);
   auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
   auto grad_weights = at::zeros(weights.sizes(), options);

@@ -7,17 +7,11 @@
 #include <torch/nn/init.h>
 
 #include "common/activation.h"
+#include "common/tensors.h"
 #include "nn/checks.h"
 #include "ops/expert_mlp.h"
 
 namespace torchmoe::nn {
-namespace {
-
-std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
-  return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-}
-
-}  // namespace
 
 ExpertsImpl::ExpertsImpl(const ExpertsOptions& settings) : options(settings) {
   check_at_least("Experts", "hidden_size", options.hidden_size(), 1);

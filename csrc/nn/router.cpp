@@ -6,6 +6,7 @@
 #include <torch/nn/init.h>
 
 #include "common/dtypes.h"
+#include "common/tensors.h"
 #include "nn/checks.h"
 #include "ops/router_logits.h"
 
@@ -53,7 +54,7 @@ void RouterImpl::pretty_print(std::ostream& stream) const {
 at::Tensor RouterImpl::forward(const at::Tensor& x) {
   auto input = x;
   auto used_weight = weight;
-  auto used_bias = bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt;
+  auto used_bias = if_defined(bias);
   if (is_training() && options.input_jitter() > 0) {
     // In bfloat16 a factor near 1 would be rounded away; router_logits is float32 inside anyway.
     const auto wide = at::promote_types(accumulate_dtype(x.scalar_type()), weight.scalar_type());
@@ -61,7 +62,9 @@ at::Tensor RouterImpl::forward(const at::Tensor& x) {
                             .uniform_(1 - options.input_jitter(), 1 + options.input_jitter());
     input = x * jitter;
     used_weight = weight.to(wide);
-    used_bias = bias.defined() ? std::optional<at::Tensor>(bias.to(wide)) : std::nullopt;
+    if (used_bias) {
+      used_bias = used_bias->to(wide);
+    }
   }
   if (at::promote_types(input.scalar_type(), used_weight.scalar_type()) ==
       used_weight.scalar_type()) {

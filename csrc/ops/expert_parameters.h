@@ -20,15 +20,6 @@ struct ExpertParameters {
   auto fields() const { return std::tie(w_in, b_in, w_out, b_out); }
 };
 
-/// Copies of those that are not contiguous, for kernels.
-inline ExpertParameters contiguous(const ExpertParameters& experts) {
-  const auto of = [](const std::optional<at::Tensor>& bias) {
-    return bias ? std::optional(bias->contiguous()) : std::nullopt;
-  };
-  return {
-      experts.w_in.contiguous(), of(experts.b_in), experts.w_out.contiguous(), of(experts.b_out)};
-}
-
 /// The experts' parameters beside the tokens they are for; every op that runs experts calls it.
 void check_expert_parameters(std::string_view op,
                              const at::Tensor& x,
