@@ -1,6 +1,8 @@
-// A block's product of two operands in their own precision: float32 and float64, for which the
-// tensor cores would round.
+// A block's product of two operands in the precision of their sums: float32 and float64, for which
+// the tensor cores would round, and types that these have no instruction for.
 #pragma once
+
+#include <ATen/OpMathType.h>
 
 #include "cuda/gemm/operand.h"
 #include "cuda/launch.h"
@@ -10,30 +12,31 @@ namespace torchmoe::cuda {
 template <typename T>
 class SimpleEngine {
  public:
-  using Acc = T;
+  using Acc = at::opmath_type<T>;
 
   static constexpr int kRows = 64;
   static constexpr int kColumns = 64;
   static constexpr int kDepth = 16;
   static constexpr int kThreads = 256;
   // Two blocks hide each other's waits; float64's sums need all the registers that one can have.
-  static constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
+  static constexpr int kBlocksPerMultiprocessor = sizeof(Acc) == 4 ? 2 : 1;
 
   /// Sums in shared memory, [kRows][kStagingStride].
   static constexpr int kStagingStride = kColumns + 1;
   // A line of a box is all sides at one depth; the padding spreads one side over the banks.
   static constexpr int kLine = kRows + 1;
-  static constexpr std::size_t kBoxBytes = 2 * kDepth * kLine * sizeof(T);
-  static constexpr std::size_t kStagingBytes = kRows * kStagingStride * sizeof(T);
+  static constexpr std::size_t kBoxBytes = 2 * kDepth * kLine * sizeof(Acc);
+  static constexpr std::size_t kStagingBytes = kRows * kStagingStride * sizeof(Acc);
   static constexpr std::size_t kSharedBytes = kBoxBytes > kStagingBytes ? kBoxBytes : kStagingBytes;
 
-  __device__ explicit SimpleEngine(unsigned char* shared) : shared_(reinterpret_cast<T*>(shared)) {}
+  __device__ explicit SimpleEngine(unsigned char* shared)
+      : shared_(reinterpret_cast<Acc*>(shared)) {}
 
   /// Forms the sums over `depth` and leaves them in shared memory.
   template <Contiguous a_contiguous, Contiguous b_contiguous>
-  __device__ T* multiply(const Operand<T>& a, const Operand<T>& b, int64_t depth) {
-    T* a_box = shared_;
-    T* b_box = shared_ + kDepth * kLine;
+  __device__ Acc* multiply(const Operand<T>& a, const Operand<T>& b, int64_t depth) {
+    Acc* a_box = shared_;
+    Acc* b_box = shared_ + kDepth * kLine;
     for (int64_t begin = 0; begin < depth; begin += kDepth) {
       load_box<a_contiguous>(a, begin, a_box);
       load_box<b_contiguous>(b, begin, b_box);
@@ -69,7 +72,7 @@ class SimpleEngine {
   __device__ static int column(int j) { return static_cast<int>(threadIdx.x) % kSide + j * kSide; }
 
   template <Contiguous contiguous>
-  __device__ static void load_box(const Operand<T>& operand, int64_t depth_begin, T* box) {
+  __device__ static void load_box(const Operand<T>& operand, int64_t depth_begin, Acc* box) {
     static_assert(kRows == kColumns);
     constexpr bool along_depth = contiguous == Contiguous::depth;
     constexpr int line_size = along_depth ? kDepth : kRows;
@@ -81,12 +84,13 @@ class SimpleEngine {
       const bool there = row >= 0 && column < operand.num_columns;
       const int depth = along_depth ? place : line;
       const int side = along_depth ? line : place;
-      box[depth * kLine + side] = there ? operand.data[row * operand.row_stride + column] : T(0);
+      box[depth * kLine + side] =
+          there ? static_cast<Acc>(operand.data[row * operand.row_stride + column]) : Acc(0);
     }
   }
 
-  T* shared_;
-  T sums_[kSums][kSums] = {};
+  Acc* shared_;
+  Acc sums_[kSums][kSums] = {};
 };
 
 }  // namespace torchmoe::cuda

@@ -68,9 +68,8 @@ TEST_CASE("router_logits: errors", "[router_logits]") {
                     contains("router_logits: weight must be [") && contains("], got shape [4, 2]"));
   CHECK_THROWS_WITH(router_logits(x, w, torch::zeros({3})),
                     contains("router_logits: bias must be [") && contains("], got shape [3]"));
-  CHECK_THROWS_WITH(
-      router_logits(x.to(torch::kLong), w),
-      contains("router_logits: x must be float32, float64, bfloat16 or float16, got"));
+  CHECK_THROWS_WITH(router_logits(x.to(torch::kLong), w),
+                    contains("router_logits: x must be float32, float64, ") && contains("Long"));
   CHECK_THROWS_WITH(router_logits(x, w.to(torch::kDouble)),
                     contains("router_logits: x must have the dtype of weight"));
   CHECK_THROWS_WITH(router_logits(x, w, torch::zeros({4}, torch::kDouble)),
