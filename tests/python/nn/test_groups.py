@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import hypothesis.strategies as st
@@ -43,24 +44,30 @@ def make(num_groups: int = 4, top_groups: int = 2, **options: Any) -> MoE:
     return MoE(H, INNER, E, K, gate=gate, **({"dtype": F64} | options))
 
 
-def groups_of(scores: list[float], num_groups: int, top_groups: int) -> list[int]:
-    """The best groups: by the sum of their two best experts, ties to the lower group."""
+def groups_of(
+    scores: list[float], logits: list[float], num_groups: int, top_groups: int
+) -> list[int]:
+    """The best groups: by the sum of their two best experts' scores.
+
+    Of equal sums the larger sum of those two experts' exp(logit) is first, then the lower group.
+    """
     size = len(scores) // num_groups
-    totals = []
+    ranks = []
     for group in range(num_groups):
-        members = sorted(scores[group * size : (group + 1) * size], reverse=True)
-        totals.append(sum(members[:2]))
-    return sorted(range(num_groups), key=lambda g: (-totals[g], g))[:top_groups]
+        members = range(group * size, (group + 1) * size)
+        best = sorted(members, key=lambda e: (-scores[e], -logits[e]))[:2]
+        ranks.append((-sum(scores[e] for e in best), -sum(math.exp(logits[e]) for e in best)))
+    return sorted(range(num_groups), key=lambda g: (ranks[g], g))[:top_groups]
 
 
-def choose(scores: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:
-    """The experts of those groups, score descending, ties to the lower id."""
+def choose(scores: Tensor, logits: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:
+    """The experts of those groups: score descending, then logit descending, then by id."""
     rows = []
-    for row in scores.tolist():
+    for row, of_row in zip(scores.tolist(), logits.tolist(), strict=True):
         size = len(row) // num_groups
-        groups = groups_of(row, num_groups, top_groups)
+        groups = groups_of(row, of_row, num_groups, top_groups)
         offered = [e for e in range(len(row)) if e // size in groups]
-        rows.append(sorted(offered, key=lambda e: (-row[e], e))[:top_k])
+        rows.append(sorted(offered, key=lambda e, row=row, z=of_row: (-row[e], -z[e], e))[:top_k])
     return torch.tensor(rows).reshape(len(rows), top_k)
 
 
@@ -96,7 +103,7 @@ def test_rank_is_minus_infinity_outside_the_groups() -> None:
     bias = torch.randn(E, dtype=F64)
     ranks = bound(4, 2).rank(logits, selection_bias=bias)
     for t, row in enumerate((logits.sigmoid() + bias).tolist()):
-        groups = groups_of(row, 4, 2)
+        groups = groups_of(row, logits[t].tolist(), 4, 2)
         for e in range(E):
             expected = row[e] if e // 2 in groups else -torch.inf
             assert ranks[t, e].item() == pytest.approx(expected)
@@ -124,10 +131,18 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, int, int, int]:
     )
 
 
+# Three groups whose sigmoids add up to 1: the last one has the larger exp(logit).
+EQUAL_SUMS = (
+    torch.tensor([[0.0, 0.0, 0.0, 0.0, 3.0, -3.0]], dtype=F64),
+    torch.tensor([0.0, 0.0, 0.0, 0.0, 0.5, -0.5], dtype=F64),
+)
+
+
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @given(case=cases())
 @example(case=(torch.zeros(1, 6), torch.full((6,), -1.0), 3, 1, 2))
 @example(case=(torch.zeros(1, 4), None, 4, 4, 4))
+@example(case=(*EQUAL_SUMS, 3, 1, 1))
 def test_equals_the_loop(
     score_function: str, case: tuple[Tensor, Tensor | None, int, int, int]
 ) -> None:
@@ -146,7 +161,7 @@ def test_equals_the_loop(
     if bias is None and num_groups == 1:
         scores = logits  # their order is that of their softmax, but for rounding
     got = estimator.select(logits, selection_bias=bias)
-    assert torch.equal(got, choose(scores, num_groups, top_groups, top_k))
+    assert torch.equal(got, choose(scores, logits, num_groups, top_groups, top_k))
     size = num_experts // num_groups
     for row in got.tolist():
         assert len({e // size for e in row}) <= top_groups
@@ -179,7 +194,7 @@ def test_the_layer_chooses_by_groups_and_weighs_without(score_function: str, bia
     output.hidden_states.square().sum().backward()
     logits = output.routing.logits.detach()
     p = logits.softmax(1) if score_function == "softmax" else logits.sigmoid()
-    chosen = choose(p + moe.selection_bias if biased else p, 4, 2, K)
+    chosen = choose(p + moe.selection_bias if biased else p, logits, 4, 2, K)
     assert torch.equal(output.routing.selected[mask], chosen[mask])
     assert (output.routing.selected[~mask] == -1).all()
     assert not torch.equal(chosen, logits.topk(K).indices)
@@ -217,7 +232,7 @@ def test_gumbel_draws_from_few_groups() -> None:
     assert all(len({e // 2 for e in row}) <= 2 for row in drawn.tolist())
     assert drawn.unique().numel() == E
     routing = moe.eval()(x).routing
-    assert torch.equal(routing.selected, choose(routing.logits.sigmoid(), 4, 2, K))
+    assert torch.equal(routing.selected, choose(routing.logits.sigmoid(), routing.logits, 4, 2, K))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -231,7 +246,7 @@ def test_always_k_experts_come_out(bad: float) -> None:
         ids = estimator.select(logits)
         assert ((ids >= 0) & (ids < E)).all()
         assert all(len(set(row)) == K for row in ids.tolist())
-        assert torch.equal(ids[3:], choose(estimator.probs(logits[3:]), 4, 2, K))
+        assert torch.equal(ids[3:], choose(estimator.probs(logits[3:]), logits[3:], 4, 2, K))
 
 
 # --- rerouting ----------------------------------------------------------------------------------
