@@ -206,7 +206,8 @@ wheel: $(VENV)/.complete  ## Write the source and a wheel for this torch to dist
 	cp $(BUILD)/wheel/*.tar.gz $(DIST)
 
 # The environment has what a user's has, and the tests nothing but the wheel's files.
-test-wheel: wheel  ## Run with the wheel, in an environment of its own, every test that needs no build
+test-wheel: wheel  ## Install the source archive, then run with the wheel every test that needs no build
+	$(PYTEST) tests/python/test_wheel.py -m release
 	$(PYTHON) -m venv --clear $(BUILD)/wheel/venv
 	$(BUILD)/wheel/venv/bin/python -m pip install --quiet '$(TORCH)' "$$(ls -t $(CURDIR)/$(DIST)/*.whl | head -n 1)[train,bench]" \
 	  expecttest hypothesis pytest pytest-xdist setuptools

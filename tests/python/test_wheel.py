@@ -158,6 +158,7 @@ def test_the_source_archive_has_every_source(archive: Path) -> None:
     assert built + [name for name in names if name.endswith(".so")] == []
 
 
+@pytest.mark.release
 def test_the_source_archive_installs(archive: Path, clean: Path) -> None:
     # As quickly as it compiles: nothing is optimised.
     flags = "-DCMAKE_CXX_FLAGS_RELEASE= -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON"
