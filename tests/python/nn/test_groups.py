@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import hypothesis.strategies as st
@@ -44,31 +43,31 @@ def make(num_groups: int = 4, top_groups: int = 2, **options: Any) -> MoE:
     return MoE(H, INNER, E, K, gate=gate, **({"dtype": F64} | options))
 
 
-def groups_of(
-    scores: list[float], logits: list[float], num_groups: int, top_groups: int
-) -> list[int]:
-    """The best groups: by the sum of their two best experts' scores.
+def groups_of(scores: Tensor, logits: Tensor, num_groups: int, top_groups: int) -> list[int]:
+    """One token's best groups: by the sum of their two best experts' scores.
 
     Of equal sums the larger sum of those two experts' exp(logit) is first, then the lower group.
     """
-    size = len(scores) // num_groups
-    ranks = []
-    for group in range(num_groups):
-        members = range(group * size, (group + 1) * size)
-        best = sorted(members, key=lambda e: (-scores[e], -logits[e]))[:2]
-        ranks.append((-sum(scores[e] for e in best), -sum(math.exp(logits[e]) for e in best)))
-    return sorted(range(num_groups), key=lambda g: (ranks[g], g))[:top_groups]
+    sums, masses = [], []
+    groups = zip(scores.chunk(num_groups), logits.chunk(num_groups), strict=True)
+    for members, of_members in groups:
+        best = reference.select_experts(
+            members[None], min(2, len(members)), tie_break=of_members[None]
+        )[0]
+        sums.append(members[best].sum())
+        masses.append(of_members[best].exp().sum())
+    totals, tie_break = torch.stack(sums), torch.stack(masses)
+    return reference.select_experts(totals[None], top_groups, tie_break=tie_break[None])[0].tolist()
 
 
 def choose(scores: Tensor, logits: Tensor, num_groups: int, top_groups: int, top_k: int) -> Tensor:
     """The experts of those groups: score descending, then logit descending, then by id."""
-    rows = []
-    for row, of_row in zip(scores.tolist(), logits.tolist(), strict=True):
-        size = len(row) // num_groups
-        groups = groups_of(row, of_row, num_groups, top_groups)
-        offered = [e for e in range(len(row)) if e // size in groups]
-        rows.append(sorted(offered, key=lambda e, row=row, z=of_row: (-row[e], -z[e], e))[:top_k])
-    return torch.tensor(rows).reshape(len(rows), top_k)
+    group_of = torch.arange(scores.shape[1]) // (scores.shape[1] // num_groups)
+    offered = scores.detach().clone()
+    for t, row in enumerate(scores.detach()):
+        groups = groups_of(row, logits[t], num_groups, top_groups)
+        offered[t, ~torch.isin(group_of, torch.tensor(groups))] = -torch.inf
+    return reference.select_experts(offered, top_k, tie_break=logits)
 
 
 def test_worked_by_hand() -> None:
@@ -102,10 +101,10 @@ def test_rank_is_minus_infinity_outside_the_groups() -> None:
     logits = torch.randn(T, E, dtype=F64)
     bias = torch.randn(E, dtype=F64)
     ranks = bound(4, 2).rank(logits, selection_bias=bias)
-    for t, row in enumerate((logits.sigmoid() + bias).tolist()):
-        groups = groups_of(row, logits[t].tolist(), 4, 2)
+    for t, row in enumerate(logits.sigmoid() + bias):
+        groups = groups_of(row, logits[t], 4, 2)
         for e in range(E):
-            expected = row[e] if e // 2 in groups else -torch.inf
+            expected = row[e].item() if e // 2 in groups else -torch.inf
             assert ranks[t, e].item() == pytest.approx(expected)
 
 
