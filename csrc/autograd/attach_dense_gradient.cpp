@@ -1,60 +1,76 @@
+// The result stands for y + sum_i (probs_i - constant) E_i(x), whose value is y: its gradient for
+// probs is declared, and that gradient is differentiable by everything in it.
 #include "ops/attach_dense_gradient.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "autograd/forward_mode.h"
-#include "autograd/needed_gradients.h"
-#include "autograd/once_differentiable.h"
-#include "autograd/saved_records.h"
+#include "autograd/activate.h"
+#include "autograd/expert_list.h"
+#include "autograd/node.h"
+#include "autograd/tangents.h"
+#include "autograd/vjp.h"
+#include "common/dtypes.h"
 #include "common/find_op.h"
 
 namespace torchmoe {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+/// What one expert makes of every token, [T, H] in a wide type.
+at::Tensor output_of(const ExpertParameters& experts,
+                     int64_t expert,
+                     const at::Tensor& x,
+                     std::string_view activation) {
+  const auto dtype = accumulate_dtype(x.scalar_type());
+  const auto own = [&](const at::Tensor& all) { return all.select(0, expert).to(dtype); };
+  const auto bias = [&](const std::optional<at::Tensor>& all) {
+    return all ? std::optional(own(*all)) : std::nullopt;
+  };
+  const auto pre = at::linear(x.to(dtype), own(experts.w_in), bias(experts.b_in));
+  return at::linear(activate(pre, activation), own(experts.w_out), bias(experts.b_out));
+}
 
-class AttachDenseGradient : public torch::autograd::Function<AttachDenseGradient> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& y,
-                            const at::Tensor& probs,
-                            const at::Tensor& x,
-                            const at::Tensor& w_in,
-                            const std::optional<at::Tensor>& b_in,
-                            const at::Tensor& w_out,
-                            const std::optional<at::Tensor>& b_out,
-                            std::string_view activation) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward(
-        {x, w_in, b_in.value_or(at::Tensor()), w_out, b_out.value_or(at::Tensor())});
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["probs_dtype"] = probs.scalar_type();
-    return attach_dense_gradient(y, probs, x, {w_in, b_in, w_out, b_out}, activation);
+/// The backward op, differentiable any number of times.
+at::Tensor compose_dense_gradient(const at::Tensor& grad,
+                                  const at::Tensor& x,
+                                  const ExpertParameters& experts,
+                                  std::string_view activation) {
+  variable_list columns;
+  for (int64_t i = 0; i < experts.w_out.size(0); ++i) {
+    columns.push_back(at::sum(output_of(experts, i, x, activation) * grad, 1));
   }
+  return at::stack(columns, 1);
+}
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    NeededGradients needed(ctx);
-    needed.next();  // y
-    at::Tensor grad_probs;
-    if (needed.next()) {
-      grad_probs = attach_dense_gradient_backward(grads[0],
-                                                  saved[0],
-                                                  saved_experts(saved, 1),
-                                                  ctx->saved_data["activation"].toStringRef())
-                       .to(ctx->saved_data["probs_dtype"].toScalarType());
-    }
-    variable_list result(8);
-    result[0] = grads[0];
-    result[1] = grad_probs;
-    return result;
+/// sum_i tangent_i E_i(x), what a tangent of probs makes of the result.
+at::Tensor mixture_of(const at::Tensor& tangent,
+                      const at::Tensor& x,
+                      const ExpertParameters& experts,
+                      std::string_view activation) {
+  at::Tensor mixture;
+  for (int64_t i = 0; i < experts.w_out.size(0); ++i) {
+    add_term(mixture, tangent.select(1, i).unsqueeze(1) * output_of(experts, i, x, activation));
   }
-};
+  return mixture;
+}
+
+variable_list dense_gradient_gradients(const Arriving& arriving,
+                                       const at::Tensor& x,
+                                       const ExpertParameters& experts,
+                                       std::string_view activation,
+                                       at::ScalarType probs_dtype) {
+  const auto& grad = arriving.grads[0];
+  at::Tensor grad_probs;
+  if (arriving.wanted[1]) {
+    grad_probs = attach_dense_gradient_backward(grad, x, experts, activation).to(probs_dtype);
+  }
+  return {grad, grad_probs};
+}
 
 at::Tensor attach_dense_gradient_autograd(const at::Tensor& y,
                                           const at::Tensor& probs,
@@ -62,9 +78,41 @@ at::Tensor attach_dense_gradient_autograd(const at::Tensor& y,
                                           const ExpertParameters& experts,
                                           std::string_view activation) {
   check_attach_dense_gradient(y, probs, x, experts, activation);
-  refuse_tangents("attach_dense_gradient", y, probs, x, experts);
-  return AttachDenseGradient::apply(
-      y, probs, x, experts.w_in, experts.b_in, experts.w_out, experts.b_out, activation);
+  const auto copy =
+      below_autograd([&] { return attach_dense_gradient(y, probs, x, experts, activation); });
+  record_node<&dense_gradient_gradients>("attach_dense_gradient",
+                                         {copy},
+                                         std::tie(y, probs),
+                                         x,
+                                         experts,
+                                         activation,
+                                         probs.scalar_type());
+  at::Tensor tangent;
+  if (has_tangent(y)) {
+    add_term(tangent, tangent_of(y).clone());
+  }
+  if (has_tangent(probs)) {
+    const ExpertParameters primal{primal_of(experts.w_in),
+                                  primal_of(experts.b_in),
+                                  primal_of(experts.w_out),
+                                  primal_of(experts.b_out)};
+    const auto mixture = mixture_of(tangent_of(probs), primal_of(x), primal, activation);
+    add_term(tangent, mixture.to(y.scalar_type()));
+  }
+  set_tangent(copy, tangent);
+  return copy;
+}
+
+variable_list dense_gradient_second_gradients(const Arriving& arriving,
+                                              const at::Tensor& grad,
+                                              const at::Tensor& x,
+                                              const ExpertParameters& experts,
+                                              std::string_view activation) {
+  const auto backward = [&](const variable_list& given) {
+    return variable_list{
+        compose_dense_gradient(given[0], given[1], experts_from(given, 2), activation)};
+  };
+  return vjp(backward, with_experts({grad, x}, experts), arriving.wanted, arriving.grads);
 }
 
 at::Tensor attach_dense_gradient_backward_autograd(const at::Tensor& grad,
@@ -72,19 +120,19 @@ at::Tensor attach_dense_gradient_backward_autograd(const at::Tensor& grad,
                                                    const ExpertParameters& experts,
                                                    std::string_view activation) {
   check_attach_dense_gradient_backward(grad, x, experts, activation);
-  refuse_tangents("attach_dense_gradient", grad, x, experts);
-  variable_list inputs{grad, x, experts.w_in, experts.w_out};
-  for (const auto& bias : {experts.b_in, experts.b_out}) {
-    if (bias) {
-      inputs.push_back(*bias);
-    }
+  if (has_tangent(grad, x, experts)) {
+    return compose_dense_gradient(grad, x, experts, activation);
   }
-  const auto grads = OnceDifferentiable::apply(
-      at::TensorList(inputs),
-      [&] { return variable_list{attach_dense_gradient_backward(grad, x, experts, activation)}; },
-      "attach_dense_gradient: double backward must not be requested, got a gradient of the "
-      "gradient");
-  return grads[0];
+  const auto grad_probs =
+      below_autograd([&] { return attach_dense_gradient_backward(grad, x, experts, activation); });
+  record_node<&dense_gradient_second_gradients>("attach_dense_gradient_backward",
+                                                {grad_probs},
+                                                std::tie(grad, x, experts),
+                                                grad,
+                                                x,
+                                                experts,
+                                                activation);
+  return grad_probs;
 }
 
 }  // namespace

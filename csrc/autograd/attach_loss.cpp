@@ -1,46 +1,36 @@
 #include "ops/attach_loss.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/full.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/forward_mode.h"
+#include "autograd/node.h"
+#include "autograd/tangents.h"
 
 namespace torchmoe {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-class AttachLoss : public torch::autograd::Function<AttachLoss> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& x,
-                            const at::Tensor& loss,
-                            double scale) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    // Not the loss itself: what its owner does to it in place afterwards is no concern of ours.
-    ctx->saved_data["dtype"] = loss.scalar_type();
-    ctx->saved_data["device"] = loss.device();
-    ctx->saved_data["scale"] = scale;
-    return attach_loss(x, loss, scale);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto options = at::TensorOptions(ctx->saved_data["device"].toDevice())
-                             .dtype(ctx->saved_data["dtype"].toScalarType());
-    return {grads[0], at::full({}, ctx->saved_data["scale"].toDouble(), options), at::Tensor()};
-  }
-};
+// Without the loss itself: what its owner does to it in place afterwards is no concern of ours.
+variable_list attach_loss_gradients(const Arriving& arriving,
+                                    double scale,
+                                    at::ScalarType dtype,
+                                    const c10::Device& device) {
+  return {arriving.grads[0], at::full({}, scale, at::TensorOptions(device).dtype(dtype))};
+}
 
 at::Tensor attach_loss_autograd(const at::Tensor& x, const at::Tensor& loss, double scale) {
   check_attach_loss(x, loss);
-  refuse_tangents("attach_loss", x, loss);
-  return AttachLoss::apply(x, loss, scale);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !has_tangent(loss),
+      "attach_loss: forward-mode derivatives by loss must not be requested, got a loss with a "
+      "tangent, which the result has no place for; add the loss to the objective instead");
+  const auto copy = below_autograd([&] { return attach_loss(x, loss, scale); });
+  record_node<&attach_loss_gradients>(
+      "attach_loss", {copy}, std::tie(x, loss), scale, loss.scalar_type(), loss.device());
+  if (has_tangent(x)) {
+    set_tangent(copy, tangent_of(x).clone());
+  }
+  return copy;
 }
 
 }  // namespace

@@ -1,84 +1,72 @@
 #include "ops/expert_mlp.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
-#include "autograd/forward_mode.h"
-#include "autograd/needed_gradients.h"
-#include "autograd/once_differentiable.h"
-#include "autograd/saved_records.h"
+#include "autograd/activate.h"
+#include "autograd/expert_list.h"
+#include "autograd/node.h"
+#include "autograd/tangents.h"
+#include "autograd/vjp.h"
 #include "common/find_op.h"
+#include "ops/grouped_linear.h"
+#include "ops/permute.h"
+#include "ops/unpermute.h"
 
 namespace torchmoe {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using ExpertMlpMask = std::array<bool, 6>;
 
-class ExpertMlp : public torch::autograd::Function<ExpertMlp> {
- public:
-  static constexpr bool is_traceable = true;
+/// The op from its pieces, each differentiable any number of times. It keeps what they keep, arrays
+/// of N rows.
+at::Tensor compose_expert_mlp(const at::Tensor& x,
+                              const at::Tensor& weights,
+                              const ExpertParameters& experts,
+                              const DispatchPlan& plan,
+                              std::string_view activation) {
+  const auto& offsets = plan.expert_offsets;
+  const auto rows = permute(x, plan);
+  const auto pre = grouped_linear(rows, experts.w_in, experts.b_in, offsets);
+  const auto activated = activate(pre, activation);
+  const auto out = grouped_linear(activated, experts.w_out, experts.b_out, offsets);
+  return unpermute(out, weights, plan);
+}
 
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& x,
-                            const at::Tensor& indices,
-                            const at::Tensor& weights,
-                            const at::Tensor& w_in,
-                            const std::optional<at::Tensor>& b_in,
-                            const at::Tensor& w_out,
-                            const std::optional<at::Tensor>& b_out,
-                            std::string_view activation) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    const auto plan = dispatch_plan(indices, w_in.sym_size(0));
-    const ExpertParameters experts{w_in, b_in, w_out, b_out};
-    auto [y, pre] = expert_mlp_forward(x, weights, experts, plan, activation, /*save_pre=*/true);
-    ctx->save_for_backward({x,
-                            weights,
-                            w_in,
-                            b_in.value_or(at::Tensor()),
-                            w_out,
-                            b_out.value_or(at::Tensor()),
-                            plan.expert_offsets,
-                            plan.row_to_slot,
-                            plan.slot_to_row,
-                            pre});
-    ctx->saved_data["activation"] = std::string(activation);
-    return y;
+/// The gradients of x, weights and the parameters, which are `inputs`, as far as `wanted` asks for
+/// them; differentiable by `grad` and by all of them.
+variable_list composed_expert_mlp_gradients(const at::Tensor& grad,
+                                            const variable_list& inputs,
+                                            const DispatchPlan& plan,
+                                            std::string_view activation,
+                                            const std::vector<bool>& wanted) {
+  const auto op = [&](const variable_list& given) {
+    return variable_list{
+        compose_expert_mlp(given[0], given[1], experts_from(given, 2), plan, activation)};
+  };
+  return vjp(op, inputs, wanted, {grad});
+}
+
+variable_list expert_mlp_gradients(const Arriving& arriving,
+                                   const at::Tensor& x,
+                                   const at::Tensor& weights,
+                                   const ExpertParameters& experts,
+                                   const DispatchPlan& plan,
+                                   const at::Tensor& pre,
+                                   std::string_view activation) {
+  ExpertMlpMask mask{};
+  std::copy(arriving.wanted.begin(), arriving.wanted.end(), mask.begin());
+  const auto grads = std::apply(
+      [](const auto&... grad) { return variable_list{grad...}; },
+      expert_mlp_backward(arriving.grads[0], x, weights, experts, plan, pre, activation, mask));
+  variable_list result;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    result.push_back(gradient_if(mask[i], grads[i]));
   }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const auto experts = saved_experts(saved, 2);
-    NeededGradients needed(ctx);
-    std::array<bool, 6> mask{};
-    mask[0] = needed.next();  // x
-    needed.next();            // indices
-    mask[1] = needed.next();  // weights
-    mask[2] = needed.next();  // w_in
-    mask[3] = needed.next(experts.b_in.has_value());
-    mask[4] = needed.next();  // w_out
-    mask[5] = needed.next(experts.b_out.has_value());
-    const auto [grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out] =
-        expert_mlp_backward(grads[0],
-                            saved[0],
-                            saved[1],
-                            experts,
-                            saved_plan(saved, 6),
-                            saved[9],
-                            ctx->saved_data["activation"].toStringRef(),
-                            mask);
-    return {gradient_if(mask[0], grad_x),
-            at::Tensor(),
-            gradient_if(mask[1], grad_weights),
-            gradient_if(mask[2], grad_w_in),
-            gradient_if(mask[3], grad_b_in),
-            gradient_if(mask[4], grad_w_out),
-            gradient_if(mask[5], grad_b_out),
-            at::Tensor()};
-  }
-};
+  return result;
+}
 
 at::Tensor expert_mlp_autograd(const at::Tensor& x,
                                const at::Tensor& indices,
@@ -86,20 +74,56 @@ at::Tensor expert_mlp_autograd(const at::Tensor& x,
                                const ExpertParameters& experts,
                                std::string_view activation) {
   check_expert_mlp(x, indices, weights, experts, activation);
-  refuse_tangents("expert_mlp", x, weights, experts);
-  const auto wants_gradient = [](const std::optional<at::Tensor>& tensor) {
-    return tensor && tensor->requires_grad();
-  };
-  const bool differentiates = at::GradMode::is_enabled() &&
-                              (wants_gradient(x) || wants_gradient(weights) ||
-                               wants_gradient(experts.w_in) || wants_gradient(experts.b_in) ||
-                               wants_gradient(experts.w_out) || wants_gradient(experts.b_out));
-  if (!differentiates) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return expert_mlp(x, indices, weights, experts, activation);
+  const bool wanted = wants_gradient(x, weights, experts);
+  if (!wanted && !has_tangent(x, weights, experts)) {
+    return below_autograd([&] { return expert_mlp(x, indices, weights, experts, activation); });
   }
-  return ExpertMlp::apply(
-      x, indices, weights, experts.w_in, experts.b_in, experts.w_out, experts.b_out, activation);
+  const auto plan = dispatch_plan(indices, experts.w_in.sym_size(0));
+  return std::get<0>(expert_mlp_forward(x, weights, experts, plan, activation, wanted));
+}
+
+/// The op's node is that of its private part, since this is what the next transform of torch.func
+/// is given. y alone is differentiable.
+std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_autograd(const at::Tensor& x,
+                                                               const at::Tensor& weights,
+                                                               const ExpertParameters& experts,
+                                                               const DispatchPlan& plan,
+                                                               std::string_view activation,
+                                                               bool save_pre) {
+  check_expert_mlp_forward(x, weights, experts, plan, activation);
+  const auto below = [&](bool keep_pre) {
+    return below_autograd(
+        [&] { return expert_mlp_forward(x, weights, experts, plan, activation, keep_pre); });
+  };
+  const auto no_rows = [&] { return x.new_empty_symint({0, experts.w_in.sym_size(1)}); };
+  if (has_tangent(x, weights, experts)) {
+    auto y = compose_expert_mlp(x, weights, experts, plan, activation);
+    return {y, save_pre ? std::get<1>(below(true)) : no_rows()};
+  }
+  // A transform around this one can want a gradient that this one does not.
+  const bool wanted = wants_gradient(x, weights, experts);
+  auto [y, pre] = below(save_pre || wanted);
+  record_node<&expert_mlp_gradients>(
+      "expert_mlp", {y}, std::tie(x, weights, experts), x, weights, experts, plan, pre, activation);
+  return {y, save_pre ? pre : no_rows()};
+}
+
+variable_list expert_mlp_second_gradients(const Arriving& arriving,
+                                          const at::Tensor& grad,
+                                          const at::Tensor& x,
+                                          const at::Tensor& weights,
+                                          const ExpertParameters& experts,
+                                          const DispatchPlan& plan,
+                                          std::string_view activation) {
+  std::vector<bool> reached;
+  for (const auto& second : arriving.grads) {
+    reached.push_back(second.defined());
+  }
+  const auto backward = [&](const variable_list& given) {
+    const variable_list inputs(given.begin() + 1, given.end());
+    return composed_expert_mlp_gradients(given[0], inputs, plan, activation, reached);
+  };
+  return vjp(backward, with_experts({grad, x, weights}, experts), arriving.wanted, arriving.grads);
 }
 
 ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
@@ -109,31 +133,41 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                                 const DispatchPlan& plan,
                                                 const at::Tensor& pre,
                                                 std::string_view activation,
-                                                std::array<bool, 6> output_mask) {
+                                                ExpertMlpMask output_mask) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation);
-  refuse_tangents("expert_mlp", grad, x, weights, experts, pre);
-  variable_list inputs{grad, x, weights, experts.w_in, experts.w_out, pre};
-  for (const auto& bias : {experts.b_in, experts.b_out}) {
-    if (bias) {
-      inputs.push_back(*bias);
+  if (has_tangent(grad, x, weights, experts)) {
+    const auto inputs = with_experts({x, weights}, experts);
+    const std::vector<bool> wanted(output_mask.begin(), output_mask.end());
+    auto grads = composed_expert_mlp_gradients(grad, inputs, plan, activation, wanted);
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i].defined()) {
+        grads[i] = wanted[i] && inputs[i].defined() ? at::zeros_like(inputs[i])
+                                                    : at::empty({0}, x.options());
+      }
     }
+    return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
   }
-  const auto grads = OnceDifferentiable::apply(
-      at::TensorList(inputs),
-      [&] {
-        const auto [grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out] =
-            expert_mlp_backward(grad, x, weights, experts, plan, pre, activation, output_mask);
-        return variable_list{grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out};
-      },
-      "expert_mlp: double backward must not be requested, got a gradient of the gradient; compose "
-      "permute, grouped_linear and unpermute, which support it");
-  return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
+  auto results = below_autograd([&] {
+    return expert_mlp_backward(grad, x, weights, experts, plan, pre, activation, output_mask);
+  });
+  record_node<&expert_mlp_second_gradients>(
+      "expert_mlp_backward",
+      std::apply([](const auto&... result) { return variable_list{result...}; }, results),
+      std::tie(grad, x, weights, experts),
+      grad,
+      x,
+      weights,
+      experts,
+      plan,
+      activation);
+  return results;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
   m.impl("expert_mlp", with_records<&expert_mlp_autograd>);
+  m.impl("_expert_mlp", with_records<&expert_mlp_forward_autograd>);
   m.impl("_expert_mlp_backward", with_records<&expert_mlp_backward_autograd>);
 }
 

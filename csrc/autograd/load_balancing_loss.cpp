@@ -1,83 +1,57 @@
 #include "ops/load_balancing_loss.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/any.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
-#include "autograd/forward_mode.h"
-#include "autograd/once_differentiable.h"
+#include "autograd/composed.h"
+#include "autograd/shares.h"
+#include "common/dtypes.h"
+#include "ops/mean_over_tokens.h"
 
 namespace torchmoe {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-class LoadBalancingLoss : public torch::autograd::Function<LoadBalancingLoss> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& logits,
-                            const at::Tensor& fraction,
-                            std::string_view score_function,
-                            const std::optional<at::Tensor>& token_mask) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list saved{logits, fraction};
-    if (token_mask) {
-      saved.push_back(*token_mask);
-    }
-    ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["score_function"] = std::string(score_function);
-    return load_balancing_loss(logits, fraction, score_function, token_mask);
+at::Tensor compose_load_balancing_loss(const at::Tensor& logits,
+                                       const at::Tensor& fraction,
+                                       std::string_view score_function,
+                                       const std::optional<at::Tensor>& token_mask) {
+  const auto dtype = accumulate_dtype(logits.scalar_type());
+  const auto wide = logits.to(dtype);
+  const auto counted = token_mask ? at::where(token_mask->unsqueeze(-1), wide, 0.0) : wide;
+  const auto score = choose<ScoreFunction>("load_balancing_loss", score_function);
+  const auto shares = mean_over_tokens(shares_of(counted, score), token_mask);
+  const auto products = fraction.detach().to(dtype) * shares;
+  const auto losses = at::sum(products, -1) * logits.sym_size(-1);  // 0 where nothing is counted
+  if (!token_mask) {
+    return at::sum(losses) / std::max<c10::SymInt>(losses.sym_numel(), 1);
   }
+  const auto groups = at::sum(at::any(*token_mask, -1).to(dtype));
+  return at::sum(losses) / groups.clamp_min(1);
+}
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const auto token_mask = saved.size() == 3 ? std::optional(saved[2]) : std::nullopt;
-    return {load_balancing_loss_backward(grads[0],
-                                         saved[0],
-                                         saved[1],
-                                         ctx->saved_data["score_function"].toStringRef(),
-                                         token_mask),
-            at::Tensor(),
-            at::Tensor(),
-            at::Tensor()};
-  }
+struct LoadBalancingLoss {
+  static constexpr auto kName = "load_balancing_loss";
+  static constexpr auto out = &load_balancing_loss;
+  static constexpr auto gradient = &load_balancing_loss_backward;
+  static constexpr auto check = &check_load_balancing_loss;
+  static constexpr auto check_gradient = &check_load_balancing_loss_backward;
+  static constexpr auto composition = &compose_load_balancing_loss;
 };
 
-at::Tensor load_balancing_loss_autograd(const at::Tensor& logits,
-                                        const at::Tensor& fraction,
-                                        std::string_view score_function,
-                                        const std::optional<at::Tensor>& token_mask) {
-  check_load_balancing_loss(logits, fraction, score_function, token_mask);
-  refuse_tangents("load_balancing_loss", logits, fraction);
-  return LoadBalancingLoss::apply(logits, fraction, score_function, token_mask);
-}
-
-at::Tensor load_balancing_loss_backward_autograd(const at::Tensor& grad,
-                                                 const at::Tensor& logits,
-                                                 const at::Tensor& fraction,
-                                                 std::string_view score_function,
-                                                 const std::optional<at::Tensor>& token_mask) {
-  check_load_balancing_loss_backward(grad, logits, fraction, score_function, token_mask);
-  refuse_tangents("load_balancing_loss", grad, logits, fraction);
-  const variable_list inputs{grad, logits};
-  return OnceDifferentiable::apply(
-      at::TensorList(inputs),
-      [&] {
-        return variable_list{
-            load_balancing_loss_backward(grad, logits, fraction, score_function, token_mask)};
-      },
-      "load_balancing_loss: double backward must not be requested, got a gradient of the gradient; "
-      "compose the loss from torch's own ops where a second derivative is needed")[0];
-}
+using LoadBalancingLossDerivatives = Composed<LoadBalancingLoss,
+                                              const at::Tensor&,
+                                              std::string_view,
+                                              const std::optional<at::Tensor>&>;
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchmoe, Autograd, m) {
-  m.impl("load_balancing_loss", &load_balancing_loss_autograd);
-  m.impl("_load_balancing_loss_backward", &load_balancing_loss_backward_autograd);
+  m.impl("load_balancing_loss", &LoadBalancingLossDerivatives::out);
+  m.impl("_load_balancing_loss_backward", &LoadBalancingLossDerivatives::gradient);
 }
 
 }  // namespace torchmoe

@@ -1,86 +1,60 @@
 // A mean is linear, so that the derivative of its backward is the mean again.
 #include "ops/mean_over_tokens.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/forward_mode.h"
+#include "autograd/node.h"
+#include "autograd/tangents.h"
 
 namespace torchmoe {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
+using TokenMask = std::optional<at::Tensor>;
 
-void save_mask(AutogradContext* ctx, const std::optional<at::Tensor>& token_mask) {
-  ctx->save_for_backward(token_mask ? variable_list{*token_mask} : variable_list{});
+variable_list mean_over_tokens_gradient(const Arriving& arriving,
+                                        const TokenMask& token_mask,
+                                        const c10::SymInt& num_tokens,
+                                        at::ScalarType dtype) {
+  return {mean_over_tokens_backward(arriving.grads[0], num_tokens, token_mask).to(dtype)};
 }
 
-std::optional<at::Tensor> saved_mask(AutogradContext* ctx) {
-  const auto saved = ctx->get_saved_variables();
-  return saved.empty() ? std::nullopt : std::optional(saved[0]);
-}
-
-class MeanOverTokens : public torch::autograd::Function<MeanOverTokens> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& values,
-                            const std::optional<at::Tensor>& token_mask) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    save_mask(ctx, token_mask);
-    const auto means = mean_over_tokens(values, token_mask);
-    ctx->saved_data["num_tokens"] = values.sym_size(-2);
-    ctx->saved_data["dtype"] = values.scalar_type();
-    return means;
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto grad_values = mean_over_tokens_backward(
-        grads[0], ctx->saved_data["num_tokens"].toSymInt(), saved_mask(ctx));
-    return {grad_values.to(ctx->saved_data["dtype"].toScalarType()), at::Tensor()};
-  }
-};
-
-class MeanOverTokensBackward : public torch::autograd::Function<MeanOverTokensBackward> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& grad,
-                            const c10::SymInt& num_tokens,
-                            const std::optional<at::Tensor>& token_mask) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    save_mask(ctx, token_mask);
-    ctx->saved_data["dtype"] = grad.scalar_type();
-    return mean_over_tokens_backward(grad, num_tokens, token_mask);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto grad = mean_over_tokens(grads[0], saved_mask(ctx));
-    return {grad.to(ctx->saved_data["dtype"].toScalarType()), at::Tensor(), at::Tensor()};
-  }
-};
-
-at::Tensor mean_over_tokens_autograd(const at::Tensor& values,
-                                     const std::optional<at::Tensor>& token_mask) {
+at::Tensor mean_over_tokens_autograd(const at::Tensor& values, const TokenMask& token_mask) {
   check_mean_over_tokens(values, token_mask);
-  refuse_tangents("mean_over_tokens", values);
-  return MeanOverTokens::apply(values, token_mask);
+  const auto means = below_autograd([&] { return mean_over_tokens(values, token_mask); });
+  record_node<&mean_over_tokens_gradient>("mean_over_tokens",
+                                          {means},
+                                          std::tie(values),
+                                          token_mask,
+                                          values.sym_size(-2),
+                                          values.scalar_type());
+  if (has_tangent(values)) {
+    set_tangent(means, mean_over_tokens(tangent_of(values), token_mask));
+  }
+  return means;
+}
+
+variable_list mean_over_tokens_second_gradient(const Arriving& arriving,
+                                               const TokenMask& token_mask,
+                                               at::ScalarType dtype) {
+  return {mean_over_tokens(arriving.grads[0], token_mask).to(dtype)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes a SymInt by value.
 at::Tensor mean_over_tokens_backward_autograd(const at::Tensor& grad,
                                               c10::SymInt num_tokens,
-                                              const std::optional<at::Tensor>& token_mask) {
+                                              const TokenMask& token_mask) {
+  // NOLINTEND(performance-unnecessary-value-param)
   check_mean_over_tokens_backward(grad, num_tokens, token_mask);
-  refuse_tangents("mean_over_tokens", grad);
-  return MeanOverTokensBackward::apply(grad, num_tokens, token_mask);
+  const auto values =
+      below_autograd([&] { return mean_over_tokens_backward(grad, num_tokens, token_mask); });
+  record_node<&mean_over_tokens_second_gradient>(
+      "mean_over_tokens_backward", {values}, std::tie(grad), token_mask, grad.scalar_type());
+  if (has_tangent(grad)) {
+    set_tangent(values, mean_over_tokens_backward(tangent_of(grad), num_tokens, token_mask));
+  }
+  return values;
 }
-// NOLINTEND(performance-unnecessary-value-param)
 
 }  // namespace
 

@@ -1,61 +1,35 @@
 // The sum is linear in the rows, so that the derivative of its backward is the sum again.
 #include "ops/sum_by_expert.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/forward_mode.h"
+#include "autograd/node.h"
+#include "autograd/tangents.h"
 
 namespace torchmoe {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-class SumByExpert : public torch::autograd::Function<SumByExpert> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& rows,
-                            const at::Tensor& expert_offsets) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({expert_offsets});
-    ctx->saved_data["num_rows"] = rows.sym_size(0);
-    return sum_by_expert(rows, expert_offsets);
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {sum_by_expert_backward(
-                grads[0], ctx->get_saved_variables()[0], ctx->saved_data["num_rows"].toSymInt()),
-            at::Tensor()};
-  }
-};
-
-class SumByExpertBackward : public torch::autograd::Function<SumByExpertBackward> {
- public:
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx,
-                            const at::Tensor& grad,
-                            const at::Tensor& expert_offsets,
-                            c10::SymInt num_rows) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({expert_offsets});
-    return sum_by_expert_backward(grad, expert_offsets, std::move(num_rows));
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {sum_by_expert(grads[0], ctx->get_saved_variables()[0]), at::Tensor(), at::Tensor()};
-  }
-};
+variable_list sum_by_expert_gradient(const Arriving& arriving,
+                                     const at::Tensor& expert_offsets,
+                                     const c10::SymInt& num_rows) {
+  return {sum_by_expert_backward(arriving.grads[0], expert_offsets, num_rows)};
+}
 
 at::Tensor sum_by_expert_autograd(const at::Tensor& rows, const at::Tensor& expert_offsets) {
   check_sum_by_expert(rows, expert_offsets);
-  refuse_tangents("sum_by_expert", rows);
-  return SumByExpert::apply(rows, expert_offsets);
+  const auto sums = below_autograd([&] { return sum_by_expert(rows, expert_offsets); });
+  record_node<&sum_by_expert_gradient>(
+      "sum_by_expert", {sums}, std::tie(rows), expert_offsets, rows.sym_size(0));
+  if (has_tangent(rows)) {
+    set_tangent(sums, sum_by_expert(tangent_of(rows), expert_offsets));
+  }
+  return sums;
+}
+
+variable_list sum_by_expert_second_gradient(const Arriving& arriving,
+                                            const at::Tensor& expert_offsets) {
+  return {sum_by_expert(arriving.grads[0], expert_offsets)};
 }
 
 // NOLINTBEGIN(performance-unnecessary-value-param): the dispatcher passes a SymInt by value.
@@ -64,8 +38,14 @@ at::Tensor sum_by_expert_backward_autograd(const at::Tensor& grad,
                                            c10::SymInt num_rows) {
   // NOLINTEND(performance-unnecessary-value-param)
   check_sum_by_expert_backward(grad, expert_offsets, num_rows);
-  refuse_tangents("sum_by_expert", grad);
-  return SumByExpertBackward::apply(grad, expert_offsets, num_rows);
+  const auto rows =
+      below_autograd([&] { return sum_by_expert_backward(grad, expert_offsets, num_rows); });
+  record_node<&sum_by_expert_second_gradient>(
+      "sum_by_expert_backward", {rows}, std::tie(grad), expert_offsets);
+  if (has_tangent(grad)) {
+    set_tangent(rows, sum_by_expert_backward(tangent_of(grad), expert_offsets, num_rows));
+  }
+  return rows;
 }
 
 }  // namespace

@@ -42,6 +42,21 @@ constexpr bool is_gated(Activation activation) {
   return kind_of(activation) == ActivationKind::gated;
 }
 
+/// The type of a formula's constants: the number's own, and a double where u is a tensor, for which
+/// torch's functions of the same names stand in (autograd/activate.cpp).
+template <typename T>
+struct ConstantOf {
+  using Type = T;
+};
+template <typename T>
+using Constant = typename ConstantOf<T>::Type;
+
+/// max(u, 0), in the order that keeps a NaN a NaN.
+template <typename T>
+TORCHMOE_HOST_DEVICE T relu(T u) {
+  return u < T(0) ? T(0) : u;
+}
+
 /// f(u) and f'(u).
 template <typename T>
 struct ValueAndSlope {
@@ -49,7 +64,7 @@ struct ValueAndSlope {
   T slope;
 };
 
-/// The formulas of a nonlinearity f: f(u), and f(u) with f'(u).
+/// The formulas of a nonlinearity f: f(u), of a number or a tensor, and f(u) with f'(u), of a number.
 template <Nonlinearity f>
 struct Formula;
 
@@ -57,7 +72,7 @@ template <>
 struct Formula<Nonlinearity::relu> {
   template <typename T>
   static TORCHMOE_HOST_DEVICE T value(T u) {
-    return u < T(0) ? T(0) : u;  // this order keeps a NaN a NaN
+    return relu(u);
   }
 
   template <typename T>
@@ -84,8 +99,10 @@ template <>
 struct Formula<Nonlinearity::gelu> {
   template <typename T>
   static TORCHMOE_HOST_DEVICE T value(T u) {
-    constexpr T kInverseSqrt2 = T(0.70710678118654752440);
-    return T(0.5) * u * (T(1) + std::erf(u * kInverseSqrt2));
+    using std::erf;
+    using C = Constant<T>;
+    constexpr C kInverseSqrt2 = C(0.70710678118654752440);
+    return C(0.5) * u * (C(1) + erf(u * kInverseSqrt2));
   }
 
   template <typename T>
@@ -101,8 +118,10 @@ template <>
 struct Formula<Nonlinearity::gelu_tanh> {
   template <typename T>
   static TORCHMOE_HOST_DEVICE T value(T u) {
-    constexpr T kSqrt2OverPi = T(0.79788456080286535588);
-    return T(0.5) * u * (T(1) + std::tanh(kSqrt2OverPi * (u + T(0.044715) * u * u * u)));
+    using std::tanh;
+    using C = Constant<T>;
+    constexpr C kSqrt2OverPi = C(0.79788456080286535588);
+    return C(0.5) * u * (C(1) + tanh(kSqrt2OverPi * (u + C(0.044715) * u * u * u)));
   }
 
   template <typename T>

@@ -19,7 +19,8 @@ namespace torchmoe {
 /// gradient here.
 ///
 /// y [T, H] and probs [T, E] floating; x [T, H] of the experts' dtype -> [T, H] in y's dtype.
-/// Differentiable in y and probs; the second derivative through probs is refused. Saves its inputs;
+/// Differentiable in y and probs; the gradient of probs is differentiable by all that it is made
+/// of, any number of times. Saves its inputs;
 /// backward takes 2 T E H (P + I) FLOPs and, with A = activation(w_in x + b_in), forms <dL/dy w_out,
 /// A> + <dL/dy, b_out> in blocks of tokens, never an array of size [T, E, H].
 at::Tensor attach_dense_gradient(const at::Tensor& y,

@@ -9,7 +9,11 @@ namespace torchmoe {
 /// objective where only a tensor can be returned.
 ///
 /// A gradient scaler multiplies the objective, so give its factor as `scale` too. x floating, loss
-/// a floating scalar -> a tensor like x. Differentiable in x and loss, twice.
+/// a floating scalar -> a tensor like x. Differentiable in x and loss. Every backward pass that comes
+/// through the copy gives loss its gradient, one through a gradient's own graph as well: right for
+/// an objective with a penalty on its gradient, and not for a Hessian-vector product, which is to
+/// take a loss that is added. A loss with a tangent is refused, since the result has no place for
+/// it.
 at::Tensor attach_loss(const at::Tensor& x, const at::Tensor& loss, double scale = 1.0);
 
 void check_attach_loss(const at::Tensor& x, const at::Tensor& loss);

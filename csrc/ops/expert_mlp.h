@@ -23,10 +23,11 @@ namespace torchmoe {
 /// [T, K] float32, float64 or that dtype -> y [T, H] in x's dtype. A token that names an expert
 /// twice gets both slots.
 ///
-/// Differentiable once in x, weights, w_in, b_in, w_out and b_out. Saves x, the pre-activation [N,
-/// P], weights and integers, and nothing of size [N, H]: with dA' = dL/dy w_out the gradient of a
-/// weight is <dA', a> + <dL/dy, b_out>, which needs no expert's output. permute, grouped_linear and
-/// unpermute do the same in pieces, twice differentiable.
+/// Differentiable any number of times, in reverse and in forward mode, in x, weights, w_in, b_in,
+/// w_out and b_out. Saves x, the pre-activation [N, P], weights and integers, and nothing of size
+/// [N, H]: with dA' = dL/dy w_out the gradient of a weight is <dA', a> + <dL/dy, b_out>, which needs
+/// no expert's output. Tangents, and what lies beyond the first gradient, are formed by permute,
+/// grouped_linear and unpermute, which keep arrays of N rows.
 at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
@@ -60,8 +61,8 @@ struct ExpertMlpWanted {
 };
 
 /// Gradients of x, weights, w_in, b_in, w_out and b_out for `grad` [T, H]; one that output_mask
-/// leaves out is an empty tensor of shape [0]. b_in is in `pre` already; it is an argument so that
-/// a second derivative through it is refused and not lost.
+/// leaves out is an empty tensor of shape [0]. b_in is in `pre` already, which stands for a number
+/// here: second derivatives are those of the op that made it, by x, w_in and b_in.
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor& x,
                                        const at::Tensor& weights,

@@ -19,7 +19,7 @@ namespace torchmoe {
 /// -inf is 0. logits [T, E] floating, indices [T, K] int64 -> weights [T, K], float32 (float64 for
 /// float64). Computed in that type.
 ///
-/// Differentiable in logits, once. `estimator` chooses the gradient; g_j is the gradient arriving
+/// Differentiable in logits, any number of times and in both modes. `estimator` chooses the gradient; g_j is the gradient arriving
 /// at slot j:
 ///
 ///     "exact"               the derivative of the forward formula
@@ -27,7 +27,7 @@ namespace torchmoe {
 ///                           g_j over routed slots with i_j = i, 0 for experts the token did not
 ///                           choose; dL/dlogits = J_score^T dL/dp
 ///
-/// Refused when logits require a gradient and it is zero everywhere: "exact" with "uniform", or
+/// Refused when logits require a gradient or carry a tangent and it is zero everywhere: "exact" with "uniform", or
 /// with "topk" and K = 1.
 at::Tensor gate_weights(const at::Tensor& logits,
                         const at::Tensor& indices,

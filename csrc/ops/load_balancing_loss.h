@@ -19,7 +19,8 @@ namespace torchmoe {
 ///
 /// logits [..., T, E] floating; fraction [..., E] floating, each expert's share of the slots;
 /// token_mask [..., T] bool, true = the token counts -> scalar, float32 (float64 for float64
-/// logits). Differentiable in logits, once: fraction carries no gradient.
+/// logits). Differentiable in logits, any number of times and in both modes: fraction carries no
+/// gradient and no tangent.
 at::Tensor load_balancing_loss(const at::Tensor& logits,
                                const at::Tensor& fraction,
                                std::string_view score_function,

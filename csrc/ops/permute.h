@@ -10,7 +10,7 @@ namespace torchmoe {
 /// for the rows after.
 ///
 /// x [T, H] floating, a plan over [T, K] slots -> rows [N, H] in x's dtype. Differentiable in x,
-/// twice.
+/// any number of times and in both modes.
 at::Tensor permute(const at::Tensor& x, const DispatchPlan& plan);
 
 /// Gradient of x [T, H] for `grad` [N, H]: the sum of a token's routed rows, in slot order.

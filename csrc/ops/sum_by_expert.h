@@ -12,7 +12,8 @@ namespace torchmoe {
 /// and 0 for an expert without rows; the rows from expert_offsets[E] on are not read.
 ///
 /// rows [N, H] floating, expert_offsets [E + 1] int64, as in dispatch_plan -> [E, H] in the dtype of
-/// rows. Sums are formed wide and rounded once. Differentiable in rows, twice.
+/// rows. Sums are formed wide and rounded once. Differentiable in
+/// rows, any number of times and in both modes.
 at::Tensor sum_by_expert(const at::Tensor& rows, const at::Tensor& expert_offsets);
 
 /// Gradient of rows [N, H] for `grad` [E, H], num_rows = N: every row has its expert's, 0 for

@@ -15,7 +15,7 @@ namespace torchmoe {
 ///
 /// rows [N, H] floating, weights [T, K] float32, float64 or the dtype of rows -> y [T, H] in the
 /// dtype of rows. The weight and the row of an unrouted slot are not read. Differentiable in rows
-/// and weights, twice.
+/// and weights, any number of times and in both modes.
 at::Tensor unpermute(const at::Tensor& rows, const at::Tensor& weights, const DispatchPlan& plan);
 
 /// Gradients of rows and weights for `grad` [T, H]; 0 for unrouted slots.

@@ -3,8 +3,9 @@
 Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts per token, N = T * K
 rows. Floating tensors are float32, float64, bfloat16 or float16 with any strides. Everything runs
 under torch.compile(fullgraph=True), gives the same bits for any number of threads, and returns
-shapes that do not depend on data. Wrong shapes and dtypes raise RuntimeError, values out of range
-ValueError, always as `op: argument must requirement, got actual`.
+shapes that do not depend on data. What is differentiable is so any number of times, in reverse and
+in forward mode, and through torch.func's transforms. Wrong shapes and dtypes raise RuntimeError,
+values out of range ValueError, always as `op: argument must requirement, got actual`.
 
 An id outside [0, E) means "not routed": no output, its weight is ignored, its gradient is exactly
 0. The ops write -1.
@@ -138,7 +139,7 @@ def _parts(op: str, plan: DispatchPlan) -> DispatchPlan:
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The router's linear map x weight^T + bias, accumulated in float32 whatever the input type.
 
-    Differentiable, twice, in all three. Under autocast it stays in float32: Switch Transformer
+    Differentiable in all three. Under autocast it stays in float32: Switch Transformer
     (arXiv 2101.03961, section 2.4) shows that a router in bfloat16 diverges.
 
     Args:
@@ -308,7 +309,7 @@ def gate_weights(
       where p underflows; where every logit is -inf the weights are 0
     - normalize "uniform": w_j = 1 / number of the token's routed slots
 
-    Differentiable in logits, once; double backward is refused.
+    Differentiable in logits; what estimator replaces, it replaces at every order and in both modes.
 
     Args:
         logits: [T, E] floating.
@@ -364,7 +365,7 @@ def dispatch_plan(indices: Tensor, num_experts: int) -> DispatchPlan:
 def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
     """Copies each token to the rows of its experts, sorted by expert.
 
-    Rows of unrouted slots are zero. Differentiable in x, twice.
+    Rows of unrouted slots are zero. Differentiable in x.
 
     Args:
         x: [T, H] floating.
@@ -384,7 +385,7 @@ def unpermute(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
 
     y[t] = sum over routed slots j of weights[t, j] * rows[slot_to_row[t, j]].
 
-    Differentiable in rows and weights, twice. Accumulates in float32 or wider. The weights of
+    Differentiable in rows and weights. Accumulates in float32 or wider. The weights of
     unrouted slots are ignored.
 
     Args:
@@ -408,7 +409,7 @@ def grouped_linear(
 
     rows[a:b] weight[e]^T + bias[e] with a, b = expert_offsets[e], expert_offsets[e + 1].
 
-    Rows from expert_offsets[E] on come out zero. Differentiable, twice, in rows, weight and bias;
+    Rows from expert_offsets[E] on come out zero. Differentiable in rows, weight and bias;
     an expert without rows gets a gradient of zeros. Under autocast all three are cast to the
     autocast type.
 
@@ -433,7 +434,7 @@ def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     sums[e] = sum of rows[r] for expert_offsets[e] <= r < expert_offsets[e + 1].
 
     Rows from expert_offsets[E] on are not read; an expert without rows has 0. Sums are formed in
-    float32 (float64 for float64 rows) and rounded once. Differentiable, twice, in rows.
+    float32 (float64 for float64 rows) and rounded once. Differentiable in rows.
 
     Args:
         rows: [N, H] floating, sorted by expert.
@@ -472,10 +473,10 @@ def expert_mlp(
 
     {gated activation}
 
-    Differentiable, once, in x, weights and the four parameters. The backward pass keeps x, the
-    pre-activation, the weights and integers, nothing of size [N, H]. Double backward is refused:
-    use permute, grouped_linear and unpermute for it. Under autocast x and the four parameters are
-    cast to the autocast type.
+    Differentiable in x, weights and the four parameters. The backward pass keeps x, the
+    pre-activation, the weights and integers, nothing of size [N, H]. Tangents and derivatives of
+    higher order are formed by permute, grouped_linear and unpermute, which keep arrays of N rows.
+    Under autocast x and the four parameters are cast to the autocast type.
 
     Where there is a gradient to come, a policy of selective activation checkpointing is asked about
     torch.ops.torchmoe._expert_mlp.default instead, which keeps y and the pre-activation, and about
@@ -517,7 +518,7 @@ def load_balancing_loss(
     P_i is the mean over counted tokens of expert i's share of the scores.
 
     Switch Transformer (arXiv 2101.03961, section 2.2) with GShard's differentiable P (arXiv
-    2006.16668). Exactly 1 when either factor is uniform. The gradient flows through P only, once.
+    2006.16668). Exactly 1 when either factor is uniform. The gradient flows through P only.
     The coefficient belongs to the caller.
 
     Args:
@@ -560,7 +561,7 @@ def mean_over_tokens(values: Tensor, *, token_mask: Tensor | None = None) -> Ten
 
     Returns:
         [..., C], float32 (float64 for float64 values), summed in float64; 0 where no token counts.
-        Differentiable in values, any number of times.
+        Differentiable in values.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
@@ -571,7 +572,7 @@ def mean_over_tokens(values: Tensor, *, token_mask: Tensor | None = None) -> Ten
 def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     """The mean over counted tokens of logsumexp(logits)^2, which keeps logits small.
 
-    ST-MoE (arXiv 2202.08906), section 3.3. Differentiable in logits, once.
+    ST-MoE (arXiv 2202.08906), section 3.3. Differentiable in logits.
 
     Args:
         logits: [..., E] floating.
@@ -622,8 +623,8 @@ def attach_dense_gradient(
     (https://openreview.net/forum?id=4HGIIekCx3). x and the experts' weights get no gradient here.
     The backward pass takes 2 T E H (P + I) FLOPs, P being the width of w_in, in blocks of tokens.
 
-    Differentiable in y and probs; the second derivative through probs is refused. Under autocast x
-    and the four parameters are cast to the autocast type.
+    Differentiable in y and probs; the gradient of probs is differentiable by all that it is made
+    of. Under autocast x and the four parameters are cast to the autocast type.
 
     Args:
         y: [T, H] floating.
@@ -659,9 +660,13 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
     done with x later. With a loss scaled for mixed precision, or divided for gradient accumulation,
     `scale` must be that same factor.
 
+    Every backward pass that comes through the copy gives the loss its gradient, one through the
+    graph of a gradient as well. That is right for an objective with a penalty on its gradient; for
+    a Hessian-vector product, whose objective is a gradient alone, add the loss instead.
+
     Args:
         x: floating, any shape.
-        loss: floating scalar.
+        loss: floating scalar. One with a forward-mode tangent is refused.
         scale: the gradient that the loss receives, a finite number.
 
     Returns:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -91,74 +94,122 @@ class DifferentiableOpTests(OpTests):
         if not self.case.names(inputs) or not self.case.is_derivative(inputs):
             pytest.skip("no derivative to check")
         assert torch.autograd.gradcheck(
-            lambda *values: self.case(inputs | dict(zip(names, values, strict=True))),
+            self._of(inputs, names),
             [inputs[n] for n in names],
+            check_forward_ad=True,
+            check_batched_grad=True,
             **GRADCHECK,
         )
 
     @pytest.mark.above_kernels
     @pytest.mark.usefixtures("one_thread")
     def test_double_backward(self, checked: tuple[Situation, Inputs, tuple[str, ...]]) -> None:
+        """Reverse over reverse, and forward over reverse."""
         situation, variant, names = checked
         inputs = leaves(self.case.make(situation, torch.float64, **variant), names)
-        values = [inputs[n] for n in names]
         if not self.case.names(inputs):
             pytest.skip("no derivative to check")
-        if self.case.double_backward == "right":
-            assert torch.autograd.gradgradcheck(
-                lambda *v: self.case(inputs | dict(zip(names, v, strict=True))),
-                values,
-                **GRADCHECK,
-            )
-            return
-        outputs = self.case(inputs)
-        cotangent = [g.requires_grad_() for g in cotangents(outputs)]
-        first = torch.autograd.grad(outputs, values, cotangent, create_graph=True)
-        assert_same(tuple(g.detach() for g in first), run(self.case, inputs, names)[1])
-        with pytest.raises(RuntimeError, match=f"^{self.case.name}: double backward must not be"):
-            torch.autograd.grad([g.sum() for g in first], values + cotangent, allow_unused=True)
+        assert torch.autograd.gradgradcheck(
+            self._of(inputs, names),
+            [inputs[n] for n in names],
+            check_fwd_over_rev=self.case.with_tangent(names) == names,
+            **GRADCHECK,
+        )
+
+    @pytest.mark.above_kernels
+    def test_a_graph_of_the_gradient_changes_no_bit_of_it(self, variant: Inputs) -> None:
+        case = self.case
+        inputs = case.make(SITUATIONS["plain"], torch.float32, **variant)
+        names = case.names(inputs)
+        if not names:
+            pytest.skip("no derivative to check")
+        leaf = leaves(inputs, names)
+        outputs = case(leaf)
+        grads = torch.autograd.grad(
+            outputs, [leaf[n] for n in names], cotangents(outputs), create_graph=True
+        )
+        assert_same(tuple(g.detach() for g in grads), run(case, inputs, names)[1])
 
     @pytest.mark.above_kernels
     @pytest.mark.usefixtures("one_thread")
-    def test_a_refusal_reaches_every_input(self) -> None:
-        """As after backward(create_graph=True), where the arriving gradient itself needs none."""
-        case, variant = self.case, self.case.variants[0]
-        if case.double_backward == "right":
-            pytest.skip("double backward is right")
+    @pytest.mark.parametrize("grad_mode", [False, True])
+    def test_forward_mode_is_reverse_mode(self, variant: Inputs, grad_mode: bool) -> None:
+        """<g, J t> = <J^T g, t>, whether or not anybody wants a gradient as well."""
+        inputs = self.case.make(SITUATIONS["plain"], torch.float64, **variant)
         for names in self._subsets(variant, every=True):
-            inputs = leaves(case.make(SITUATIONS["plain"], torch.float64, **variant), names)
+            if self.case.with_tangent(names) != names:
+                continue
+            function = self._of(inputs, names)
             values = [inputs[n] for n in names]
-            outputs = case(inputs)
-            first = torch.autograd.grad(outputs, values, cotangents(outputs), create_graph=True)
-            with pytest.raises(RuntimeError, match=f"^{case.name}: double backward must not be"):
-                torch.autograd.grad([g.sum() for g in first], values, allow_unused=True)
+            tangents = [torch.randn_like(v) for v in values]
+            leaf = [v.clone().requires_grad_() for v in values]
+            outputs = function(*leaf)
+            given = cotangents(outputs)
+            grads = torch.autograd.grad(outputs, leaf, given)
+            for wanted in (False, True):
+                with torch.set_grad_enabled(grad_mode), forward_ad.dual_level():
+                    duals = [
+                        forward_ad.make_dual(v.clone().requires_grad_(wanted), t)
+                        for v, t in zip(values, tangents, strict=True)
+                    ]
+                    results = [forward_ad.unpack_dual(y) for y in function(*duals)]
+                    moved = [y.tangent.detach() for y in results]
+                n = SITUATIONS["plain"].longest
+                for y, (value, _) in zip(outputs, results, strict=True):
+                    atol = tolerance(y, n=n, wide=torch.float64, stored=torch.float64)
+                    assert_close(value.detach(), y.detach(), atol)
+                left = torch.stack([(g * m).sum() for g, m in zip(given, moved, strict=True)])
+                right = torch.stack([(g * t).sum() for g, t in zip(grads, tangents, strict=True)])
+                torch.testing.assert_close(left.sum(), right.sum(), rtol=1e-10, atol=1e-10)
 
     @pytest.mark.above_kernels
-    @pytest.mark.parametrize("grad_mode", [False, True])
-    def test_forward_mode_is_never_zero_without_a_word(
-        self, variant: Inputs, grad_mode: bool
-    ) -> None:
-        """Whether or not anybody wants a gradient as well."""
-        case = self.case
-        inputs = case.make(SITUATIONS["plain"], torch.float64, **variant)
-        refusal = f"^{case.name}: forward-mode derivatives must not be requested"
-        floating = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()]
-        for name in floating:
-            tangent = torch.ones_like(inputs[name])
-            for wanted in (False, True):
-                primal = inputs[name].clone().requires_grad_(wanted)
-                with (
-                    torch.set_grad_enabled(grad_mode),
-                    forward_ad.dual_level(),
-                    pytest.raises(NotImplementedError, match=refusal),
-                ):
-                    case(inputs | {name: forward_ad.make_dual(primal, tangent)})
-            with pytest.raises(NotImplementedError, match=refusal):
-                torch.func.jvp(
-                    lambda value, name=name: case(inputs | {name: value}),
-                    (inputs[name],),
-                    (tangent,),
-                )
+    @pytest.mark.usefixtures("one_thread")
+    def test_transforms(self, variant: Inputs) -> None:
+        """torch.func's, against plain autograd, which has no levels."""
+        inputs = self.case.make(SITUATIONS["plain"], torch.float64, **variant)
+        names = self.case.with_tangent(self.case.names(inputs))
+        if not names:
+            pytest.skip("no derivative to check")
+        function = self._of(inputs, names)
+        values = tuple(inputs[n] for n in names)
+        places = tuple(range(len(names)))
+        jacobian = torch.autograd.functional.jacobian(function, values)
+        close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+        close(torch.func.jacrev(function, places)(*values), jacobian)
+        close(torch.func.jacfwd(function, places)(*values), jacobian)
+        tangents = tuple(torch.randn_like(v) for v in values)
+        pushed = tuple(
+            sum(torch.tensordot(j, t, t.dim()) for j, t in zip(row, tangents, strict=True))
+            for row in jacobian
+        )
+        outputs, moved = torch.func.jvp(function, values, tangents)
+        close(moved, pushed)
+        close(outputs, function(*values))
+        close(torch.func.linearize(function, *values)[1](*tangents), pushed)
+        given = cotangents(outputs)
+        pulled = tuple(
+            sum(torch.tensordot(g, j[i], g.dim()) for g, j in zip(given, jacobian, strict=True))
+            for i in places
+        )
+        close(torch.func.vjp(function, *values)[1](given), pulled)
+
+        def scalar(*values: Tensor) -> Tensor:
+            products = zip(function(*values), given, strict=True)
+            return torch.stack([(y * g).sum() for y, g in products]).sum().square()
+
+        gradients = torch.autograd.functional.vjp(scalar, values)[1]
+        close(torch.func.grad(scalar, places)(*values), gradients)
+        several = [torch.stack([v, 2 * v, v.flip(0)]) for v in values]
+        each = [torch.autograd.functional.vjp(scalar, v)[1] for v in zip(*several, strict=True)]
+        stacked = tuple(torch.stack(g) for g in zip(*each, strict=True))
+        close(torch.func.vmap(torch.func.grad(scalar, places))(*several), stacked)
+        hessian = torch.autograd.functional.hessian(scalar, values)
+        for i in places:
+            close(torch.func.hessian(scalar, i)(*values), hessian[i][i])
+
+    def _of(self, inputs: Inputs, names: tuple[str, ...]) -> Callable[..., Outputs]:
+        """The op as a function of the named inputs."""
+        return lambda *values: self.case(inputs | dict(zip(names, values, strict=True)))
 
     def test_any_strides_of_the_gradient(self, variant: Inputs) -> None:
         """A sum's gradient arrives with strides of 0."""

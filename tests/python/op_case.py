@@ -94,7 +94,8 @@ class OpCase:
     refuses_gradient: Callable[[Inputs], bool] = field(default=lambda inputs: False)
     # False where the gradient is by definition not the derivative of the value.
     is_derivative: Callable[[Inputs], bool] = field(default=lambda inputs: True)
-    double_backward: str = "right"  # or "refused"
+    # Differentiable inputs whose tangents are refused.
+    without_tangent: tuple[str, ...] = ()
     # What a policy of selective checkpointing is asked about instead, with a gradient to come.
     asked_as: tuple[str, ...] = ()
 
@@ -107,6 +108,10 @@ class OpCase:
     def names(self, inputs: Inputs) -> tuple[str, ...]:
         """The differentiable inputs that are there: an optional bias may be None."""
         return () if self.refuses_gradient(inputs) else present(inputs, self.differentiable)
+
+    def with_tangent(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of `names` that forward mode goes by."""
+        return tuple(name for name in names if name not in self.without_tangent)
 
 
 def altered(name: str, change: Callable[[Any], Any]) -> Callable[[Inputs], Inputs]:

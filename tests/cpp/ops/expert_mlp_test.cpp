@@ -180,15 +180,19 @@ TEST_CASE("expert_mlp: gradients keep their input's type", "[expert_mlp]") {
   }
 }
 
-TEST_CASE("expert_mlp: double backward is refused", "[expert_mlp]") {
-  const Tensor indices = choices()[0].indices;
-  const Layer l = layer("swiglu", indices, 3, 2);
-  const auto function = [&](const Tensors& in) {
-    return expert_mlp(in[0], indices, l.weights, {l.w_in, {}, l.w_out, {}}, "swiglu");
-  };
-  CHECK_THROWS_WITH(gradgradcheck(function, {leaf({5, 3})}),
-                    contains("expert_mlp: double backward must not be requested") &&
-                        contains("permute, grouped_linear and unpermute"));
+TEST_CASE("expert_mlp: double backward", "[expert_mlp]") {
+  for (const std::string activation : {"gelu_tanh", "swiglu"}) {
+    const Tensor indices = choices()[0].indices;
+    Layer l = layer(activation, indices, 3, 2);
+    for (Tensor* t : {&l.x, &l.weights, &l.w_in, &l.b_in, &l.w_out, &l.b_out}) {
+      t->requires_grad_();
+    }
+    const auto function = [&](const Tensors& in) {
+      return expert_mlp(in[0], indices, in[1], {in[2], in[3], in[4], in[5]}, activation);
+    };
+    CHECK(gradgradcheck(function, {l.x, l.weights, l.w_in, l.b_in, l.w_out, l.b_out}).message ==
+          "");
+  }
 }
 
 TEST_CASE("expert_mlp: errors", "[expert_mlp]") {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import reference
 import torchmoe
-from gradient_harness import DifferentiableOpTests
+from gradient_harness import GRADCHECK, DifferentiableOpTests
 from op_case import Autocast, ErrorCase, Inputs, OpCase, altered, call, leaves, wide_dtype
 from situations import EXPERT_WEIGHTS, SITUATIONS, Situation, expert_weights, normal
 
@@ -53,7 +53,6 @@ class TestAttachDenseGradient(DifferentiableOpTests):
         ),
         differentiable=("probs",),
         is_derivative=lambda inputs: False,
-        double_backward="refused",
         private=private,
         token_input="y",
         autocast=Autocast(torch.bfloat16, ("x", *EXPERT_WEIGHTS)),
@@ -75,17 +74,18 @@ class TestAttachDenseGradient(DifferentiableOpTests):
         ),
     )
 
-    def test_a_refusal_reaches_every_input(self) -> None:
-        """The gradient of probs depends on all inputs but y and probs."""
+    def test_the_gradient_of_probs_is_differentiable_by_all_it_is_made_of(self) -> None:
         inputs = make(SITUATIONS["plain"], torch.float64, "swiglu", True)
-        for name in ("x", *EXPERT_WEIGHTS):
-            leaf = leaves(inputs, ("probs", name))
-            (y,) = self.case(leaf)
-            (first,) = torch.autograd.grad(y.sum(), leaf["probs"], create_graph=True)
-            with pytest.raises(
-                RuntimeError, match=r"^attach_dense_gradient: double backward must not be"
-            ):
-                torch.autograd.grad(first.sum(), leaf[name])
+        names = ("x", *EXPERT_WEIGHTS)
+        leaf = leaves(inputs, ("probs", *names))
+        direction = normal(*inputs["y"].shape).requires_grad_()
+
+        def gradient(direction: Tensor, *values: Tensor) -> Tensor:
+            (y,) = self.case(leaf | dict(zip(names, values, strict=True)))
+            return torch.autograd.grad(y, leaf["probs"], direction, create_graph=True)[0]
+
+        values = [leaf[n] for n in names]
+        assert torch.autograd.gradcheck(gradient, (direction, *values), **GRADCHECK)
 
     def test_the_gradient_is_every_experts_output_times_the_one_of_y(self) -> None:
         inputs = leaves(make(SITUATIONS["plain"], torch.float64, "geglu", True), ("y", "probs"))

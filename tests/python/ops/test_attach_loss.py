@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import reference
@@ -30,6 +31,7 @@ class TestAttachLoss(DifferentiableOpTests):
         variants=({"scale": 0.5}, {"scale": 1.0}, {"scale": 0.0}),
         differentiable=("x", "loss"),
         is_derivative=lambda inputs: not inputs["loss"].requires_grad,
+        without_tangent=("loss",),
         errors=(
             ErrorCase("x", altered("x", lambda x: x.long()), "Long"),
             ErrorCase("loss", altered("loss", lambda s: s[None]), r"\[1\]"),
@@ -69,6 +71,14 @@ class TestAttachLoss(DifferentiableOpTests):
         x = torch.randn(4, requires_grad=True)
         torchmoe.ops.attach_loss(x, torch.tensor(2.0)).sum().backward()
         assert torch.equal(x.grad, torch.ones(4))
+
+    def test_a_tangent_of_the_loss_is_refused(self) -> None:
+        loss = torch.tensor(2.0)
+        with pytest.raises(
+            NotImplementedError,
+            match="attach_loss: forward-mode derivatives by loss must not be requested, got",
+        ):
+            torch.func.jvp(lambda s: torchmoe.ops.attach_loss(torch.ones(3), s), (loss,), (loss,))
 
     def test_default_scale_is_one(self) -> None:
         inputs = leaves(make(SITUATIONS["plain"], torch.float32, 1.0), ("loss",))

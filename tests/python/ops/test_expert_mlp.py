@@ -77,7 +77,6 @@ class TestExpertMlp(DifferentiableOpTests):
             {"activation": "gelu", "bias": False},
         ),
         differentiable=("x", "weights", *EXPERT_WEIGHTS),
-        double_backward="refused",
         asked_as=("dispatch_plan", "_expert_mlp"),
         # The pre-activation is saved in the storage type, and the slope and the value both come
         # from it.

@@ -81,7 +81,6 @@ class TestGateWeights(DifferentiableOpTests):
         differentiable=("logits",),
         refuses_gradient=refuses_gradient,
         is_derivative=lambda i: i["estimator"] == "exact" or i["normalize"] == "none",
-        double_backward="refused",
         token_input="logits",
         autocast=Autocast(torch.float32, ("logits",)),
         private=private,

@@ -61,7 +61,6 @@ class TestLoadBalancingLoss(DifferentiableOpTests):
         ),
         result_is_wide=True,
         differentiable=("logits",),
-        double_backward="refused",
         autocast=Autocast(torch.float32, ("logits", "fraction")),
         private=private,
         errors=(

@@ -40,7 +40,6 @@ class TestRouterZLoss(DifferentiableOpTests):
         ),
         result_is_wide=True,
         differentiable=("logits",),
-        double_backward="refused",
         autocast=Autocast(torch.float32, ("logits",)),
         private=private,
         errors=(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from torchmoe.nn._sharding import gathers_in_forward
 from torchmoe.nn.estimators.estimator import ExpertFunction
@@ -40,9 +39,10 @@ def attach_dense_gradient(y: Tensor, probs: Tensor, x: Tensor, experts: ExpertFu
 class _DenseGradient(torch.autograd.Function):
     """Calls every expert in the backward pass, once each, on all tokens."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401 (torch's own)
         y: Tensor,
         probs: Tensor,
         x: Tensor,
@@ -51,29 +51,56 @@ class _DenseGradient(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         """Copies y."""
-        ctx.save_for_backward(x, probs, *parameters)
-        ctx.experts = experts
-        ctx.names = names
-        ctx.autocast = _autocast_of(x.device.type)
+        del probs, x, experts, names, parameters
         return y.clone()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+        """Keeps what the experts are called with."""
+        del output
+        _, probs, x, experts, names, *parameters = inputs
+        ctx.save_for_backward(x, probs, *parameters)
+        ctx.save_for_forward(x, probs, *parameters)
+        ctx.experts = experts
+        ctx.names = names
+        ctx.autocast = _autocast_of(x.device.type)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """<grad, E_i(x)> for probs."""
-        x, probs, *parameters = ctx.saved_tensors
-        grad_probs = torch.empty_like(probs)
+        saved = ctx.saved_tensors  # a checkpoint gives them once
+        probs = saved[1]
         with ctx.autocast():
-            for i in range(probs.shape[1]):
-                ids = torch.full((x.shape[0], 1), i, device=x.device)
-                call = x, ids, probs.new_ones(ids.shape)
-                if parameters:
-                    lent = dict(zip(ctx.names, parameters, strict=True))
-                    output = torch.func.functional_call(ctx.experts, lent, call)
-                else:
-                    output = ctx.experts(*call)
-                grad_probs[:, i] = (grad.to(probs.dtype) * output).sum(dim=1)
-        return grad, grad_probs, None, None, None, *(None for _ in parameters)
+            columns = [
+                (grad.to(probs.dtype) * output).sum(dim=1) for output in _outputs(ctx, saved)
+            ]
+        others = (None for _ in saved[2:])
+        return grad, torch.stack(columns, dim=1).to(probs.dtype), None, None, None, *others
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor | None:  # noqa: ANN401
+        """sum_i tangent_i E_i(x) for a tangent of probs."""
+        of_y, of_probs, *_ = tangents
+        if of_probs is None:
+            return None if of_y is None else of_y.clone()
+        with ctx.autocast():
+            outputs = _outputs(ctx, ctx.saved_tensors)
+            terms = [of_probs[:, i : i + 1] * output for i, output in enumerate(outputs)]
+        mixture = torch.stack(terms).sum(dim=0)
+        return mixture if of_y is None else of_y + mixture.to(of_y.dtype)
+
+
+def _outputs(ctx: Any, saved: tuple[Tensor, ...]) -> Iterator[Tensor]:  # noqa: ANN401
+    """What each expert makes of all tokens."""
+    x, probs, *parameters = saved
+    for i in range(probs.shape[1]):
+        ids = torch.full((x.shape[0], 1), i, device=x.device)
+        call = x, ids, probs.new_ones(ids.shape)
+        if parameters:
+            lent = dict(zip(ctx.names, parameters, strict=True))
+            yield torch.func.functional_call(ctx.experts, lent, call)
+        else:
+            yield ctx.experts(*call)
 
 
 def _autocast_of(device_type: str) -> Callable[[], torch.autocast]:
