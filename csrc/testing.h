@@ -29,6 +29,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -38,7 +42,10 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "testing/certificate.h"
 #include "testing/gradcheck.h"
+#include "testing/laws.h"
+#include "testing/subject.h"
 #include "testing/types.h"
 
 namespace torchmoe::testing {
@@ -166,6 +173,66 @@ GradcheckResult gradgradcheck(const Tensors& inputs,
                               const GradcheckOptions& options = {},
                               const Rest&... rest) {
   return gradgradcheck(detail::as_tensor_function<Function>(rest...), inputs, options);
+}
+
+// Asks a layer about the laws of testing/laws.h, each with the tokens x [T, H] float64; one that
+// fails is asked again with the first token, the first two, and so on, for the smallest input. What
+// forward throws is a failure of the law that called it, except that double backward may be refused.
+//
+//   moe->to(at::kDouble);
+//   const auto certificate = certify(
+//       {.forward = [&](const auto& x, const auto& mask) -> Tensors {
+//          const auto out = moe->forward(x, mask.defined() ? std::optional(mask) : std::nullopt);
+//          return {out.hidden_states, out.aux_loss};
+//        },
+//        .parameters = moe->named_parameters().pairs()},
+//       at::randn({9, 8}, at::kDouble));
+//   std::cout << certificate.to_string();
+//
+// Takes two forward passes for each number of x and the parameters: for small layers. Throws
+// c10::Error where x or the parameters are not float64.
+inline Certificate certify(const Layer& layer,
+                           const at::Tensor& x,
+                           const GradcheckOptions& options = {}) {
+  TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.scalar_type() == at::kDouble,
+              "certify: x must be float64 of shape [num_tokens, hidden_size], got ",
+              x.scalar_type(),
+              " of shape ",
+              x.sizes());
+  const detail::Subject subject(layer, options);
+  Certificate certificate;
+  for (const auto& law : detail::laws()) {
+    if (const auto reason = law.not_asked(layer)) {
+      certificate.not_asked.emplace_back(law.name, *reason);
+      continue;
+    }
+    const auto fails = [&](int64_t num_tokens) -> std::optional<std::string> {
+      try {
+        law.holds(subject, x.narrow(0, 0, num_tokens));
+      } catch (const detail::Fault& fault) {
+        return fault.message;
+      } catch (const c10::Error& error) {
+        return std::string("must not throw, got ") + error.what_without_backtrace();
+      } catch (const std::exception& error) {
+        return std::string("must not throw, got ") + error.what();
+      }
+      return std::nullopt;
+    };
+    auto message = fails(x.size(0));
+    if (!message) {
+      certificate.held.push_back(law.name);
+      continue;
+    }
+    int64_t num_tokens = x.size(0);
+    for (int64_t fewer = 1; fewer < num_tokens; ++fewer) {
+      if (const auto smaller = fails(fewer)) {
+        message = smaller;
+        num_tokens = fewer;
+      }
+    }
+    certificate.failures.push_back({law.name, law.formula, num_tokens, *message, law.usually});
+  }
+  return certificate;
 }
 
 }  // namespace torchmoe::testing
