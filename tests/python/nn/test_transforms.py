@@ -8,16 +8,15 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
+from second_order import Values, forward_over_reverse, reverse_over_reverse
 from torchmoe.nn import Experts, MoE
 
 T, H, I, E, K = 7, 6, 5, 4, 2  # noqa: E741  the glossary's letter
 F64 = torch.float64
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
-Values = dict[str, Tensor]
 Function = Callable[[Values, Tensor], Tensor]
 
 
@@ -67,21 +66,9 @@ def tangent_of(moved: tuple[Tensor, Tensor]) -> Tensor:
     return moved[1]
 
 
-def forward_over_reverse(f: Function, v: Values, x: Tensor, dv: Values, dx: Tensor) -> object:
-    with forward_ad.dual_level():
-        duals = {n: forward_ad.make_dual(v[n].clone().requires_grad_(), dv[n]) for n in v}
-        x = forward_ad.make_dual(x.clone().requires_grad_(), dx)
-        grads = torch.autograd.grad(f(duals, x), [*duals.values(), x])
-        return [forward_ad.unpack_dual(g).tangent for g in grads]
-
-
-def reverse_over_reverse(f: Function, v: Values, x: Tensor, dv: Values, dx: Tensor) -> object:
-    leaf = {n: value.clone().requires_grad_() for n, value in v.items()}
-    x = x.clone().requires_grad_()
-    inputs, directions = [*leaf.values(), x], [*dv.values(), dx]
-    grads = torch.autograd.grad(f(leaf, x), inputs, create_graph=True)
-    along = torch.stack([(g * d).sum() for g, d in zip(grads, directions, strict=True)]).sum()
-    return torch.autograd.grad(along, inputs)
+def with_x(f: Function) -> Callable[[Values], Tensor]:
+    """The function of one dictionary that has x among its values."""
+    return lambda values: f({n: v for n, v in values.items() if n != "x"}, values["x"])
 
 
 DERIVATIVES: dict[str, Derivative] = {
@@ -96,8 +83,12 @@ DERIVATIVES: dict[str, Derivative] = {
         grad(lambda x: tangent_of(jvp(grad(f, 1), (v, x), (dv, dx))).sum()), (x,), (dx,)
     ),
     "vmap_of_grad": lambda f, v, x, dv, dx: vmap(grad(f, (0, 1)), (None, 0))(v, x.unsqueeze(1)),
-    "forward_over_reverse": forward_over_reverse,
-    "reverse_over_reverse": reverse_over_reverse,
+    "forward_over_reverse": lambda f, v, x, dv, dx: forward_over_reverse(
+        with_x(f), v | {"x": x}, dv | {"x": dx}
+    ),
+    "reverse_over_reverse": lambda f, v, x, dv, dx: reverse_over_reverse(
+        with_x(f), v | {"x": x}, dv | {"x": dx}
+    ),
 }
 
 
