@@ -31,6 +31,7 @@ from torchmoe.nn import (
     Router,
     known_estimators,
 )
+from torchmoe.nn.estimators.estimator import ExpertFunction
 
 H, INNER, E, K, T = 6, 7, 5, 2, 23
 F64 = torch.float64
@@ -276,15 +277,6 @@ def test_number_of_threads_changes_nothing(name: str) -> None:
 
 
 @every_estimator
-def test_double_backward_is_refused(name: str) -> None:
-    moe = warmed(make(name, dtype=F64))
-    y = moe(torch.randn(T, H, dtype=F64)).hidden_states
-    first = torch.autograd.grad(y.square().sum(), moe.router.weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match=r"double backward must not be requested"):
-        first.sum().backward()
-
-
-@every_estimator
 def test_usage_scales_the_routers_gradient(name: str) -> None:
     x = torch.randn(T, H, dtype=F64)
     seen = []
@@ -322,36 +314,66 @@ def test_one_gradient_where_all_experts_serve_every_token(name: str) -> None:
         assert_close(actual[key], expected[key], rtol=0, atol=1e-12)
 
 
+class One(nn.Module):
+    """An expert of a stack of silu ones, by itself."""
+
+    def __init__(self, stacked: nn.Module, i: int) -> None:
+        super().__init__()
+        self.w_in = nn.Parameter(stacked.up_proj[i].detach().clone())
+        self.b_in = nn.Parameter(stacked.up_proj_bias[i].detach().clone())
+        self.w_out = nn.Parameter(stacked.down_proj[i].detach().clone())
+        self.b_out = nn.Parameter(stacked.down_proj_bias[i].detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = nn.functional.silu(nn.functional.linear(x, self.w_in, self.b_in))
+        return nn.functional.linear(inner, self.w_out, self.b_out)
+
+
+def with_experts(stacked: MoE, name: str, experts: ExpertFunction) -> MoE:
+    """A layer with the same router."""
+    moe = MoE(H, None, E, K, gate=Gate(estimator=name), experts=experts, dtype=F64)
+    moe.router.load_state_dict(stacked.router.state_dict())
+    return moe
+
+
 @every_estimator
 def test_experts_of_any_kind(name: str) -> None:
     """Modules, a function and the stacked experts give the same numbers."""
-
-    class One(nn.Module):
-        def __init__(self, stacked: nn.Module, i: int) -> None:
-            super().__init__()
-            self.w_in = nn.Parameter(stacked.up_proj[i].detach().clone())
-            self.b_in = nn.Parameter(stacked.up_proj_bias[i].detach().clone())
-            self.w_out = nn.Parameter(stacked.down_proj[i].detach().clone())
-            self.b_out = nn.Parameter(stacked.down_proj_bias[i].detach().clone())
-
-        def forward(self, x: Tensor) -> Tensor:
-            inner = nn.functional.silu(nn.functional.linear(x, self.w_in, self.b_in))
-            return nn.functional.linear(inner, self.w_out, self.b_out)
-
     torch.manual_seed(0)
     stacked = make(name, activation="silu", dtype=F64)
     listed = ExpertList(One(stacked.experts, i) for i in range(E))
     x = torch.randn(T, H, dtype=F64)
     expected = step(warmed(stacked), x)
     for experts in (listed, lambda *call: listed(*call)):
-        moe = MoE(H, None, E, K, gate=Gate(estimator=name), experts=experts, dtype=F64)
-        moe.router.load_state_dict(stacked.router.state_dict())
         listed.zero_grad()
-        actual = step(warmed(moe), x)
+        actual = step(warmed(with_experts(stacked, name, experts)), x)
         for key in ("y", "x", "router.weight", "weights"):
             assert_close(actual[key], expected[key], rtol=0, atol=1e-12)
         for i, expert in enumerate(listed.experts):
             assert_close(expert.w_in.grad, expected["experts.up_proj"][i], rtol=0, atol=1e-12)
+
+
+@every_estimator
+def test_double_backward_with_experts_of_any_kind(name: str) -> None:
+    """The gradient of a gradient, too, is that of experts that are torch's own modules."""
+    stacked = make(name, activation="silu", dtype=F64)
+    listed = ExpertList(One(stacked.experts, i) for i in range(E))
+    x = torch.randn(T, H, dtype=F64)
+    found = []
+    for moe in (stacked, with_experts(stacked, name, listed)):
+        leaf, weight = x.clone().requires_grad_(), moe.router.weight
+        output = warmed(moe)(leaf)
+        loss = output.hidden_states.square().sum() + output.aux_loss
+        first = torch.autograd.grad(loss, [leaf, weight], create_graph=True)
+        moe.zero_grad()
+        sum(gradient.square().sum() for gradient in first).backward()
+        found.append([*first, leaf.grad, weight.grad])
+    assert_close(found[0], found[1], rtol=0, atol=1e-10)
+    assert all(gradient.abs().max() > 1e-3 for gradient in found[0])
+    for i, expert in enumerate(listed.experts):
+        for mine, its in (("up_proj", "w_in"), ("down_proj", "w_out"), ("up_proj_bias", "b_in")):
+            expected = getattr(stacked.experts, mine).grad[i]
+            assert_close(getattr(expert, its).grad, expected, rtol=0, atol=1e-10)
 
 
 @every_estimator
