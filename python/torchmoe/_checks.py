@@ -362,6 +362,22 @@ def readable(tensor: Tensor) -> bool:
     )
 
 
+def check_not_batched(owner: str, argument: str, requirement: str, tensor: Tensor) -> None:
+    """Whether the values are one sample's, and not those of a batch of torch.func.vmap.
+
+    Raises:
+        RuntimeError: they are a batch's, at whatever depth of transforms.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    inner = tensor
+    while functorch.is_functorch_wrapped_tensor(inner):
+        if functorch.is_batchedtensor(inner):
+            raise RuntimeError(f"{owner}: {argument} must {requirement}, got a batch of vmap")
+        inner = functorch.get_unwrapped(inner)
+
+
 class Attribute(Generic[Value]):
     """A module's attribute that says what may be set, and is kept in `_name`.
 

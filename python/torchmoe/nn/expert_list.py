@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmoe import ops
-from torchmoe._checks import check_module, check_output, shown
+from torchmoe._checks import check_module, check_not_batched, check_output, shown
 from torchmoe.nn._first_values import reset_all
 from torchmoe.nn._part import Part
 from torchmoe.nn.declarations import ExpertsDeclaration
@@ -23,7 +23,8 @@ class ExpertList(ExpertsDeclaration, Part):
     an input of shape [0, H].
 
     The number of rows of each expert is read back from the device: unlike `Experts` this waits for
-    the GPU, and torch.compile(fullgraph=True) refuses it.
+    the GPU, and torch.compile(fullgraph=True) refuses it, as ids that differ between the samples of
+    torch.func.vmap are refused.
 
     Args:
         modules: the experts, in the order of their ids.
@@ -66,7 +67,11 @@ class ExpertList(ExpertsDeclaration, Part):
 
         Returns:
             y [T, H] in the dtype that the experts return.
+
+        Raises:
+            RuntimeError: indices are a batch of torch.func.vmap.
         """
+        check_not_batched("ExpertList", "indices", "hold numbers that can be read back", indices)
         # 1. Sort the tokens by expert; rows of unrouted slots are zero and come last.
         plan = ops.dispatch_plan(indices, self.num_experts)
         rows = ops.permute(x, plan)  # [N, H]
