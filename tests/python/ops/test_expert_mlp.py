@@ -122,10 +122,10 @@ class TestExpertMlp(DifferentiableOpTests):
         assert_close(actual, expected, atol)
         names = case.names(inputs)
         inputs = leaves(inputs, names)
-        assert torch.autograd.gradcheck(
-            lambda *values: case(inputs | dict(zip(names, values, strict=True))),
-            [inputs[n] for n in names],
-            **GRADCHECK,
+        function, values = self._of(inputs, names), [inputs[n] for n in names]
+        assert torch.autograd.gradcheck(function, values, check_forward_ad=True, **GRADCHECK)
+        assert torch.autograd.gradgradcheck(
+            function, values, check_fwd_over_rev=True, fast_mode=True, **GRADCHECK
         )
 
     @pytest.mark.parametrize("activation", torchmoe.ops.ACTIVATIONS)
