@@ -80,6 +80,21 @@ class TestAttachLoss(DifferentiableOpTests):
         ):
             torch.func.jvp(lambda s: torchmoe.ops.attach_loss(torch.ones(3), s), (loss,), (loss,))
 
+    def test_a_penalty_on_the_gradient_sees_the_loss_once(self) -> None:
+        """The objective that it is part of passes through the copy once."""
+        x = torch.randn(5, 3, dtype=torch.float64)
+        weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+
+        def gradient(*, attached: bool) -> torch.Tensor:
+            y, loss = x @ weight, (weight**4).sum()
+            y = torchmoe.ops.attach_loss(y, loss) if attached else y
+            objective = y.square().sum() + (0.0 if attached else loss)
+            (first,) = torch.autograd.grad(objective, weight, create_graph=True)
+            penalised = objective + first.square().sum()
+            return torch.autograd.grad(penalised, weight)[0]
+
+        torch.testing.assert_close(gradient(attached=True), gradient(attached=False))
+
     def test_default_scale_is_one(self) -> None:
         inputs = leaves(make(SITUATIONS["plain"], torch.float32, 1.0), ("loss",))
         torchmoe.ops.attach_loss(inputs["x"], inputs["loss"]).sum().backward()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import reference
 import torchmoe
@@ -169,6 +170,23 @@ class TestGateWeights(DifferentiableOpTests):
         assert_close(weights[:, [0, 1, 3]], shares, atol)
         assert_close(grad, expected, atol + 4 * torch.finfo(stored).eps)
         assert weights[0, 2] == grad[0, 2] == 0
+
+    @pytest.mark.above_kernels
+    @pytest.mark.parametrize(("stored", "far"), [(torch.float32, 200.0), (torch.float64, 800.0)])
+    def test_second_derivatives_of_sigmoids_that_are_one(
+        self, stored: torch.dtype, far: float
+    ) -> None:
+        """Where exp(far) overflows: a sigmoid of 1 does not move, and neither do the weights."""
+        indices = torch.tensor([[0, 2]])
+
+        def weight(logits: Tensor) -> Tensor:
+            weights = torchmoe.ops.gate_weights(
+                logits, indices, score_function="sigmoid", normalize="topk", estimator="exact"
+            )
+            return weights[0, 0]
+
+        logits = torch.tensor([[far, 0.0, far + 1.0]], dtype=stored)
+        assert torch.equal(torch.func.hessian(weight)(logits).count_nonzero(), torch.tensor(0))
 
     def test_worked_by_hand_far_below_zero(self) -> None:
         weights = torchmoe.ops.gate_weights(

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 import reference
 import torchmoe
@@ -141,6 +142,20 @@ class TestLoadBalancingLoss(DifferentiableOpTests):
         assert bool((grad[0] == 0).all())
         assert grad[1, 2] == 0
         assert bool(grad.isfinite().all())
+
+    @pytest.mark.above_kernels
+    @pytest.mark.parametrize(("stored", "far"), [(torch.float32, 200.0), (torch.float64, 800.0)])
+    def test_second_derivatives_of_sigmoids_that_are_one(
+        self, stored: torch.dtype, far: float
+    ) -> None:
+        """Where exp(far) overflows: a sigmoid of 1 does not move, and neither does the loss."""
+        fraction = torch.tensor([0.7, 0.3], dtype=stored)
+
+        def loss(logits: Tensor) -> Tensor:
+            return torchmoe.ops.load_balancing_loss(logits, fraction, score_function="sigmoid")
+
+        logits = torch.tensor([[far, far + 1.0]], dtype=stored)
+        assert torch.equal(torch.func.hessian(loss)(logits).count_nonzero(), torch.tensor(0))
 
     def test_fraction_gets_no_gradient(self) -> None:
         inputs = make(SITUATIONS["plain"], torch.float32, "softmax", (), mask=False)
