@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from torchmoe.nn import MoE
-from torchmoe.testing._gradcheck import Observation, Observer, UnstableSelectionError, compare
+from torchmoe.testing._observation import Observation, Observer, UnstableSelectionError, compare
 
 Values = dict[str, Tensor]
 Function = Callable[[Values], Tensor]  # to a scalar
@@ -136,7 +136,7 @@ def _difference(function: Function, values: Values, directions: Values) -> Value
     near, far = ((at(steps), at(-steps)) for steps in (1, 2))
     assert seen[0].decisions
     for others in seen[1:]:
-        compare(seen[0], others)
+        compare("second_order", seen[0], others)
     return {
         name: (8 * (near[0][name] - near[1][name]) - (far[0][name] - far[1][name])) / (12 * STEP)
         for name in values

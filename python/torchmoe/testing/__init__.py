@@ -11,7 +11,8 @@ from torchmoe.testing._compare_estimators import (
     EstimatorResult,
     compare_estimators,
 )
-from torchmoe.testing._gradcheck import UnstableSelectionError, gradcheck
+from torchmoe.testing._gradcheck import gradcheck
+from torchmoe.testing._observation import UnstableSelectionError
 
 __all__ = [
     "EstimatorComparison",

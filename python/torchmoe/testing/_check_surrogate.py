@@ -25,12 +25,12 @@ from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routers.context_router import route
 from torchmoe.nn.routing import MoEOutput, before_drop
-from torchmoe.testing._gradcheck import (
+from torchmoe.testing._gradcheck import gradcheck
+from torchmoe.testing._observation import (
     Observation,
     Observer,
     UnstableSelectionError,
     compare,
-    gradcheck,
     same_draws,
 )
 
@@ -172,7 +172,7 @@ def _check_at(
         with Observer() as observer:
             y = call(surrogate, tensors)
         first = first or observer.seen
-        compare(first, observer.seen)
+        compare("check_surrogate", first, observer.seen)
         return y
 
     point = [t.detach().requires_grad_() for t in (x, *parameters.values())]

@@ -22,7 +22,7 @@ from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.estimators.registry import build_estimator, known_estimators
 from torchmoe.nn.routers.context_router import route
-from torchmoe.testing._gradcheck import same_draws
+from torchmoe.testing._observation import same_draws
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,17 +8,13 @@ parameters drown the difference in rounding. `gradcheck` here takes care of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchmoe._checks import (
     check_callable,
@@ -30,40 +26,23 @@ from torchmoe._checks import (
 )
 from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
+from torchmoe.testing._observation import (
+    Observation,
+    Observer,
+    UnstableSelectionError,
+    compare,
+    is_float,
+    same_draws,
+    smallest_gap,
+)
 
-__all__ = ["UnstableSelectionError", "gradcheck"]
+__all__ = ["gradcheck"]
 
 # Attempts to move inputs away from a tie. Each doubles the distance, which starts at ten margins:
 # the last moves them by about five thousand margins, half a unit at the default.
 _ATTEMPTS = 10
 _FIRST_MOVE_IN_MARGINS = 10.0
 _MARGIN_IN_STEPS = 100.0
-
-# Ops of torch that turn floats into a choice.
-_CHOOSING = frozenset(
-    f"aten::{name}"
-    for name in (
-        "_to_copy",
-        "argmax",
-        "argmin",
-        "bucketize",
-        "ge",
-        "gt",
-        "kthvalue",
-        "le",
-        "lt",
-        "max",
-        "min",
-        "multinomial",
-        "searchsorted",
-        "sort",
-        "topk",
-    )
-)
-
-
-class UnstableSelectionError(RuntimeError):
-    """A choice of experts is tied, or changes within a step of the finite difference."""
 
 
 def gradcheck(
@@ -142,48 +121,6 @@ def gradcheck(
         raise GradcheckError(f"{error}\n{checked.explanation()}") from error
 
 
-@dataclass
-class Observation:
-    """What one evaluation decided."""
-
-    decisions: list[tuple[str, Tensor]] = field(default_factory=list)
-    gaps: list[Tensor] = field(default_factory=list)
-    """[T] for each call of select_experts."""
-    replaced_derivatives: set[str] = field(default_factory=set)
-
-
-class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every choice that the ops below it make."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = Observation()
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func._schema.name
-        if name.startswith("torchmoe::") or (name in _CHOOSING and _has_floats((args, kwargs))):
-            self.seen.decisions += [
-                (name.split("::")[1], leaf.detach().clone())
-                for leaf in pytree.tree_leaves(result)
-                if isinstance(leaf, Tensor) and not _is_float(leaf)
-            ]
-        if name == "torchmoe::select_experts":
-            self.seen.gaps.append(_gaps(*args, **kwargs))
-        elif name == "torchmoe::gate_weights" and kwargs["estimator"] == "straight_through":
-            self.seen.replaced_derivatives.add('gate_weights with estimator "straight_through"')
-        elif name in ("torchmoe::scale_gradient", "torchmoe::attach_loss"):
-            self.seen.replaced_derivatives.add(name.split("::")[1])
-        return result
-
-
 class _Checked:
     """The function under test, on float64 copies, each evaluation compared with the first."""
 
@@ -197,7 +134,7 @@ class _Checked:
         self._seed = seed
         self._kwargs = {name: _to_double(value) for name, value in kwargs.items()}
         self._arguments = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        floats = [i for i, value in enumerate(self._arguments) if _is_float(value)]
+        floats = [i for i, value in enumerate(self._arguments) if is_float(value)]
         wanted = [i for i in floats if self._arguments[i].requires_grad] or floats
         self._arguments = [_to_double(value) for value in self._arguments]
         self._positions = wanted
@@ -229,7 +166,7 @@ class _Checked:
         """The differentiable outputs for these `tensors`; refuses a choice unlike the first."""
         outputs, seen = self._observe(tensors)
         if self._first is not None:
-            compare(self._first, seen)
+            compare("gradcheck", self._first, seen)
         return outputs
 
     def leave_ties(self, margin: float) -> None:
@@ -240,7 +177,7 @@ class _Checked:
         token: int | None = None
         for attempt in range(_ATTEMPTS + 1):
             self._first = self._observe(self.tensors)[1]
-            gap, token = _smallest(self._first.gaps)
+            gap, token = smallest_gap(self._first)
             if gap >= margin:
                 return
             noise = torch.Generator().manual_seed(self._seed + attempt)
@@ -281,80 +218,8 @@ class _Checked:
                 )
             else:
                 result = self._function(*arguments, **self._kwargs)
-        outputs = {id(leaf): leaf for leaf in pytree.tree_leaves(result) if _is_float(leaf)}
+        outputs = {id(leaf): leaf for leaf in pytree.tree_leaves(result) if is_float(leaf)}
         return tuple(leaf for leaf in outputs.values() if leaf.requires_grad), observer.seen
-
-
-def _gaps(
-    scores: Tensor,
-    top_k: int,
-    *,
-    selection_bias: Tensor | None = None,
-    tie_break: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> Tensor:
-    """The smallest distance between neighbours among each token's best top_k + 1 scores: [T].
-
-    Equal scores are a tie whatever breaks it, since a step may tell them apart.
-    """
-    del tie_break
-    ranked = scores.detach() if selection_bias is None else scores.detach() + selection_bias
-    best = ranked.topk(min(top_k + 1, ranked.shape[-1]), dim=-1).values
-    gaps = best[:, :-1] - best[:, 1:]
-    # Scores of -inf do not move, and NaN is not for this check to judge.
-    gaps = gaps.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if token_mask is not None:
-        gaps = gaps.masked_fill(~token_mask.unsqueeze(-1), torch.inf)
-    return gaps.amin(dim=-1) if gaps.shape[-1] > 0 else gaps.new_full(gaps.shape[:1], torch.inf)
-
-
-def _smallest(gaps: Sequence[Tensor]) -> tuple[float, int | None]:
-    smallest, token = torch.inf, None
-    for of_tokens in gaps:
-        if of_tokens.numel() > 0 and of_tokens.min().item() < smallest:
-            smallest, token = of_tokens.min().item(), int(of_tokens.argmin())
-    return smallest, token
-
-
-def compare(first: Observation, now: Observation) -> None:
-    if len(first.decisions) != len(now.decisions):
-        raise UnstableSelectionError(
-            "gradcheck: function must make the same choices in every evaluation, got "
-            f"{len(now.decisions)} of them after {len(first.decisions)}"
-        )
-    for (op, before), (_, after) in zip(first.decisions, now.decisions, strict=True):
-        if torch.equal(before, after):
-            continue
-        where = "got another shape"
-        if before.shape == after.shape:
-            flat = int((before != after).flatten().nonzero()[0])
-            token = flat // before.shape[-1] if before.dim() > 1 else flat
-            rows = [t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t for t in (before, after)]
-            where = (
-                f"got {rows[1][token].tolist()} after {rows[0][token].tolist()} for token {token}"
-            )
-        raise UnstableSelectionError(
-            f"gradcheck: {op} must choose the same at every step of the finite difference, "
-            f"{where}; the inputs are too close to a tie for this eps"
-        )
-
-
-@contextmanager
-def same_draws(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield
-
-
-def _is_float(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _has_floats(tree: object) -> bool:
-    return any(_is_float(leaf) for leaf in pytree.tree_leaves(tree))
 
 
 def _to_double(value: object) -> object:
