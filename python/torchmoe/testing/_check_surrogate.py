@@ -155,7 +155,7 @@ def _check_at(
     with same_draws(seed, [x]):
         surrogate = _Surrogate(moe, x, mask)
     if surrogate.weights is None:
-        gradcheck(layer, x, kwargs={"token_mask": mask}, seed=seed, **tolerances)
+        gradcheck(layer, x, kwargs={"token_mask": mask}, seed=seed, full=True, **tolerances)
         return
 
     names = [f"moe.{name}" for name in parameters]

@@ -25,6 +25,7 @@ from torchmoe.testing._differences import (
     draw_incoming,
 )
 from torchmoe.testing._observation import UnstableSelectionError, changed_choice
+from torchmoe.testing._probes import Probe, draw_probes
 
 __all__ = ["Derivatives", "Disagreement", "Undecided", "check_derivatives"]
 
@@ -57,6 +58,7 @@ class Disagreement:
         bound: the largest distance of the two that rounding explains.
         output: the output whose derivative it is.
         layout: of the gradient that arrived there, see `Incoming`.
+        mode: "reverse"; or "forward" or "batched", then compared with reverse mode.
         token: the token that the entry belongs to, where that can be told.
         expert: likewise.
     """
@@ -67,7 +69,8 @@ class Disagreement:
     got: float
     bound: float
     output: str
-    layout: str
+    layout: str = "contiguous"
+    mode: str = "reverse"
     token: int | None = None
     expert: int | None = None
 
@@ -111,21 +114,6 @@ class Derivatives:
     routing: Tensor | None
     replaced: set[str] = field(default_factory=set)
     evaluations: int = 0
-
-
-@dataclass(frozen=True)
-class _Probe:
-    name: str
-    start: int
-    direction: Tensor  # [n], of length 1
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.direction.numel()
-
-    def half(self, start: int, stop: int) -> _Probe:
-        part = self.direction[start - self.start : stop - self.start]
-        return _Probe(self.name, start, part / part.norm())
 
 
 def check_derivatives(
@@ -218,7 +206,13 @@ class _Check:
     def run(
         self, numbers: tuple[int, int, int], place: Place, progress: Progress | None
     ) -> Derivatives:
-        probes = [p for name in self._tensors for p in self._draw(name, *numbers)]
+        probes = [
+            probe
+            for name, tensor in self._tensors.items()
+            for probe in draw_probes(
+                name, tensor, self._gradients[0][name], numbers, self._generator
+            )
+        ]
         expected = len(probes) * self._seconds()
         found: list[Disagreement] = []
         for done, probe in enumerate(probes):
@@ -278,33 +272,7 @@ class _Check:
             )
         return gradients
 
-    def _draw(self, name: str, directions: int, blocks: int, entries: int) -> list[_Probe]:
-        tensor = self._tensors[name]
-        size = tensor.numel()
-        if size == 0:
-            return []
-        probes = [self._direction(name, 0, size) for _ in range(directions)]
-        rows = tensor.shape[0] if tensor.dim() >= 2 else 1
-        if rows > 1:
-            width = size // rows
-            for row in self._numbers(rows, blocks):
-                probes.append(self._direction(name, row * width, (row + 1) * width))
-        largest = self._gradients[0][name].abs().argsort(descending=True, stable=True)
-        chosen = dict.fromkeys(largest[: entries // 2].tolist())
-        chosen |= dict.fromkeys(self._numbers(size, entries))
-        one = torch.ones(1, dtype=torch.float64)
-        return probes + [_Probe(name, entry, one) for entry in list(chosen)[:entries]]
-
-    def _numbers(self, size: int, count: int) -> list[int]:
-        """Different random numbers in [0, size)."""
-        drawn = torch.randint(size, (4 * count,), generator=self._generator).tolist()
-        return list(dict.fromkeys(drawn))[:count]
-
-    def _direction(self, name: str, start: int, stop: int) -> _Probe:
-        drawn = torch.randn(stop - start, generator=self._generator, dtype=torch.float64)
-        return _Probe(name, start, drawn / drawn.norm())
-
-    def _probe(self, probe: _Probe, place: Place) -> Disagreement | None:
+    def _probe(self, probe: Probe, place: Place) -> Disagreement | None:
         measured, step = self._measure(probe)
         if measured is None:
             return None
@@ -323,7 +291,7 @@ class _Check:
         order = [(LAYOUTS.index(self._incoming[a].layout), a) for a in suspects]
         return self._located(probe, measured, min(order)[1], place)
 
-    def _measure(self, probe: _Probe) -> tuple[Measured | None, float]:
+    def _measure(self, probe: Probe) -> tuple[Measured | None, float]:
         """The derivatives along a probe, at the step at which they are known best."""
         tensor = self._tensors[probe.name].double()
         size = float(tensor.square().mean().sqrt()) or 1.0
@@ -343,6 +311,7 @@ class _Check:
             else:
                 before, best = best, measured if best is None else best.best(measured)
                 lacking = best.errors > self._allowed(probe, best)
+                lacking &= best.errors > 2 * best.rounding
                 if before is None or bool((best.errors < _GAIN * before.errors)[lacking].any()):
                     at = step
                 else:
@@ -359,7 +328,7 @@ class _Check:
             self._note_rounding(probe, best, reach)
         return best, at
 
-    def _note_rounding(self, probe: _Probe, measured: Measured, reach: float) -> None:
+    def _note_rounding(self, probe: Probe, measured: Measured, reach: float) -> None:
         scales = self._scales(probe, measured)
         # A gradient is looked for where a change of the tensor by its own size is seen.
         matters = scales * reach > math.sqrt(self._differences.eps) * self._differences.sizes
@@ -367,32 +336,32 @@ class _Check:
             reason = "rounding hides an error of a tenth of the gradient"
             self._undecided.append(Undecided(probe.name, "rounding", reason))
 
-    def _got(self, probe: _Probe) -> Tensor:
+    def _got(self, probe: Probe) -> Tensor:
         """[A]: what autograd gives along a probe."""
         part = slice(probe.start, probe.stop)
         products = [(g[probe.name][part] * probe.direction).sum() for g in self._gradients]
         return torch.stack(products)
 
-    def _scales(self, probe: _Probe, measured: Measured) -> Tensor:
+    def _scales(self, probe: Probe, measured: Measured) -> Tensor:
         """[A]: how large a derivative along a probe is, whatever its sign and cancellation."""
         part = slice(probe.start, probe.stop)
         products = [(g[probe.name][part] * probe.direction).norm() for g in self._gradients]
         return torch.maximum(torch.stack(products), measured.derivatives.abs().nan_to_num())
 
-    def _allowed(self, probe: _Probe, measured: Measured) -> Tensor:
+    def _allowed(self, probe: Probe, measured: Measured) -> Tensor:
         return self._rtol * self._scales(probe, measured)
 
-    def _wrong(self, probe: _Probe, measured: Measured) -> Tensor:
+    def _wrong(self, probe: Probe, measured: Measured) -> Tensor:
         distance = (measured.derivatives - self._got(probe)).abs()
         # Written so that NaN is wrong.
         return ~(distance <= self._allowed(probe, measured) + measured.errors)
 
-    def _located(self, probe: _Probe, measured: Measured, a: int, place: Place) -> Disagreement:
+    def _located(self, probe: Probe, measured: Measured, a: int, place: Place) -> Disagreement:
         """Narrows a disagreement for one incoming gradient down, as far as it is seen."""
         part, error = probe, float((measured.derivatives - self._got(probe))[a])
         while part.direction.numel() > 1:
             middle = part.start + part.direction.numel() // 2
-            half = part.half(part.start, middle)
+            half = part.part(part.start, middle)
             result, _ = self._measure(half)
             if result is None:
                 break
@@ -407,12 +376,12 @@ class _Check:
             else:
                 share = float(part.direction[middle - part.start :].norm())
                 error = (error - of_half) / share
-                part = part.half(middle, part.stop)
+                part = part.part(middle, part.stop)
         if part is not probe:
             result, _ = self._measure(part)
             if result is not None and bool(self._wrong(part, result)[a]):
                 probe, measured = part, result
-        entry = self._indices(probe)
+        entry = probe.indices(self._tensors[probe.name].shape)
         token, expert = place(probe.name, entry)
         incoming: Incoming = self._incoming[a]
         return Disagreement(
@@ -426,15 +395,3 @@ class _Check:
             token=token,
             expert=expert,
         )
-
-    def _indices(self, probe: _Probe) -> tuple[int, ...]:
-        """The indices that all of a probe's entries have in common."""
-        shape = self._tensors[probe.name].shape
-        ends = (probe.start, probe.stop - 1)
-        first, last = (
-            [int(i) for i in torch.unravel_index(torch.tensor(end), shape)] for end in ends
-        )
-        common = 0
-        while common < len(shape) and first[common] == last[common]:
-            common += 1
-        return tuple(first[:common])

@@ -71,10 +71,12 @@ class Measured:
     Attributes:
         derivatives: by differences.
         errors: how far they may be off.
+        rounding: the part of that which a smaller step makes larger.
     """
 
     derivatives: Tensor
     errors: Tensor
+    rounding: Tensor
 
     def best(self, other: Measured) -> Measured:
         """Of each derivative the one that is known better."""
@@ -82,6 +84,7 @@ class Measured:
         return Measured(
             torch.where(better, other.derivatives, self.derivatives),
             torch.where(better, other.errors, self.errors),
+            torch.where(better, other.rounding, self.rounding),
         )
 
 
@@ -241,7 +244,8 @@ class Differences:
         noise = torch.maximum(noise, self._rounded)
         best = derivative(_SIXTH_ORDER)
         truncation = (best - derivative(_FOURTH_ORDER)).abs()
-        return Measured(best, truncation + _DEVIATIONS * _AMPLIFICATION * noise / step)
+        rounding = _DEVIATIONS * _AMPLIFICATION * noise / step
+        return Measured(best, truncation + rounding, rounding)
 
 
 def _rows_of(product: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
-"""Checks the gradients of routers and estimators.
+"""Checks the gradients of routers, experts and layers against finite differences.
 
 `torch.autograd.gradcheck` compares a gradient with finite differences. Around a router this goes
 wrong in quiet ways: a step of the finite difference can change which expert a token chooses, and
 then the difference measures a jump; a draw of noise differs between two evaluations; float32
-parameters drown the difference in rounding. `gradcheck` here takes care of the three.
+drowns the difference in rounding. `gradcheck` here takes care of the three.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
-from torch.utils import _pytree as pytree
 
 from torchmoe._checks import (
     check_callable,
@@ -22,19 +23,20 @@ from torchmoe._checks import (
     check_integer,
     check_not_negative,
     check_positive,
-    shown,
 )
-from torchmoe.nn._layers import untrained_copy
-from torchmoe.nn._sharding import refuse_sharded
+from torchmoe.testing._derivatives import Derivatives, Disagreement, check_derivatives
+from torchmoe.testing._explanation import explanation
+from torchmoe.testing._modes import check_batched, check_forward
 from torchmoe.testing._observation import (
     Observation,
     Observer,
     UnstableSelectionError,
     compare,
-    is_float,
     same_draws,
     smallest_gap,
 )
+from torchmoe.testing._progress import ProgressLines
+from torchmoe.testing._subject import Subject
 
 __all__ = ["gradcheck"]
 
@@ -43,6 +45,8 @@ __all__ = ["gradcheck"]
 _ATTEMPTS = 10
 _FIRST_MOVE_IN_MARGINS = 10.0
 _MARGIN_IN_STEPS = 100.0
+
+_MODES = {"forward": check_forward, "batched": check_batched}
 
 
 def gradcheck(
@@ -53,26 +57,44 @@ def gradcheck(
     seed: int = 0,
     eps: float = 1e-6,
     margin: float | None = None,
+    full: bool = False,
+    check_forward_ad: bool = False,
+    check_batched_grad: bool = False,
     raise_exception: bool = True,
     **options: Any,  # noqa: ANN401 (torch's own)
 ) -> bool:
-    """`torch.autograd.gradcheck`, made safe for functions that choose experts.
+    """Whether autograd's gradients are the derivatives, made safe for functions that choose.
 
+    With G a random incoming gradient of an output f, v a direction in an input or parameter theta,
+    and J = df / dtheta, it compares
+
+        <J^T G, v>, by autograd, with d/ds <G, f(theta + s v)> at s = 0, by finite differences,
+
+    for each floating-point tensor in the output, however nested, by itself, and for incoming
+    gradients that are contiguous, transposed and expanded.
+
+    - v are random directions in the whole tensor, which see an error in any of its entries, in
+      rows, and single entries. Where one finds an error it is halved until one entry is left. With
+      full=True `torch.autograd.gradcheck` goes through every entry instead.
     - Everything is computed in float64, on copies: of the inputs and, for a module, of the module.
-      What you pass is not changed.
-    - The gradients of the inputs and of a module's parameters (those that require a gradient) are
-      checked, for every floating-point tensor in the output, however nested.
+      What you pass is not changed. Where numbers pass through a narrower type on the way, as in a
+      softmax in float32, steps and bounds follow that type; a derivative that is wrong by 3e-4 is
+      seen all the same.
     - Inputs are moved away from ties. Where a token's scores in `select_experts` are less than
       `margin` apart, the best top_k + 1 of them in order, noise from a fixed seed is added to the
-      floating-point inputs, more with each attempt.
+      floating-point inputs, more with each attempt; and likewise where any choice changes within
+      the smallest step.
     - No evaluation may choose differently from the first. All integers that `torchmoe` ops return,
       and those that torch's topk, sort, argmax, comparisons and other choosing ops make from
       floats, are compared at each step of the finite difference.
     - Every evaluation draws the same random numbers from torch's default generator. The generator's
       state is left alone.
+    - A check of more than two seconds says on standard error how long it will take, and how far it
+      is.
 
     A straight-through estimator, `scale_gradient` and `attach_loss` replace the derivative on
-    purpose: on a function with one of them the check fails, and says so.
+    purpose: on a function with one of them the check fails, and says so. `check_surrogate` compares
+    such a gradient with what it is meant to be.
 
     Args:
         module_or_function: a module, or a function of the inputs. A function that uses a module of
@@ -81,148 +103,198 @@ def gradcheck(
         inputs: the positional arguments: one tensor, or a sequence. If any floating-point tensor
             among them requires a gradient, those that do are checked, else all of them are.
         kwargs: keyword arguments of the call, not checked.
-        seed: of the random draws and of the noise that breaks ties.
-        eps: the step of the finite difference.
+        seed: of the random directions, of the draws, and of the noise that breaks ties.
+        eps: the smallest step of the finite difference, and the only one with full=True.
         margin: smallest allowed distance between a token's scores; 100 * eps by default.
+        full: checks every entry of every tensor, in a time that grows with their number.
+        check_forward_ad: compares forward mode with the backward pass too. What has no forward mode
+            and says so by an error is not wrong: that is said on standard error.
+        check_batched_grad: compares gradients that vmap forms for several incoming gradients at
+            once with those formed one by one; where vmap cannot run the backward pass, as where it
+            writes into a tensor that it has made, this is said likewise.
         raise_exception: raise on a wrong gradient instead of returning False.
-        **options: for `torch.autograd.gradcheck`: atol, rtol, nondet_tol, fast_mode, ...
+        **options: for `torch.autograd.gradcheck`, with full=True: atol, rtol, nondet_tol,
+            fast_mode, ...
 
     Returns:
         True if the gradients are right; False if not and raise_exception is False.
 
     Raises:
         GradcheckError: a gradient is wrong (torch.autograd.gradcheck.GradcheckError, a
-            RuntimeError).
+            RuntimeError). The message names tensors, entries, tokens and experts.
         UnstableSelectionError: a tie does not go away, or a step changed a choice; the message
             names the token.
         TypeError: an argument has another type, or the module is sharded.
-        ValueError: a number is out of range, or nothing to check: no floating-point input, and no
-            parameter.
+        ValueError: a number is out of range, an option is given without full=True, or there is
+            nothing to check: no floating-point input and no parameter, or no output that requires a
+            gradient.
     """
     check_callable("gradcheck", "module_or_function", module_or_function)
-    if not isinstance(inputs, Tensor | Sequence) or isinstance(inputs, str):
-        raise TypeError(f"gradcheck: inputs must be a tensor or a sequence, got {shown(inputs)}")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(f"gradcheck: kwargs must be a mapping or None, got {shown(kwargs)}")
+    subject = Subject("gradcheck", module_or_function, inputs, kwargs)
     check_integer("gradcheck", "seed", seed)
     check_positive("gradcheck", "eps", eps)
     if margin is not None:
         check_not_negative("gradcheck", "margin", margin)
-    check_flag("gradcheck", "raise_exception", raise_exception)
-    checked = _Checked(module_or_function, inputs, dict(kwargs or {}), seed)
-    checked.leave_ties(_MARGIN_IN_STEPS * eps if margin is None else margin)
-    try:
-        return torch.autograd.gradcheck(
-            checked.evaluate, checked.tensors, eps=eps, raise_exception=True, **options
+    for name, flag in (
+        ("full", full),
+        ("check_forward_ad", check_forward_ad),
+        ("check_batched_grad", check_batched_grad),
+        ("raise_exception", raise_exception),
+    ):
+        check_flag("gradcheck", name, flag)
+    if options and not full:
+        raise ValueError(
+            f"gradcheck: {next(iter(options))} must be given with full=True, as an option of "
+            "torch.autograd.gradcheck, got full=False"
         )
-    except GradcheckError as error:
-        if not raise_exception:
-            return False
-        raise GradcheckError(f"{error}\n{checked.explanation()}") from error
+    checked = _Checked(subject, seed, eps, _MARGIN_IN_STEPS * eps if margin is None else margin)
+    checked.leave_ties()
+    modes = [
+        mode
+        for mode, wanted in (("forward", check_forward_ad), ("batched", check_batched_grad))
+        if wanted
+    ]
+    try:
+        if full:
+            checked.check_every_entry(options)
+        result = checked.check_samples(of_modes_only=full, modes=modes)
+        if result.disagreements:
+            raise GradcheckError(explanation("gradcheck", result, "the derivative of the output"))
+    except GradcheckError:
+        if raise_exception:
+            raise
+        return False
+    return True
 
 
 class _Checked:
-    """The function under test, on float64 copies, each evaluation compared with the first."""
+    """A subject at inputs away from ties, each evaluation compared with the first."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        inputs: Tensor | Sequence[Any],
-        kwargs: dict[str, Any],
-        seed: int,
-    ) -> None:
+    def __init__(self, subject: Subject, seed: int, eps: float, margin: float) -> None:
+        self._subject = subject
         self._seed = seed
-        self._kwargs = {name: _to_double(value) for name, value in kwargs.items()}
-        self._arguments = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-        floats = [i for i, value in enumerate(self._arguments) if is_float(value)]
-        wanted = [i for i in floats if self._arguments[i].requires_grad] or floats
-        self._arguments = [_to_double(value) for value in self._arguments]
-        self._positions = wanted
-        self._movable = floats
-        self.names = [f"inputs[{i}]" for i in wanted]
-        self._parameters: list[Tensor] = []
-        self._function = function
-        if isinstance(function, nn.Module):
-            refuse_sharded("gradcheck", "module_or_function", function)
-            self._function = untrained_copy(function).double()
-            for name, parameter in self._function.named_parameters():
-                if parameter.requires_grad:
-                    self.names.append(name)
-                    self._parameters.append(parameter.detach().clone().requires_grad_())
-        if not self.names:
+        self._eps = eps
+        self._margin = margin
+        self._originals = list(subject.arguments)
+        self._attempt = 0
+        self._first, self._outputs = self._observe(subject.tensors)
+        self._differentiable = [n for n, y in self._outputs.items() if y.requires_grad]
+        if not self._differentiable:
             raise ValueError(
-                "gradcheck: inputs must hold a floating-point tensor, or the module a parameter "
-                "that requires a gradient, got neither"
+                "gradcheck: module_or_function must return a floating-point tensor that requires "
+                f"a gradient, got {', '.join(self._outputs) or 'none'}"
             )
-        self._first: Observation | None = None
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors whose gradients are checked: inputs, then parameters."""
-        inputs = [self._arguments[i].detach().requires_grad_() for i in self._positions]
-        return (*inputs, *self._parameters)
-
-    def evaluate(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The differentiable outputs for these `tensors`; refuses a choice unlike the first."""
-        outputs, seen = self._observe(tensors)
-        if self._first is not None:
-            compare("gradcheck", self._first, seen)
-        return outputs
-
-    def leave_ties(self, margin: float) -> None:
-        """Moves the inputs until the scores of every token are `margin` apart."""
-        originals = list(self._arguments)
-        devices = {i: originals[i].device for i in self._movable}
-        gap = 0.0
-        token: int | None = None
-        for attempt in range(_ATTEMPTS + 1):
-            self._first = self._observe(self.tensors)[1]
+    def leave_ties(self) -> None:
+        """Moves the inputs until the scores of every token are a margin apart."""
+        while True:
             gap, token = smallest_gap(self._first)
-            if gap >= margin:
+            if gap >= self._margin:
                 return
-            noise = torch.Generator().manual_seed(self._seed + attempt)
-            distance = _FIRST_MOVE_IN_MARGINS * margin * 2.0**attempt
-            for i in self._movable:
-                drawn = torch.randn(originals[i].shape, generator=noise, dtype=torch.float64)
-                self._arguments[i] = originals[i] + distance * drawn.to(devices[i])
+            if self._attempt == _ATTEMPTS:
+                break
+            self._move()
         raise UnstableSelectionError(
-            f"gradcheck: inputs must keep the scores of select_experts {margin:g} apart, got "
+            f"gradcheck: inputs must keep the scores of select_experts {self._margin:g} apart, got "
             f"{gap:g} for token {token} after {_ATTEMPTS} attempts to move the inputs away from "
             "the tie; check the module or function at other parameters"
         )
 
-    def explanation(self) -> str:
-        """What gradcheck's numbers mean, and why a failure may be intended."""
-        numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(self.names))
+    def check_samples(self, *, of_modes_only: bool, modes: Sequence[str]) -> Derivatives:
+        """The sampled check, and that of further modes."""
+        result = Derivatives([], [], list(self._subject.tensors), self._differentiable, 0.0, None)
+        if not of_modes_only:
+            result = self._sampled()
+        found = list(result.disagreements)
+        for mode in modes if not found else ():
+            given = _MODES[mode](
+                self._subject.outputs, self._subject.tensors, self._differentiable, self._seed
+            )
+            if isinstance(given, str):
+                ProgressLines("gradcheck").say(f"{mode} derivatives are refused, {given}")
+            else:
+                found += [self._placed(d) for d in given]
+        return replace(result, disagreements=found)
+
+    def _sampled(self) -> Derivatives:
+        progress = ProgressLines("gradcheck")
+        while True:
+            result = check_derivatives(
+                self._subject.outputs,
+                self._subject.tensors,
+                outputs=self._differentiable,
+                seed=self._seed,
+                smallest_step=self._eps,
+                place=self._subject.place,
+                progress=progress,
+            )
+            unstable = [u.reason for u in result.undecided if u.kind == "choice"]
+            if not unstable or result.disagreements:
+                silent = {f"{u.name}: {u.reason}" for u in result.undecided if u.kind != "choice"}
+                for text in sorted(silent):
+                    progress.say(f"a part of the check says nothing about {text}")
+                return result
+            if self._attempt == _ATTEMPTS or self._margin == 0 or not self._subject.floats:
+                raise UnstableSelectionError(f"gradcheck: {unstable[0]}")
+            self._move()
+
+    def _placed(self, d: Disagreement) -> Disagreement:
+        token, expert = self._subject.place(d.name, d.entry)
+        return replace(d, token=token, expert=expert)
+
+    def check_every_entry(self, options: Mapping[str, Any]) -> None:
+        """torch.autograd.gradcheck, whose own message is kept."""
+        names = list(self._subject.tensors)
+        leaves = [t.detach().requires_grad_() for t in self._subject.tensors.values()]
+        progress = ProgressLines("gradcheck")
+        began = time.perf_counter()
+        self._observe(self._subject.tensors)
+        once = time.perf_counter() - began
+        total = 2 * sum(leaf.numel() for leaf in leaves)
+        done = 0
+
+        def evaluate(*tensors: Tensor) -> tuple[Tensor, ...]:
+            nonlocal done
+            if not options.get("fast_mode"):
+                progress(min(done, total), total, total * once)
+            done += 1
+            seen, outputs = self._observe(dict(zip(names, tensors, strict=True)))
+            compare("gradcheck", self._first, seen)
+            return tuple(outputs[name] for name in self._differentiable)
+
+        try:
+            torch.autograd.gradcheck(
+                evaluate, leaves, eps=self._eps, raise_exception=True, **options
+            )
+        except GradcheckError as error:
+            raise GradcheckError(f"{error}\n{self._numbered(names)}") from error
+
+    def _numbered(self, names: Sequence[str]) -> str:
+        numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(names))
         text = f"Inputs of this check: {numbered}."
-        if self._first is not None and self._first.replaced_derivatives:
+        if self._first.replaced_derivatives:
             ops = ", ".join(sorted(self._first.replaced_derivatives))
             text += (
                 f" The function calls {ops}: this deliberately gives another gradient than the "
-                "derivative of the forward pass, so finite differences cannot agree with it. Check "
-                "the function without it, and compare the replaced gradient with its own formula."
+                "derivative of the forward pass, so finite differences cannot agree with it."
             )
         return text
 
-    def _observe(self, tensors: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Observation]:
-        arguments = list(self._arguments)
-        for position, tensor in zip(self._positions, tensors, strict=False):
-            arguments[position] = tensor
-        observer = Observer()
-        with same_draws(self._seed, tensors), observer:
-            if isinstance(self._function, nn.Module):
-                names = self.names[len(self._positions) :]
-                parameters = dict(zip(names, tensors[len(self._positions) :], strict=True))
-                result = torch.func.functional_call(
-                    self._function, parameters, tuple(arguments), self._kwargs
-                )
-            else:
-                result = self._function(*arguments, **self._kwargs)
-        outputs = {id(leaf): leaf for leaf in pytree.tree_leaves(result) if is_float(leaf)}
-        return tuple(leaf for leaf in outputs.values() if leaf.requires_grad), observer.seen
+    def _move(self) -> None:
+        noise = torch.Generator().manual_seed(self._seed + self._attempt)
+        distance = _FIRST_MOVE_IN_MARGINS * self._margin * 2.0**self._attempt
+        for i in self._subject.floats:
+            original = self._originals[i]
+            drawn = torch.randn(original.shape, generator=noise, dtype=torch.float64)
+            self._subject.arguments[i] = original + distance * drawn.to(original.device)
+        self._attempt += 1
+        self._first, self._outputs = self._observe(self._subject.tensors)
 
-
-def _to_double(value: object) -> object:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().double().clone()
-    return value
+    def _observe(self, tensors: Mapping[str, Tensor]) -> tuple[Observation, dict[str, Tensor]]:
+        """What is decided and returned, with a graph from `tensors` or from leaves like them."""
+        leaves = {
+            n: t if t.requires_grad else t.detach().requires_grad_() for n, t in tensors.items()
+        }
+        with same_draws(self._seed, list(tensors.values())), Observer() as observer:
+            outputs = self._subject.outputs(leaves)
+        return observer.seen, outputs
