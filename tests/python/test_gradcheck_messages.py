@@ -150,6 +150,10 @@ def test_a_wrong_activation_behind_a_softmax_in_float32_is_seen() -> None:
     assert "experts.down_proj" in text.split("Found nothing wrong with")[1]
 
 
+def test_kinks_inside_an_op_are_no_fault() -> None:
+    assert gradcheck(MoE(H, INNER, E, K, activation="reglu"), torch.randn(T, H))
+
+
 # --- modes --------------------------------------------------------------------------------------
 
 

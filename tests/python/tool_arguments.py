@@ -12,6 +12,7 @@ import torchmoe
 from torchmoe import presets, testing
 from torchmoe.nn import Estimator, Exact, MoE, register_estimator
 from torchmoe.nn.estimators import registry
+from torchmoe.testing._estimator_surrogate import check_estimator
 from wrong_arguments import Case
 
 H, INNER, E, K = 4, 3, 4, 2
@@ -82,7 +83,27 @@ TOOLS = [
     Case(
         testing.check_surrogate,
         "check_surrogate",
-        {"estimator": "exact"},
+        {"subject": torch.sin, "inputs": X, "surrogate": torch.sin},
+        {
+            "subject": "callable",
+            "inputs": "part",
+            "surrogate": "part",
+            "kwargs": "part",
+            "seed": "integer",
+            "eps": "number",
+            "raise_exception": "flag",
+        },
+        takes={
+            "subject": ("text", "a class"),
+            "inputs": ("a tensor",),
+            "surrogate": ("a class",),
+        },
+        others=("layer",),
+    ),
+    Case(
+        check_estimator,
+        "check_surrogate",
+        {"estimator": "exact", "seed": 0, "eps": 1e-6},
         {
             "estimator": "name",
             "num_tokens": "integer",
@@ -94,15 +115,12 @@ TOOLS = [
             "normalize": "name",
             "masked_tokens": "integer",
             "training": "flag",
-            "seed": "integer",
-            "eps": "number",
             "atol": "number",
             "rtol": "number",
             "fast_mode": "flag",
-            "raise_exception": "flag",
         },
         parts=("Gate", "MoE", "Experts"),
-        others=("layer",),
+        others=("seed", "eps", "layer"),
     ),
     Case(
         testing.compare_estimators,

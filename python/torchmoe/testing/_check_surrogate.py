@@ -1,272 +1,116 @@
-"""The gradient check for estimators that replace the derivative on purpose."""
+"""The gradient check for what replaces the derivative on purpose."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from torchmoe._checks import (
-    check_at_least,
-    check_flag,
-    check_integer,
-    check_not_negative,
-    check_positive,
-)
-from torchmoe.nn._sharding import refuse_sharded
-from torchmoe.nn.balance import Balance
+from torchmoe._checks import check_flag, check_integer, check_positive, shown
 from torchmoe.nn.estimators.estimator import Estimator
-from torchmoe.nn.estimators.registry import build_estimator
-from torchmoe.nn.gate import Gate
-from torchmoe.nn.moe import MoE
-from torchmoe.nn.routers.context_router import route
-from torchmoe.nn.routing import MoEOutput, before_drop
-from torchmoe.testing._gradcheck import gradcheck
-from torchmoe.testing._observation import (
-    Observation,
-    Observer,
-    UnstableSelectionError,
-    compare,
-    same_draws,
-)
-
-_ATTEMPTS = 10
-# Both are sums of a few dozen float64 products, of order one.
-_SAME_VALUE = 1e-12
+from torchmoe.testing._declared import check_declared
+from torchmoe.testing._estimator_surrogate import check_estimator
 
 
 def check_surrogate(
-    estimator: str | Estimator,
+    subject: str | Estimator | Callable[..., Any],
+    inputs: Tensor | Sequence[Any] | None = None,
     *,
-    num_tokens: int = 7,
-    hidden_size: int = 4,
-    intermediate_size: int | None = 3,
-    num_experts: int = 5,
-    top_k: int = 2,
-    score_function: str = "softmax",
-    normalize: str | None = None,
-    masked_tokens: int = 0,
-    training: bool = True,
+    surrogate: Callable[..., Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
     seed: int = 0,
     eps: float = 1e-6,
-    atol: float = 1e-6,
-    rtol: float = 1e-5,
-    fast_mode: bool = False,
     raise_exception: bool = True,
-    **layer: Any,  # noqa: ANN401 (the arguments of MoE)
+    **layer: Any,  # noqa: ANN401 (see below, and the arguments of MoE)
 ) -> bool:
-    """Whether an estimator's gradient is the derivative of the surrogate that it declares.
+    """Whether a gradient is the derivative of the surrogate that stands for it.
 
-    The derivative of a layer's output says nothing about an estimator that replaces it. With s the
-    weights that `Estimator.surrogate` gives, and a bar over what stays as it is at the point of the
+    The derivative of an output says nothing about what replaces it on purpose. The surrogate is
+    what is differentiated in its place; the check compares the gradient of the one with finite
+    differences of the other, in float64, so that the two share no backward pass.
+
+    A function, router or layer of your own declares a function of the same arguments, with the same
+    outputs or the first of them, whose ordinary gradient is the declared one:
+
+        check_surrogate(function, inputs, surrogate=s)    calls s(*inputs, **kwargs)
+        check_surrogate(module, inputs, surrogate=s)      calls s(module, *inputs, **kwargs)
+        check_surrogate(module, inputs)                   calls module.surrogate(*inputs, **kwargs)
+
+    Its values need not be the function's. What it detaches is held constant where it is, as the
+    weight p and the output G are in (p - p.detach()) * G.detach(). Inputs and parameters are
+    sampled as by `gradcheck`.
+
+    An estimator declares weights [T, E] by `Estimator.surrogate(logits, selected, indices)`, and is
+    tried in a layer. With s these weights and a bar over what stays as it is at the point of the
     check, the layer's gradient must be the derivative of
 
         y = sum over slots j of w_j_bar E_{i_j}(x) + sum over experts i of (s_i - s_i_bar) E_i_bar
 
     with the ids that the layer chose there. So the router learns from s, and x and the experts
-    learn from the weights in use. The derivative is a finite difference of this formula in float64,
-    the gradient that of the layer: the two share no backward pass. The formula's value must be the
-    layer's output, too.
-
-    An estimator without a surrogate is checked against the derivative of the layer's output, with
-    `gradcheck`. Where it has buffers, they are updated once before.
+    learn from the weights in use. The formula's value must be the layer's output, too. An estimator
+    without a surrogate is checked against the derivative of the layer's output, with `gradcheck`.
+    Where it has buffers, they are updated once before.
 
     Args:
-        estimator: a registered name or an instance, which is copied.
-        num_tokens: T, of random tokens.
-        hidden_size: H.
-        intermediate_size: I.
-        num_experts: E.
-        top_k: K.
-        score_function: of the gate.
-        normalize: of the gate.
-        masked_tokens: how many of the tokens do not count.
-        training: the layer's mode; estimators that sample draw the same numbers in each evaluation.
-        seed: of the layer's parameters, the tokens and the draws.
-        eps: the step of the finite difference.
-        atol: absolute tolerance.
-        rtol: relative tolerance.
-        fast_mode: checks one random direction instead of every entry.
+        subject: a module or function; or an estimator, a registered name or an instance. Modules
+            and estimators are copied.
+        inputs: the positional arguments of a module or function: one tensor, or a sequence.
+        surrogate: of a module or function; by default the module's method of that name.
+        kwargs: the keyword arguments of a module or function.
+        seed: of the directions and the draws; of an estimator's layer and tokens.
+        eps: the smallest step of the finite difference.
         raise_exception: raise on a wrong gradient instead of returning False.
-        **layer: more arguments of `MoE`: capacity, experts, router, activation, bias.
+        **layer: for an estimator, the layer it is tried in: num_tokens (7), hidden_size (4),
+            intermediate_size (3), num_experts (5), top_k (2), score_function ("softmax"), normalize
+            (None), masked_tokens (0, tokens that do not count), training (True), more arguments of
+            `MoE` such as capacity or router; and of its check, which goes through every entry: atol
+            (1e-6), rtol (1e-5) and fast_mode (False, one random direction instead).
 
     Returns:
         True if the gradient is that of the surrogate; False if not and raise_exception is False.
 
     Raises:
-        GradcheckError: the gradient, or the output, is another one (a RuntimeError from
-            torch.autograd.gradcheck).
-        UnstableSelectionError: tokens whose surrogate does not jump within a step were not found.
-        TypeError: an argument has another type, or a part of the layer is sharded.
-        ValueError: a number is out of range, or the layer cannot be built.
+        GradcheckError: the gradient is another one, or an estimator's layer has another output (a
+            RuntimeError from torch.autograd.gradcheck).
+        UnstableSelectionError: the surrogate jumps within a step; the message says how to avoid it.
+        TypeError: an argument has another type, a module is sharded, or a surrogate is missing or
+            takes other arguments; the message says which are right.
+        RuntimeError: a surrogate returns something else.
+        ValueError: a number is out of range, the layer cannot be built, or an argument is for the
+            other kind of subject.
     """
-    check_at_least("check_surrogate", "num_tokens", num_tokens, 0)
-    check_at_least("check_surrogate", "masked_tokens", masked_tokens, 0)
     check_integer("check_surrogate", "seed", seed)
     check_positive("check_surrogate", "eps", eps)
-    for name, tolerance in (("atol", atol), ("rtol", rtol)):
-        check_not_negative("check_surrogate", name, tolerance)
-    for name, flag in (
-        ("training", training),
-        ("fast_mode", fast_mode),
-        ("raise_exception", raise_exception),
-    ):
-        check_flag("check_surrogate", name, flag)
-    estimator = copy.deepcopy(build_estimator(estimator))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        moe = MoE(
-            hidden_size,
-            intermediate_size,
-            num_experts,
-            top_k,
-            gate=Gate(score_function, normalize, estimator),
-            dtype=torch.float64,
-            **{"balance": Balance(0), **layer},
-        ).train(training)
-        refuse_sharded("check_surrogate", "layer", moe)
-        mask = torch.arange(num_tokens) >= masked_tokens if masked_tokens else None
-        draws = torch.randn(1 + _ATTEMPTS, num_tokens, hidden_size, dtype=torch.float64)
-        moe.update(moe(draws[0], token_mask=mask).routing)
-
-    tolerances = {"eps": eps, "atol": atol, "rtol": rtol, "fast_mode": fast_mode}
-    for x in draws[1:]:
-        try:
-            _check_at(moe, x, mask, seed, tolerances)
-        except UnstableSelectionError as error:
-            unstable = error
-        except GradcheckError:
-            if raise_exception:
-                raise
-            return False
-        else:
-            return True
-    raise unstable
-
-
-def _check_at(
-    moe: MoE, x: Tensor, mask: Tensor | None, seed: int, tolerances: dict[str, Any]
-) -> None:
-    layer, parameters = _Layer(moe), dict(moe.named_parameters())
-    with same_draws(seed, [x]):
-        surrogate = _Surrogate(moe, x, mask)
-    if surrogate.weights is None:
-        gradcheck(layer, x, kwargs={"token_mask": mask}, seed=seed, full=True, **tolerances)
-        return
-
-    names = [f"moe.{name}" for name in parameters]
-    first: Observation | None = None
-
-    def call(module: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-        lent = dict(zip(names, tensors[1:], strict=True))
-        with same_draws(seed, tensors):
-            y: Tensor = torch.func.functional_call(module, lent, (tensors[0], mask))
-        return y
-
-    def value(*tensors: Tensor) -> Tensor:
-        nonlocal first
-        with Observer() as observer:
-            y = call(surrogate, tensors)
-        first = first or observer.seen
-        compare("check_surrogate", first, observer.seen)
-        return y
-
-    point = [t.detach().requires_grad_() for t in (x, *parameters.values())]
-    with torch.no_grad():
-        error = (value(*point) - call(layer, point)).abs().max().item() if x.numel() else 0.0
-    if not error <= _SAME_VALUE:
-        raise GradcheckError(
-            "check_surrogate: the layer's output must be the sum of its slots' weights times their "
-            f"experts' outputs, got a difference of {error:g}"
+    check_flag("check_surrogate", "raise_exception", raise_exception)
+    if not isinstance(subject, str | Estimator) and not callable(subject):
+        raise TypeError(
+            "check_surrogate: subject must be a module, a function or an estimator, got "
+            f"{shown(subject)}"
         )
-    replaced: Callable[..., Tensor] = _Replaced.apply
+    of_function = {"inputs": inputs, "surrogate": surrogate, "kwargs": kwargs}
     try:
-        torch.autograd.gradcheck(
-            lambda *tensors: replaced(value, lambda *t: call(layer, t), *tensors),
-            point,
-            **tolerances,
+        if isinstance(subject, str | Estimator):
+            given = {name: value for name, value in of_function.items() if value is not None}
+            _refuse(given, "a module or function", subject)
+            check_estimator(subject, seed=seed, eps=eps, **layer)
+        else:
+            _refuse(layer, "an estimator", subject)
+            if inputs is None:
+                raise TypeError(
+                    "check_surrogate: inputs must be given for a module or function, got None"
+                )
+            check_declared(subject, inputs, kwargs, surrogate, seed, eps)
+    except GradcheckError:
+        if raise_exception:
+            raise
+        return False
+    return True
+
+
+def _refuse(given: Mapping[str, Any], kind: str, subject: object) -> None:
+    for name in given:
+        raise ValueError(
+            f"check_surrogate: {name} must be left out but for {kind}, got it for {shown(subject)}"
         )
-    except GradcheckError as failure:
-        numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(["x", *parameters]))
-        raise GradcheckError(
-            f"{failure}\nnumerical: the declared surrogate; analytical: the layer with the "
-            f"estimator {type(moe.estimator).__name__}. Inputs: {numbered}."
-        ) from failure
-
-
-class _Layer(nn.Module):
-    """The layer, returning what its estimator has a hand in."""
-
-    def __init__(self, moe: MoE) -> None:
-        super().__init__()
-        self.moe = moe
-
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """The hidden states."""
-        output: MoEOutput = self.moe(x, token_mask=token_mask)
-        return output.hidden_states
-
-
-class _Surrogate(nn.Module):
-    """The formula of check_surrogate; what carries a bar there is taken from x at construction."""
-
-    def __init__(self, moe: MoE, x: Tensor, token_mask: Tensor | None) -> None:
-        super().__init__()
-        self.moe = moe
-        with torch.no_grad():
-            self.routing = moe(x, token_mask=token_mask).routing
-            self.weights = self._weights(self.routing.logits)  # [T, E]
-            tokens = _counted(x, token_mask)
-            ones = tokens.new_ones(len(tokens), 1)
-            ids = [torch.full_like(ones, i, dtype=torch.int64) for i in range(moe.num_experts)]
-            self.outputs = torch.stack([moe.experts(tokens, i, ones) for i in ids], dim=1)
-
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """The y of the formula: [T, H]."""
-        tokens = _counted(x, token_mask)
-        y = self.moe.experts(tokens, self.routing.indices, self.routing.weights)
-        logits = route(self.moe.router, tokens, self.moe.num_experts, token_mask=token_mask).logits
-        weights = self._weights(logits)
-        assert weights is not None
-        assert self.weights is not None
-        moved = _counted(weights - self.weights, token_mask)
-        return y + (moved.unsqueeze(2) * self.outputs).sum(dim=1)
-
-    def _weights(self, logits: Tensor) -> Tensor | None:
-        routing = self.routing
-        weighed = before_drop(routing.selected, routing.indices)
-        return self.moe.estimator.surrogate(logits, weighed, routing.indices)
-
-
-def _counted(rows: Tensor, token_mask: Tensor | None) -> Tensor:
-    """0 for tokens that do not count."""
-    return rows if token_mask is None else rows.masked_fill(~token_mask.unsqueeze(1), 0)
-
-
-class _Replaced(torch.autograd.Function):
-    """A function with the gradient of another."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401 (torch's own)
-        value: Callable[..., Tensor],
-        learner: Callable[..., Tensor],
-        *tensors: Tensor,
-    ) -> Tensor:
-        """value(*tensors)."""
-        ctx.learner = learner
-        ctx.save_for_backward(*tensors)
-        return value(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        """The gradient of learner(*tensors)."""
-        tensors = [t.detach().requires_grad_() for t in ctx.saved_tensors]
-        with torch.enable_grad():
-            y = ctx.learner(*tensors)
-        grads = torch.autograd.grad(y, tensors, grad, allow_unused=True, materialize_grads=True)
-        return None, None, *grads

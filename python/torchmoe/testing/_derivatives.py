@@ -34,8 +34,9 @@ Place = Callable[[str, tuple[int, ...]], tuple[int | None, int | None]]
 
 # Disagreements of one tensor after which it is left alone.
 _ENOUGH = 3
-# A smaller step is tried while it makes an error that is too large so much smaller.
-_SHRINK, _GAIN = 4.0, 0.5
+# Smaller steps are tried while one in three makes an error that is too large so much smaller: of
+# many kinks some remain until a step is small enough for all.
+_SHRINK, _GAIN, _PATIENCE = 4.0, 0.5, 3
 # Steps, relative to the one that gave a disagreement, at which it must stand.
 _CONFIRMED_AT = (0.7, 0.45)
 # A smaller step than so many machine epsilons may leave the narrowest type's numbers as they are.
@@ -82,7 +83,7 @@ class Undecided:
     Attributes:
         name: of the tensor.
         kind: "choice", one changes within the smallest step; "kink", likewise; "rounding", it
-            drowns the derivative.
+            drowns the derivative, as kinks do that are not seen.
         reason: the same in words.
     """
 
@@ -304,19 +305,19 @@ class _Check:
         best: Measured | None = None
         at = step
         jump: Jump | None = None
-        while True:
+        patience = _PATIENCE
+        while patience > 0:
             measured = self._differences.along(probe.name, probe.start, probe.direction, step)
             if isinstance(measured, Jump):
                 jump = measured
             else:
                 before, best = best, measured if best is None else best.best(measured)
-                lacking = best.errors > self._allowed(probe, best)
-                lacking &= best.errors > 2 * best.rounding
-                if before is None or bool((best.errors < _GAIN * before.errors)[lacking].any()):
-                    at = step
+                if before is None or bool((best.errors < _GAIN * before.errors).any()):
+                    at, patience = step, _PATIENCE
                 else:
-                    break
-                if not lacking.any():
+                    patience -= 1
+                lacking = best.errors > self._allowed(probe, best)
+                if not (lacking & (best.errors > 2 * best.rounding)).any():
                     break
             if step <= smallest:
                 break
@@ -333,7 +334,7 @@ class _Check:
         # A gradient is looked for where a change of the tensor by its own size is seen.
         matters = scales * reach > math.sqrt(self._differences.eps) * self._differences.sizes
         if bool((matters & (measured.errors > _BLIND * scales)).any()):
-            reason = "rounding hides an error of a tenth of the gradient"
+            reason = "rounding or kinks hide an error of a tenth of the gradient"
             self._undecided.append(Undecided(probe.name, "rounding", reason))
 
     def _got(self, probe: Probe) -> Tensor:

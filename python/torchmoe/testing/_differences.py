@@ -44,6 +44,8 @@ _FIFTH_DIFFERENCE = (-1.0, 5.0, -10.0, 10.0, -5.0, 1.0)
 _SIXTH_VARIANCE, _FIFTH_VARIANCE = 924.0, 252.0
 # The deviation of one rounding, in machine epsilons, and the share of it that is no curvature.
 _ROUNDING, _HEARD = 0.25, 1e-3
+# Noise of more machine epsilons than this is no rounding: a kink lies within the step.
+_EXPLAINED = 4.0
 # A bound that thousands of differences stay within.
 _DEVIATIONS = 8.0
 
@@ -244,8 +246,9 @@ class Differences:
         noise = torch.maximum(noise, self._rounded)
         best = derivative(_SIXTH_ORDER)
         truncation = (best - derivative(_FOURTH_ORDER)).abs()
-        rounding = _DEVIATIONS * _AMPLIFICATION * noise / step
-        return Measured(best, truncation + rounding, rounding)
+        explained = torch.minimum(noise, _EXPLAINED * self.eps * self.sizes)
+        scale = _DEVIATIONS * _AMPLIFICATION / step
+        return Measured(best, truncation + scale * noise, scale * explained)
 
 
 def _rows_of(product: Tensor) -> Tensor:

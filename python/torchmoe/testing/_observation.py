@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "AVOID_TIES",
     "Observation",
     "Observer",
     "UnstableSelectionError",
@@ -62,6 +63,12 @@ _CASTING = frozenset(("aten::_to_copy", "aten::copy_"))
 
 # Those whose choice is a token's experts, of shape [T, K].
 _ROUTING = ("select_experts", "topk")
+
+
+AVOID_TIES = (
+    "scores that tie have no derivative: check at random inputs, and with a router whose rows "
+    "differ, not one that starts at zero"
+)
 
 
 class UnstableSelectionError(RuntimeError):
