@@ -18,6 +18,7 @@ _flop_formulas.register()
 
 # The ops must be registered before any module that names them is imported.
 from torchmoe import losses, nn, ops, presets, testing  # noqa: E402
+from torchmoe.adapter import Adapter  # noqa: E402
 from torchmoe.capacity import dynamic_capacity, expert_capacity  # noqa: E402
 from torchmoe.monitor import (  # noqa: E402
     RouterGeometry,
@@ -48,6 +49,7 @@ def build_info() -> dict[str, str]:
 
 
 __all__ = [
+    "Adapter",
     "RouterGeometry",
     "RoutingReplay",
     "RoutingStatistics",

@@ -1,0 +1,370 @@
+"""How a foreign mixture-of-experts layer is read: where its output, routing, loss and parts are.
+
+A layer of another make returns y alone, y beside a loss, y beside its logits or a record, and keeps
+what else it knows in attributes. `Adapter` finds what can be seen and is told the rest. It is the
+one way by which this package reads layers that are not its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from torchmoe._checks import check_at_least, check_flag, check_module, shown
+from torchmoe._results import (
+    INDICES,
+    LOGITS,
+    WEIGHTS,
+    fields_of,
+    first_named,
+    flattened,
+    is_scalar,
+    is_vector,
+    is_whole,
+    sort_out,
+)
+
+Source = str | Callable[[nn.Module, Any], Tensor | None]
+
+_HIDDEN_STATES = ("hidden_states", "last_hidden_state", "output", "y")
+_AUX_LOSS = ("aux_loss", "l_aux", "balance_loss", "load_balancing_loss", "router_loss", "loss")
+
+_ROUTER = ("router", "gate", "wg", "gating", "gate_proj", "router_gate")
+_EXPERTS = ("experts", "expert", "mlp_experts", "local_experts")
+_SHARED = (
+    "shared_experts",
+    "shared_expert",
+    "shared_mlp",
+    "shared",
+    "shared_expert_gate",
+    "shared_gate",
+)
+_MASK = ("token_mask", "mask", "attention_mask", "padding_mask")
+
+_HIDDEN_SIZE = ("hidden_size", "hidden_dim", "hidden", "d_model", "embed_dim", "dim", "in_features")
+_NUM_EXPERTS = (
+    "num_experts",
+    "n_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "experts_count",
+)
+_TOP_K = ("top_k", "k", "num_experts_per_tok", "topk", "num_selected")
+
+
+class Reading(NamedTuple):
+    """What was read of one call of a layer; T counts the flattened tokens."""
+
+    hidden_states: Tensor
+    """y, in x's shape."""
+    aux_loss: Tensor | None
+    """A scalar to add to the task loss, coefficient included; None where none is seen."""
+    logits: Tensor | None
+    """[T, E], the graph's own where the layer gives them so."""
+    indices: Tensor | None
+    """[T, K] integers; an id outside [0, E) is a slot that is not routed."""
+    weights: Tensor | None
+    """[T, K], the graph's own where the layer gives them so."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Tells what of a layer cannot be seen; every field may be left out.
+
+    A source of a tensor is a name, which is looked for in what the layer returned and then among
+    its attributes (with dots for parts of parts), or a function (layer, result) -> tensor or None.
+    A part is the path of a submodule. What is left out is guessed from the names in common use:
+
+        Adapter()                                     # aux_loss, router, gate, experts, ...
+        Adapter(aux_loss="gate.balance")              # an attribute that is set by a call
+        Adapter(logits=lambda layer, result: result[2])
+        Adapter(token_mask="valid", per_token=False)
+
+    Args:
+        hidden_states: source of y; else the result, its field of that name, or its first tensor.
+        aux_loss: source of the auxiliary loss, a scalar with its coefficient.
+        logits: source of the router's logits, [T, E].
+        indices: source of the chosen ids, [T, K].
+        weights: source of the slots' weights, [T, K].
+        router: path of the router.
+        experts: path of the experts.
+        shared_experts: path of what serves every token beside them.
+        token_mask: the keyword by which forward takes a bool mask of x's leading dimensions. Which
+            way round it goes is found by trying.
+        hidden_size: H.
+        num_experts: E.
+        top_k: K.
+        per_token: whether a token's output depends on that token alone in evaluation. False for a
+            capacity, a decision for a sequence, or experts that choose their tokens.
+        without_gradient: names of parameters, or beginnings of them, to which the layer gives no
+            gradient on purpose, such as those of idle experts that are left out.
+        reference: (layer, x) -> what layer(x) must return, y or (y, loss), formed slowly and
+            plainly from the layer's own parameters, with autograd's ordinary gradient.
+        surrogate: (layer, x) -> y or (y, loss) whose ordinary gradient, of loss added with factor
+            1, is the one that the layer declares; else the layer's method `surrogate(x)`.
+        update: (layer) -> None, what a training loop calls after the optimizer's step; else the
+            layer's method `update_bias()`, where it has one.
+
+    Raises:
+        TypeError: a field has another type.
+        ValueError: a size is below 1.
+    """
+
+    hidden_states: Source | None = None
+    aux_loss: Source | None = None
+    logits: Source | None = None
+    indices: Source | None = None
+    weights: Source | None = None
+    router: str | None = None
+    experts: str | None = None
+    shared_experts: str | None = None
+    token_mask: str | None = None
+    hidden_size: int | None = None
+    num_experts: int | None = None
+    top_k: int | None = None
+    per_token: bool | None = None
+    without_gradient: tuple[str, ...] = ()
+    reference: Callable[[nn.Module, Tensor], Any] | None = None
+    surrogate: Callable[[nn.Module, Tensor], Any] | None = None
+    update: Callable[[nn.Module], None] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_states", "aux_loss", "logits", "indices", "weights"):
+            source = getattr(self, name)
+            if source is not None and not isinstance(source, str) and not callable(source):
+                raise TypeError(
+                    f"Adapter: {name} must be a name or a function, got {shown(source)}"
+                )
+        for name in ("router", "experts", "shared_experts", "token_mask"):
+            path = getattr(self, name)
+            if path is not None and not isinstance(path, str):
+                raise TypeError(f"Adapter: {name} must be a string, got {shown(path)}")
+        for name in ("hidden_size", "num_experts", "top_k"):
+            if getattr(self, name) is not None:
+                check_at_least("Adapter", name, getattr(self, name), 1)
+        if self.per_token is not None:
+            check_flag("Adapter", "per_token", self.per_token)
+        for name in ("reference", "surrogate", "update"):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"Adapter: {name} must be a function, got {shown(function)}")
+        names = self.without_gradient
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(
+                f"Adapter: without_gradient must be a tuple of strings, got {shown(names)}"
+            )
+
+    def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Reading:  # noqa: ANN401
+        """Calls the layer and reads the call.
+
+        Args:
+            layer: any mixture-of-experts module.
+            *args: of its forward.
+            **kwargs: of its forward.
+
+        Returns:
+            What was found; None for what was not.
+
+        Raises:
+            TypeError: layer is no module, or nothing in the result is a floating-point tensor.
+        """
+        check_module("Adapter.call", "layer", layer)
+        routed: list[Any] = []
+        path = self.router_path(layer)
+        router = layer.get_submodule(path) if path else None
+        if router is None:
+            return self.read(layer, layer(*args, **kwargs))
+        handle = router.register_forward_hook(lambda module, inputs, output: routed.append(output))
+        try:
+            result = layer(*args, **kwargs)
+        finally:
+            handle.remove()
+        return self.read(layer, result, routed[-1] if routed else None)
+
+    def read(self, layer: nn.Module, result: Any, routed: Any = None) -> Reading:  # noqa: ANN401
+        """Reads what a call returned.
+
+        Args:
+            layer: the module that was called.
+            result: what it returned.
+            routed: what its router returned in that call, if that is known.
+
+        Returns:
+            As `call`.
+
+        Raises:
+            TypeError: nothing in the result is a floating-point tensor.
+        """
+        named, loose = fields_of(result)
+        y = _told(self.hidden_states, layer, result)
+        if self.hidden_states is None:
+            y = next((named[name] for name in _HIDDEN_STATES if is_vector(named.get(name))), None)
+        if y is None and self.hidden_states is None:
+            y = next((value for value in [*loose, *named.values()] if is_vector(value)), None)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                "Adapter: hidden_states must be found in what the layer returns, got "
+                f"{shown(result)}"
+            )
+        rest = [value for value in loose if isinstance(value, Tensor) and value is not y]
+        experts = self.expert_count(layer)
+        found = {
+            "aux_loss": first_named(named, _AUX_LOSS, is_scalar),
+            "logits": first_named(named, LOGITS, is_vector),
+            "indices": first_named(named, INDICES, is_whole),
+            "weights": first_named(named, WEIGHTS, is_vector),
+        }
+        routed_fields = fields_of(routed)
+        for fields in ((named, rest), routed_fields):
+            sort_out(found, fields, experts)
+        if found["aux_loss"] is None:
+            found["aux_loss"] = next((value for value in rest if is_scalar(value)), None)
+        if found["aux_loss"] is None:
+            found["aux_loss"] = self._kept_loss(layer)
+        for name in found:
+            if getattr(self, name) is not None:
+                found[name] = _told(getattr(self, name), layer, result)
+        return Reading(y, **{name: flattened(value) for name, value in found.items()})
+
+    def router_path(self, layer: nn.Module) -> str | None:
+        """Where the router is, None where none is seen."""
+        return self.router if self.router is not None else _part(layer, _ROUTER)
+
+    def experts_path(self, layer: nn.Module) -> str | None:
+        """Where the experts are, None where none are seen."""
+        return self.experts if self.experts is not None else _part(layer, _EXPERTS)
+
+    def role(self, layer: nn.Module, name: str) -> str:
+        """What a parameter or buffer of the layer belongs to, by its name.
+
+        Returns:
+            "router", "experts", "shared experts" or "layer".
+        """
+        shared = (self.shared_experts,) if self.shared_experts is not None else _SHARED
+        if any(_within(name, path) for path in shared):
+            return "shared experts"
+        experts, router = self.experts_path(layer), self.router_path(layer)
+        if experts is not None and _within(name, experts):
+            return "experts"
+        if router is not None and _within(name, router):
+            return "router"
+        if "." not in name and self._counts_experts(layer, name):
+            return "experts"
+        return "layer"
+
+    def size(self, layer: nn.Module) -> int | None:
+        """H, None where it is not seen."""
+        if self.hidden_size is not None:
+            return self.hidden_size
+        weight = self.router_weight(layer)
+        seen = _number(layer, _HIDDEN_SIZE)
+        if seen is None and weight is not None:
+            seen = dict(layer.named_parameters())[weight].shape[-1]
+        return seen
+
+    def expert_count(self, layer: nn.Module) -> int | None:
+        """E, None where it is not seen."""
+        if self.num_experts is not None:
+            return self.num_experts
+        seen = _number(layer, _NUM_EXPERTS)
+        path = self.experts_path(layer)
+        if seen is None and path is not None:
+            experts = layer.get_submodule(path)
+            if isinstance(experts, nn.ModuleList):
+                return len(experts)
+        weight = self.router_weight(layer)
+        if seen is None and weight is not None:
+            seen = dict(layer.named_parameters())[weight].shape[0]
+        return seen
+
+    def slots(self, layer: nn.Module) -> int | None:
+        """K, None where it is not seen."""
+        return self.top_k if self.top_k is not None else _number(layer, _TOP_K)
+
+    def router_weight(self, layer: nn.Module) -> str | None:
+        """The name of the router's matrix, [E, H]; None where there is no single one."""
+        path = self.router_path(layer)
+        if path is None:
+            return None
+        matrices = [
+            name
+            for name, parameter in layer.named_parameters()
+            if _within(name, path) and parameter.dim() == 2
+        ]
+        return matrices[0] if len(matrices) == 1 else None
+
+    def mask_names(self, layer: nn.Module) -> Iterator[str]:
+        """The keywords of forward that may be a mask of tokens."""
+        if self.token_mask is not None:
+            yield self.token_mask
+            return
+        names = layer.forward.__code__.co_varnames if hasattr(layer.forward, "__code__") else ()
+        yield from (name for name in _MASK if name in names)
+
+    def _counts_experts(self, layer: nn.Module, name: str) -> bool:
+        """Whether a tensor of the layer itself has a matrix for each expert."""
+        tensor = getattr(layer, name, None)
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            return False
+        return tensor.shape[0] == self.expert_count(layer)
+
+    def _kept_loss(self, layer: nn.Module) -> Tensor | None:
+        """A loss that the layer or its router keeps as an attribute."""
+        path = self.router_path(layer)
+        owners = [layer] if path is None else [layer, layer.get_submodule(path)]
+        for owner in owners:
+            for name in _AUX_LOSS:
+                value = vars(owner).get(name)
+                if is_scalar(value):
+                    return value
+        return None
+
+
+def _told(source: Source | None, layer: nn.Module, result: Any) -> Tensor | None:  # noqa: ANN401
+    """What a source of the adapter's user gives."""
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        return source(layer, result)
+    named, _ = fields_of(result)
+    if source in named:
+        value: Any = named[source]
+    else:
+        value = layer
+        for part in source.split("."):
+            value = getattr(value, part)
+    return value if isinstance(value, Tensor) else None
+
+
+def _part(layer: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The nearest submodule with one of the names, the layer's own before those of its parts."""
+    children = dict(layer.named_children())
+    for name in names:
+        if name in children:
+            return name
+    experts = [name for name in children if name in _EXPERTS]
+    for child, module in children.items():
+        if child in experts or child in _SHARED or isinstance(module, nn.ModuleList):
+            continue
+        inner = _part(module, names)
+        if inner is not None:
+            return f"{child}.{inner}"
+    return None
+
+
+def _within(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.")
+
+
+def _number(layer: nn.Module, names: tuple[str, ...]) -> int | None:
+    """An int among the attributes of the layer, its parts or their configuration."""
+    for owner in layer.modules():
+        for holder in (owner, getattr(owner, "config", None)):
+            for name in names:
+                value = getattr(holder, name, None) if holder is not None else None
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+    return None
