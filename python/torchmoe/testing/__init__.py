@@ -1,4 +1,6 @@
-"""What unit tests of routers and estimators need: checks of their gradients, and a comparison.
+"""What unit tests of layers, routers and estimators need: certificates, checks, a comparison.
+
+`certify` asks a layer of any make whether the laws of mixture-of-experts layers hold.
 
 `gradcheck` compares a layer's gradient with its derivative. An estimator that replaces the
 derivative on purpose declares by what, and `check_surrogate` compares with that.
@@ -13,11 +15,18 @@ from torchmoe.testing._compare_estimators import (
 )
 from torchmoe.testing._gradcheck import gradcheck
 from torchmoe.testing._observation import UnstableSelectionError
+from torchmoe.testing.certify import LAWS, Certificate, Finding, Law, NotAsked, certify
 
 __all__ = [
+    "LAWS",
+    "Certificate",
     "EstimatorComparison",
     "EstimatorResult",
+    "Finding",
+    "Law",
+    "NotAsked",
     "UnstableSelectionError",
+    "certify",
     "check_surrogate",
     "compare_estimators",
     "gradcheck",

@@ -1,0 +1,12 @@
+"""Whether the laws of mixture-of-experts layers hold for a layer of any make.
+
+A law is data (`law.py`) in a file of its own (`laws/`); `entry.py` asks them of a `Subject`, which
+is the layer copied and read through a `torchmoe.Adapter`; what comes out is a `Certificate`.
+"""
+
+from torchmoe.testing.certify.certificate import Certificate, Finding, NotAsked
+from torchmoe.testing.certify.entry import certify
+from torchmoe.testing.certify.law import Law
+from torchmoe.testing.certify.laws import LAWS
+
+__all__ = ["LAWS", "Certificate", "Finding", "Law", "NotAsked", "certify"]

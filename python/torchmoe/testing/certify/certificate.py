@@ -1,0 +1,138 @@
+"""What `certify` found, as data and as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One way in which a law does not hold."""
+
+    law: str
+    """The name of the law."""
+    clause: str
+    """Which part of it, in a few words."""
+    where: str
+    """The tensor: "y", "aux_loss", "d/d NAME", a buffer's or an op's name."""
+    expected: str
+    """A number at the worst entry, or what must be so."""
+    got: str
+    """The same, as it was found."""
+    meaning: str
+    """One sentence on what this usually means."""
+    num_tokens: int
+    """The smallest number of tokens, of 1, 2, 3 and so on, at which it was found."""
+    smallest_input: str
+    """The call that gives these tokens, and their first numbers."""
+
+
+@dataclass(frozen=True)
+class NotAsked:
+    """A law, or a part of one, that was not asked."""
+
+    law: str
+    clause: str
+    """The part, or "all of it"."""
+    why: str
+    could_be_asked: bool
+    """Whether the law applies to the layer, so that nothing can be said of it without asking."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The laws that hold for a layer, those that do not, and those that were not asked.
+
+    True in a condition where `passed` is.
+    """
+
+    layer: str
+    """The name of its class."""
+    laws: tuple[str, ...]
+    """The laws that were to be asked, in order."""
+    formulas: dict[str, str]
+    """What each law says."""
+    failures: tuple[Finding, ...]
+    not_asked: tuple[NotAsked, ...]
+    notes: tuple[str, ...]
+    """What is worth knowing and breaks no law."""
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """No law is broken, and none that could be asked was left out."""
+        return not self.failures and not any(gap.could_be_asked for gap in self.not_asked)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def held(self, law: str) -> str:
+        """The word "held", "broken", or "not asked" for a law of which nothing was asked."""
+        if any(finding.law == law for finding in self.failures):
+            return "broken"
+        gaps = [gap for gap in self.not_asked if gap.law == law]
+        return "not asked" if any(gap.clause == "all of it" for gap in gaps) else "held"
+
+    def __str__(self) -> str:
+        """The table, for a terminal."""
+        lines = [f"{self.layer}: {self._verdict()} ({self.seconds:.1f} s)", ""]
+        width = max((len(law) for law in self.laws), default=0)
+        lines += [
+            f"  {self.held(law):<9}  {law:<{width}}  {self.formulas[law]}" for law in self.laws
+        ]
+        for finding in self.failures:
+            lines += ["", f"{finding.law}: {finding.clause}, {finding.where}"]
+            lines.append(f"  expected  {finding.expected}")
+            lines.append(f"  got       {finding.got}")
+            lines.append(f"  tokens    {finding.num_tokens}: {finding.smallest_input}")
+            lines.append(f"  usually   {finding.meaning}")
+        if self.not_asked:
+            lines += ["", "not asked:"]
+            lines += [f"  {gap.law}, {gap.clause}: {gap.why}" for gap in self.not_asked]
+        if self.notes:
+            lines += ["", "notes:", *(f"  {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The same as Markdown, for a report or a comment on a change."""
+        lines = [f"### {self.layer}: {self._verdict()}", "", "| law | | formula |", "|---|---|---|"]
+        lines += [
+            f"| {law} | {self.held(law)} | {_cell(self.formulas[law])} |" for law in self.laws
+        ]
+        if self.failures:
+            lines += ["", "| law | part | where | expected | got | tokens | usually means |"]
+            lines.append("|---|---|---|---|---|---|---|")
+        for finding in self.failures:
+            cells = (
+                finding.law,
+                finding.clause,
+                f"`{finding.where}`",
+                finding.expected,
+                finding.got,
+                f"{finding.num_tokens}: `{finding.smallest_input}`",
+                finding.meaning,
+            )
+            lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+        if self.not_asked:
+            lines += ["", "Not asked:", ""]
+            lines += [f"- {gap.law}, {gap.clause}: {gap.why}" for gap in self.not_asked]
+        if self.notes:
+            lines += ["", "Notes:", "", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> str:
+        """Every field and `passed`, as one JSON object."""
+        return json.dumps({"passed": self.passed, **asdict(self)}, indent=2)
+
+    def _verdict(self) -> str:
+        if self.passed:
+            return "passed"
+        broken = {finding.law for finding in self.failures}
+        if not broken:
+            return "not passed: a law that could be asked was not"
+        return f"not passed: {len(broken)} of {len(self.laws)} laws broken"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")

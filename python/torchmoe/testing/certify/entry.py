@@ -1,0 +1,171 @@
+"""Asks the laws of a layer."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from torchmoe._checks import check_choice, check_integer, check_module, shown
+from torchmoe.adapter import Adapter
+from torchmoe.testing.certify.certificate import Certificate, Finding, NotAsked
+from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, Note
+from torchmoe.testing.certify.laws import LAWS
+from torchmoe.testing.certify.subject import NUM_TOKENS, Subject
+
+# Findings of one clause that are told; the rest says the same again.
+_TOLD = 3
+
+
+def certify(
+    layer: nn.Module,
+    *,
+    inputs: Tensor | None = None,
+    hidden_size: int | None = None,
+    adapter: Adapter | None = None,
+    laws: str | Iterable[str] = "all",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Certificate:
+    """Asks a mixture-of-experts layer of any make whether the laws of such layers hold.
+
+        certificate = certify(MyMoE(64, num_experts=8))
+        print(certificate)
+        assert certificate
+
+    The layer maps [T, H] or [B, S, H] to its own shape and returns y, (y, loss), (y, logits) or a
+    record of them. It is copied, and left as it was found: parameters, buffers, gradients, mode
+    and random state. Where a law fails, it is asked again with 1, 2, 3 and so on tokens, so that a
+    finding names the smallest number that shows it.
+
+    A layer whose router learns from something else than the derivative, on purpose, has a method
+    `surrogate(x)` that returns what the layer returns, and whose ordinary gradient is the one that
+    is meant.
+
+    Args:
+        layer: any module, in any mode, on the CPU.
+        inputs: [..., H], tokens to draw from; standard normal ones by default.
+        hidden_size: H, where neither the layer nor inputs show it.
+        adapter: tells what of the layer cannot be seen.
+        laws: "all", or the names of some; see `torchmoe.testing.LAWS`. "all" leaves out what is
+            asked on request only: "replicas", which starts two processes.
+        dtype: of the copies, float64 or float32. What the layer casts to narrower types on the way
+            is found by looking, and bounds follow.
+        seed: of tokens, directions, incoming gradients and draws.
+
+    Returns:
+        The certificate, True if no law is broken and none that could be asked was left out.
+
+    Raises:
+        TypeError: an argument has another type, the layer is sharded, or nothing in what it returns
+            is a floating-point tensor.
+        ValueError: a law's name or dtype is unknown, or hidden_size is not to be seen.
+        RuntimeError: the layer takes tokens neither as [T, H] nor as [1, T, H].
+    """
+    check_module("certify", "layer", layer)
+    if inputs is not None and not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
+        raise TypeError(f"certify: inputs must be a floating-point tensor, got {shown(inputs)}")
+    if adapter is not None and not isinstance(adapter, Adapter):
+        raise TypeError(f"certify: adapter must be an Adapter, got {shown(adapter)}")
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"certify: dtype must be torch.float64 or torch.float32, got {dtype}")
+    check_integer("certify", "seed", seed)
+    if hidden_size is not None:
+        check_integer("certify", "hidden_size", hidden_size)
+    asked = _chosen(laws)
+    start = time.perf_counter()
+    failures: list[Finding] = []
+    not_asked: list[NotAsked] = []
+    notes: list[str] = []
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        warnings.simplefilter("ignore")  # the layer's own, each time a copy of it runs
+        subject = Subject(layer, adapter or Adapter(), inputs, hidden_size, dtype, seed)
+        for law in asked:
+            for answer in _ask(subject, law):
+                if isinstance(answer, Finding):
+                    failures.append(answer)
+                elif isinstance(answer, Gap):
+                    gap = NotAsked(law.name, answer.clause, answer.why, answer.could_be_asked)
+                    not_asked.append(gap)
+                elif isinstance(answer, Note) and answer.text not in notes:
+                    notes.append(answer.text)
+    if laws == "all":
+        not_asked += [
+            NotAsked(law.name, ALL_OF_IT, f'on request: laws=["{law.name}"]', could_be_asked=False)
+            for law in LAWS
+            if law.on_request
+        ]
+    return Certificate(
+        layer=subject.name,
+        laws=tuple(law.name for law in asked),
+        formulas={law.name: law.formula for law in asked},
+        failures=tuple(failures),
+        not_asked=tuple(not_asked),
+        notes=tuple(notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _chosen(laws: str | Iterable[str]) -> list[Law]:
+    if laws == "all":
+        return [law for law in LAWS if not law.on_request]
+    if isinstance(laws, str) or not isinstance(laws, Iterable):
+        raise TypeError(f'certify: laws must be "all" or a list of names, got {shown(laws)}')
+    wanted = list(laws)
+    for name in wanted:
+        check_choice("certify", "laws", name, [law.name for law in LAWS])
+    return [law for law in LAWS if law.name in wanted]
+
+
+def _ask(subject: Subject, law: Law) -> Iterator[Finding | Gap | Note]:
+    found: dict[str, list[Difference]] = {}
+    for answer in _answers(subject, law, NUM_TOKENS):
+        if isinstance(answer, Difference):
+            found.setdefault(answer.clause, []).append(answer)
+        else:
+            yield answer
+    smallest: dict[str, tuple[int, list[Difference]]] = {
+        clause: (NUM_TOKENS, list(answers)) for clause, answers in found.items()
+    }
+    missing = set(found)
+    for number in range(1, law.smallest + 1):
+        if not missing:
+            break
+        for answer in _answers(subject, law, number):
+            if isinstance(answer, Difference) and answer.clause in missing | {
+                clause for clause, (n, _) in smallest.items() if n == number
+            }:
+                if answer.clause in missing:
+                    missing.discard(answer.clause)
+                    smallest[answer.clause] = (number, [])
+                smallest[answer.clause][1].append(answer)
+    for clause, (number, answers) in smallest.items():
+        for answer in answers[:_TOLD]:
+            yield Finding(
+                law=law.name,
+                clause=clause,
+                where=answer.where,
+                expected=answer.expected,
+                got=answer.got,
+                meaning=answer.meaning or law.means,
+                num_tokens=number,
+                smallest_input=_input(subject, number),
+            )
+
+
+def _answers(subject: Subject, law: Law, num_tokens: int) -> Iterator[Answer]:
+    """What the law finds; an error of the layer's own is found, too."""
+    try:
+        yield from law.ask(subject, num_tokens)
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        yield Difference("runs", "the layer", "no error", text[:300])
+
+
+def _input(subject: Subject, num_tokens: int) -> str:
+    x = subject.tokens(num_tokens)
+    first = ", ".join(f"{value:.4g}" for value in x.flatten()[:3].tolist())
+    return f"seed {subject.seed}, x {list(x.shape)} = [{first}, ...]"

@@ -1,0 +1,32 @@
+"""The laws, one file for each, in the order in which they are asked."""
+
+from torchmoe.testing.certify.law import Law
+from torchmoe.testing.certify.laws import (
+    accumulation,
+    balance,
+    determinism,
+    gradients,
+    higher_orders,
+    idle_experts,
+    recomputation,
+    reference,
+    replicas,
+    router_gradient,
+    symmetry,
+    unrouted_tokens,
+)
+
+LAWS: tuple[Law, ...] = (
+    gradients.LAW,
+    reference.LAW,
+    router_gradient.LAW,
+    unrouted_tokens.LAW,
+    accumulation.LAW,
+    recomputation.LAW,
+    symmetry.LAW,
+    balance.LAW,
+    idle_experts.LAW,
+    determinism.LAW,
+    replicas.LAW,
+    higher_orders.LAW,
+)

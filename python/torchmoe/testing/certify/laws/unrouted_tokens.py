@@ -1,0 +1,146 @@
+"""Tokens and slots that are not routed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from torchmoe.testing.certify.copies import buffers
+from torchmoe.testing.certify.finite_differences import against_differences
+from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, differences
+from torchmoe.testing.certify.subject import Step, Subject
+
+_LEAKS = "A masked token goes through the router, the experts, the counts or a mean."
+
+
+def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
+    """Masked tokens where the layer takes a mask, dropped slots where it has a capacity."""
+    factor = _capacity_factor(subject)
+    if subject.mask is None and factor is None:
+        yield Gap(ALL_OF_IT, "the layer takes no mask and drops nothing, as far as is seen")
+        return
+    if subject.mask is not None:
+        yield from _masked_tokens(subject, num_tokens)
+    if factor is not None:
+        yield from _dropped_tokens(subject, max(num_tokens, 8), factor)
+
+
+def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
+    x = subject.tokens(num_tokens)
+    flat = torch.arange(num_tokens) % 3 != (0 if num_tokens > 1 else 1)
+    mask = flat.reshape(x.shape[:-1])
+    training = not subject.draws
+    step = subject.step(subject.fresh(training=training), x, mask=mask)
+
+    if subject.surrogate is None:
+        yield from against_differences(
+            "finite differences with a mask",
+            subject.function(subject.fresh(training=training), mask),
+            lambda stream: subject.point(subject.fresh(), subject.tokens(num_tokens, stream)),
+            ("y", "aux_loss") if subject.has_loss else ("y",),
+            subject.role,
+            subject.seed,
+        )
+
+    # What stands in a masked token does not matter.
+    other = torch.where(mask.unsqueeze(-1), x, subject.tokens(num_tokens, stream=5))
+    moved = subject.step(subject.fresh(training=training), other, mask=mask)
+    gone = "what a masked token holds changes nothing"
+    yield from differences(
+        gone, _counted(step, flat), _counted(moved, flat), subject.tolerance, _LEAKS
+    )
+
+    # Its output is 0, or itself where the layer adds its input, and so is its gradient.
+    y, grad = _rows(step.reading.hidden_states), step.gradients["x"]
+    masked = {"y": y[~flat]}
+    kept = {"y": _rows(x)[~flat]}
+    residual = not any(differences("", kept, masked, subject.tolerance))
+    if not residual:
+        zero = {"y": torch.zeros_like(masked["y"])}
+        yield from differences(
+            "a masked token's output is 0", zero, masked, subject.tolerance, _LEAKS
+        )
+    if grad is not None and not residual:
+        got = {"d/d x": _rows(grad)[~flat]}
+        zero = {"d/d x": torch.zeros_like(got["d/d x"])}
+        if bool((got["d/d x"] != 0).any()):
+            yield from differences("a masked token's gradient is exactly 0", zero, got, 0.0, _LEAKS)
+
+    # The others are as if it were not there.
+    layer = subject.fresh(training=training)
+    alone = subject.step(
+        layer,
+        subject.shaped(_rows(x)[flat]),
+        incoming=subject.shaped(_rows(subject.incoming(step.reading.hidden_states))[flat]),
+    )
+    clause = "the others are as without the masked tokens"
+    expected = _counted(alone, torch.ones(int(flat.sum()), dtype=torch.bool))
+    yield from differences(clause, expected, _counted(step, flat), subject.tolerance, _LEAKS)
+    masked_layer = subject.fresh(training=training)
+    subject.step(masked_layer, x, mask=mask)
+    plain = {f"buffer {name}": value for name, value in buffers(layer).items()}
+    counted = {f"buffer {name}": value for name, value in buffers(masked_layer).items()}
+    yield from differences(
+        "masked tokens are not counted", plain, counted, subject.tolerance, _LEAKS
+    )
+
+
+def _dropped_tokens(subject: Subject, num_tokens: int, factor: float) -> Iterator[Answer]:
+    """T equal tokens ask for K experts; an expert takes at most ceil(c K T / E) of them."""
+    experts, slots = subject.num_experts, subject.top_k or 1
+    if experts is None or math.ceil(factor * slots * num_tokens / experts) >= num_tokens:
+        yield Gap("dropped tokens", "its capacity is too large for T tokens to exceed it")
+        return
+    one = subject.tokens(1)
+    x = one.expand(*one.shape[:-2], num_tokens, -1).contiguous()
+    step = subject.step(subject.fresh(), x, aux=0.0)
+    y, grad = _rows(step.reading.hidden_states), step.gradients["x"]
+    if not subject.draws and bool(((y - y[0]).abs() <= subject.tolerance * y.abs().max()).all()):
+        served = f"at most {math.ceil(factor * slots * num_tokens / experts)} of {num_tokens}"
+        yield Difference(
+            "a capacity binds",
+            "y",
+            f"{served} equal tokens served by an expert",
+            "all of them",
+            "The capacity is larger than its factor says, or is never compared with a position.",
+        )
+    idle = (y == 0).all(dim=-1)
+    if grad is not None and bool(idle.any()):
+        got = {"d/d x": _rows(grad)[idle]}
+        zero = {"d/d x": torch.zeros_like(got["d/d x"])}
+        clause = "a dropped token's gradient is exactly 0"
+        yield from differences(clause, zero, got, 0.0, "A dropped slot still has a way back.")
+
+
+def _counted(step: Step, flat: Tensor) -> dict[str, Tensor | None]:
+    """What must not depend on masked tokens, those of x and y without them."""
+    everything = dict(step.everything)
+    for name in ("y", "d/d x"):
+        value = everything[name]
+        everything[name] = None if value is None else _rows(value)[flat]
+    return everything
+
+
+def _rows(value: Tensor) -> Tensor:
+    return value.flatten(0, -2)
+
+
+def _capacity_factor(subject: Subject) -> float | None:
+    layer = subject.fresh()
+    holder = getattr(layer, "capacity", None)
+    factor = getattr(layer, "capacity_factor", getattr(holder, "factor", None))
+    return float(factor) if isinstance(factor, int | float) and factor > 0 else None
+
+
+LAW = Law(
+    name="unrouted_tokens",
+    formula="a slot without an expert: no output, gradient exactly 0, all others as without it",
+    means=(
+        "A slot that has no expert is computed, counted or differentiated after all, often because "
+        "its id is used as an index."
+    ),
+    ask=ask,
+)
