@@ -11,7 +11,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _RANKING = ("aten::topk", "aten::sort", "aten::argsort", "aten::kthvalue", "aten::max")
-_COUNTING = ("aten::cumsum",)
+COUNTING = ("cumsum",)
 _CAPACITY = ("torchmoe::limit_capacity",)
 _SCORING = ("aten::_softmax", "aten::sigmoid")
 _NARROW = (torch.bfloat16, torch.float16)
@@ -63,7 +63,7 @@ class Look(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result: object,
     ) -> None:
         floats = first.is_floating_point()
-        if (name in _RANKING and floats) or (name in _COUNTING and not floats):
+        if (name in _RANKING and floats) or (name.split("::")[1] in COUNTING and not floats):
             position = 2 if name == "aten::topk" else 1
             dim = kwargs.get("dim", args[position] if len(args) > position else -1)
             if isinstance(dim, int) and first.shape[dim] in self._lengths:

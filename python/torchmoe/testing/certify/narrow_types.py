@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmoe.testing.certify.copies import buffers
 from torchmoe.testing.certify.law import Answer, Difference, Note, differences
 from torchmoe.testing.certify.looking import Look
+from torchmoe.testing.certify.shared_state import same_content
 from torchmoe.testing.certify.subject import Step, Subject
 
 # The longest chain between x and y has four roundings to the narrow type beside those of the sums:
@@ -108,14 +109,16 @@ def _same_choice(wide: Step, narrow: Step) -> Tensor | None:
 def _remembered(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """Buffers that a step moves are float32 or wider in a bfloat16 layer, too."""
     wide, narrow = subject.fresh(), subject.fresh(dtype=torch.bfloat16)
-    before = buffers(wide)
+    states = [buffers(wide)]
     with torch.no_grad():
         subject.call(wide, subject.tokens(num_tokens))
-        subject.update(wide)
-    kept = dict(narrow.named_buffers())
-    for name, after in buffers(wide).items():
-        earlier, dtype = before[name], kept[name].dtype
-        moved = earlier is not None and after is not None and not torch.equal(earlier, after)
+        states.append(buffers(wide))
+        subject.update(wide)  # which may set back what a pass has counted
+        states.append(buffers(wide))
+    for name, buffer in narrow.named_buffers():
+        first, second, third = (state[name] for state in states)
+        moved = not same_content(first, second) or not same_content(second, third)
+        dtype = buffer.dtype
         if moved and dtype in (torch.bfloat16, torch.float16):
             yield Difference(
                 "what is remembered stays wide",

@@ -12,17 +12,34 @@ _MUTABLE = (dict, list, set, Tensor)
 
 
 def shared_by_default(layer: nn.Module) -> Iterator[tuple[str, str]]:
-    """Attributes that are the default value of an argument of their class, which all layers share.
+    """Attributes and buffers that lie in the default value of an argument, which all layers share.
 
     Yields:
         The module's path and the attribute's name.
     """
     for path, module in layer.named_modules():
-        arguments = inspect.signature(type(module).__init__).parameters.values()
-        defaults = [a.default for a in arguments if isinstance(a.default, _MUTABLE)]
-        for name, value in vars(module).items():
-            if any(value is default for default in defaults):
+        shared = {id(value) for default in _defaults(type(module)) for value in _inside(default)}
+        for name, value in (vars(module) | module._buffers).items():
+            if id(value) in shared:
                 yield path, name
+
+
+def _defaults(kind: type) -> Iterator[object]:
+    """The mutable default values of the methods of a class and of those it inherits from."""
+    for base in kind.__mro__:
+        for function in vars(base).values():
+            if inspect.isfunction(function):
+                given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+                yield from (value for value in given if isinstance(value, _MUTABLE))
+
+
+def _inside(value: object) -> Iterator[object]:
+    """The value, and what a container holds."""
+    yield value
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | set):
+        yield from value
 
 
 def same_content(one: object, two: object) -> bool:

@@ -15,7 +15,7 @@ from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.testing._observation import Observer, same_draws
 from torchmoe.testing.certify.copies import DetachedCopies, gradients
-from torchmoe.testing.certify.looking import Look
+from torchmoe.testing.certify.looking import COUNTING, Look
 from torchmoe.testing.certify.own_layers import Sharing, declared_sharing, declared_surrogate
 from torchmoe.testing.certify.shared_state import shared_by_default
 
@@ -302,8 +302,11 @@ class Subject:
         x = self.tokens(NUM_TOKENS)
         reading = self.call(self.fresh(), x)
         self.has_loss = reading.aux_loss is not None
-        again = self.call(self.fresh(), x, draw=1)
-        self.draws = not torch.equal(reading.hidden_states, again.hidden_states)
+        # A draw may change nothing this time: whether there is one, the generator tells.
+        with same_draws(self.seed, [x]):
+            state = torch.get_rng_state()
+            self.adapter.call(self.fresh(), x)
+            self.draws = not torch.equal(state, torch.get_rng_state())
         look = Look(NUM_TOKENS, self.top_k or 1, self.num_experts or 0)
         observer = Observer()
         with look, observer:
@@ -329,7 +332,8 @@ class Subject:
         declared = declared_sharing(self._template)
         if declared is None and look.over_tokens is not None:
             op = look.over_tokens.split("::")[1]
-            return Sharing(f"{op} ranks or counts over the tokens", values=False)
+            does = "counts" if op in COUNTING else "ranks"
+            return Sharing(f"{op} {does} over the tokens", values=False)
         return declared
 
     def _find_mask(self, x: Tensor) -> Mask | None:

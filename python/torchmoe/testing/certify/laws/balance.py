@@ -153,6 +153,9 @@ def _points_to_idle_experts(subject: Subject, num_tokens: int, weight: str) -> I
     with torch.no_grad():
         _set_router(subject, layer, weight, matrix)
         low, high = (_loss(subject, layer, x).item() for x in (even, crowded))
+    if _never_crowded(subject, layer, crowded):
+        yield Gap("crowded and idle experts", "as far as is seen every expert takes its share")
+        return
     if not high > low * (1 + subject.tolerance) + subject.tolerance * abs(low):
         yield Difference(
             "larger where the experts are crowded",
@@ -171,6 +174,17 @@ def _points_to_idle_experts(subject: Subject, num_tokens: int, weight: str) -> I
             f"{slopes[0].item():.3g}",
             _BLIND,
         )
+
+
+def _never_crowded(subject: Subject, layer: nn.Module, crowded: Tensor) -> bool:
+    """Whether experts choose their tokens, so that equal tokens spread over them."""
+    with torch.no_grad():
+        indices = subject.call(layer, crowded).indices
+    if indices is None or subject.num_experts is None:
+        return subject.sharing is not None and "ranks" in subject.sharing.why
+    routed = indices[(indices >= 0) & (indices < subject.num_experts)]
+    counts = routed.bincount(minlength=subject.num_experts)
+    return bool(counts.max() == counts.min())
 
 
 def _finite(subject: Subject, num_tokens: int, weight: str) -> Iterator[Answer]:
