@@ -135,7 +135,7 @@ def _check_at(
 ) -> None:
     layer, parameters = _Layer(moe), dict(moe.named_parameters())
     with same_draws(seed, [x]):
-        surrogate = _Surrogate(moe, x, mask)
+        surrogate = EstimatorSurrogate(moe, x, mask)
     if surrogate.weights is None:
         gradcheck(layer, x, kwargs={"token_mask": mask}, seed=seed, full=True, **tolerances)
         return
@@ -193,7 +193,7 @@ class _Layer(nn.Module):
         return output.hidden_states
 
 
-class _Surrogate(nn.Module):
+class EstimatorSurrogate(nn.Module):
     """The formula of check_surrogate; what carries a bar there is taken from x at construction."""
 
     def __init__(self, moe: MoE, x: Tensor, token_mask: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from torchmoe.nn.attached_loss import WithAttachedLoss
 from torchmoe.nn.declarations import RouterDeclaration
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.moe import MoE
-from torchmoe.testing._check_surrogate import _Surrogate
+from torchmoe.testing._estimator_surrogate import EstimatorSurrogate
 
 Surrogate = Callable[[nn.Module, Tensor], Any]
 
@@ -56,7 +56,7 @@ def _replaces(moe: MoE) -> bool:
 def _of_estimator(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(layer, MoE)
     state = torch.get_rng_state()
-    y = _Surrogate(layer, x.detach().flatten(0, -2), None)(x.flatten(0, -2), None)
+    y = EstimatorSurrogate(layer, x.detach().flatten(0, -2), None)(x.flatten(0, -2), None)
     torch.set_rng_state(state)  # the loss is that of the same draws
     return y.reshape(x.shape), layer(x).aux_loss
 
