@@ -20,7 +20,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help additions copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch
+.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -212,6 +212,11 @@ test-wheel: wheel  ## Install the source archive, then run with the wheel every 
 	$(BUILD)/wheel/venv/bin/python -m pip install --quiet '$(TORCH)' "$$(ls -t $(CURDIR)/$(DIST)/*.whl | head -n 1)[train,bench]" \
 	  expecttest hypothesis pytest pytest-xdist setuptools
 	OMP_WAIT_POLICY=PASSIVE $(BUILD)/wheel/venv/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not cuda and not needs_build"
+
+# Hours; goes on where it was stopped. build/certificates has what was found.
+certificates: develop  ## Ask every law of every reported bug, and of the correct layers over 20 seeds
+	PYTHONPATH=tests/python $(BIN)/python -m certify.sweep mutants
+	PYTHONPATH=tests/python $(BIN)/python -m certify.sweep correct --seeds 20
 
 support: build-tests  ## Run every test and note in docs/support.md what they ran with
 	$(BIN)/python tests/support.py compiled

@@ -3,9 +3,9 @@
 `torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions they compose,
 `torchmoe.losses` further balancing terms, `torchmoe.presets` the conventions of other libraries,
 `watch` and `routing_statistics` show what the routing does, `geometry` how a router divides the
-space, `RoutingReplay` takes a pass's choices again in another, and `torchmoe.testing` has the
-gradient check for routers and estimators of your own. `python -m torchmoe` prints what a bug report
-needs.
+space, `RoutingReplay` takes a pass's choices again in another, and `torchmoe.testing` certifies
+layers of any make, read through an `Adapter`, and checks gradients of your own.
+`python -m torchmoe` prints what a bug report needs.
 """
 
 from torchmoe._report import reported

@@ -99,6 +99,8 @@ class Adapter:
         top_k: K.
         per_token: whether a token's output depends on that token alone in evaluation. False for a
             capacity, a decision for a sequence, or experts that choose their tokens.
+        balances: whether the auxiliary loss evens out the load; False for a z-loss or a penalty
+            of sparsity by itself.
         without_gradient: names of parameters, or beginnings of them, to which the layer gives no
             gradient on purpose, such as those of idle experts that are left out.
         reference: (layer, x) -> what layer(x) must return, y or (y, loss), formed slowly and
@@ -126,6 +128,7 @@ class Adapter:
     num_experts: int | None = None
     top_k: int | None = None
     per_token: bool | None = None
+    balances: bool = True
     without_gradient: tuple[str, ...] = ()
     reference: Callable[[nn.Module, Tensor], Any] | None = None
     surrogate: Callable[[nn.Module, Tensor], Any] | None = None
@@ -145,6 +148,7 @@ class Adapter:
         for name in ("hidden_size", "num_experts", "top_k"):
             if getattr(self, name) is not None:
                 check_at_least("Adapter", name, getattr(self, name), 1)
+        check_flag("Adapter", "balances", self.balances)
         if self.per_token is not None:
             check_flag("Adapter", "per_token", self.per_token)
         for name in ("reference", "surrogate", "update"):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from certify.layers.correct import CORRECT, Make
+from certify.layers.correct import ADAPTERS, CORRECT, Make
 from certify.mutants.references import adapter_of
 from certify.mutants.registry import all_mutants
 from torchmoe import Adapter
@@ -57,7 +57,7 @@ def main() -> int:
 
 def _layers(kind: str) -> Iterator[tuple[str, Make, Adapter | None]]:
     if kind == "correct":
-        yield from ((name, make, None) for name, make in CORRECT.items())
+        yield from ((name, make, ADAPTERS.get(name)) for name, make in CORRECT.items())
     else:
         for name, mutant in all_mutants().items():
             yield name, mutant.make, adapter_of(mutant)

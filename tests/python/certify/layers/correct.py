@@ -14,6 +14,7 @@ from certify.layers.dispatch import DispatchMoE
 from certify.layers.grouped import GroupedMoE
 from certify.layers.loop import InjectedMoE, LoopMoE, NoisyMoE, ScaledMoE, StackedMoE
 from certify.layers.selection_bias import BiasMoE
+from torchmoe import Adapter
 
 Make = Callable[[int], nn.Module]
 
@@ -56,6 +57,9 @@ BASES: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "bias_unnormalised": (BiasMoE, {"normalise": False}),
     "bias_top1": (BiasMoE, {"top_k": 1, "normalise": False, "scaling": 1.5}),
 }
+
+#: What of them cannot be seen.
+ADAPTERS = {"relu": Adapter(balances=False)}
 
 CORRECT: dict[str, Make] = {
     **{name: build(layer, **options) for name, (layer, options) in BASES.items()},

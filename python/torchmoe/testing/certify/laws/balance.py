@@ -13,7 +13,10 @@ from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law
 from torchmoe.testing.certify.subject import Subject
 
 _CERTAIN, _HUGE = 3.0, 1e3
-_BLIND = "The loss does not see the load: f is constant, or f and P are of different experts."
+_BLIND = (
+    "The loss does not see the load: f is constant, or f and P are of different experts. One that "
+    "is not for balance is told by Adapter(balances=False)."
+)
 
 
 def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
@@ -141,6 +144,9 @@ def _set_router(subject: Subject, layer: nn.Module, weight: str, matrix: Tensor)
 
 def _points_to_idle_experts(subject: Subject, num_tokens: int, weight: str) -> Iterator[Answer]:
     """The same logits for one expert's sake, or for each in turn; dL/dlogits of the former."""
+    if not subject.adapter.balances:
+        yield Gap("crowded and idle experts", "the adapter says that the loss is not for balance")
+        return
     apart = _apart(subject, weight)
     if apart is None:
         yield Gap("crowded and idle experts", "the router's matrix is not [E, H] with E <= H")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torchmoe.testing.certify.expert_functions import expert_function, shared_fu
 from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, differences
 from torchmoe.testing.certify.subject import Step, Subject
 
+Weighing = Callable[[Reading, int | None], tuple[Tensor, Tensor]]
+
 _EXACT = "donot_use_mm_for_euclid_dist"
 
 
@@ -20,23 +22,33 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """What the experts are given; then value, loss and every gradient, in both modes."""
     if subject.draws:
         yield from _draws_are_for_the_router(subject, num_tokens)
-    told = subject.adapter.reference
-    if told is None and not _explains(subject):
+    weigh = None if subject.adapter.reference is not None else _explanation(subject)
+    if subject.adapter.reference is None and weigh is None:
         why = "no formula in common use gives its output; Adapter(reference=...) tells"
         yield Gap(ALL_OF_IT, why)
         return
-    for training in (True, False):
-        layer = subject.fresh(training=training)
-        x = subject.tokens(num_tokens)
-        expected = _step(subject, layer, x)
+    x = subject.tokens(num_tokens)
+    for training, tokens in ((True, x), (False, x), (True, _batched(subject, num_tokens))):
+        if tokens is None:
+            continue
+        expected = _step(subject, subject.fresh(training=training), tokens, weigh)
+        loss = expected.reading.aux_loss is not None
+        step = subject.step(subject.fresh(training=training), tokens, aux=1.0 if loss else 0.0)
+        got = step.everything
+        wanted = {n: v for n, v in expected.everything.items() if loss or n != "aux_loss"}
         mode = "training" if training else "evaluation"
-        clause = f"value and gradients in {mode}"
-        got = subject.step(subject.fresh(training=training), x).everything
-        if expected.reading.aux_loss is None:
-            got = subject.step(subject.fresh(training=training), x, aux=0.0).everything
-            got.pop("aux_loss")
-        wanted = {name: value for name, value in expected.everything.items() if name in got}
+        kind = "" if tokens is x else ", a batch of sequences"
+        clause = f"value and gradients in {mode}{kind}"
+        if expected.reading.logits is not None and step.reading.logits is not None:
+            wanted["logits"], got["logits"] = expected.reading.logits, step.reading.logits
         yield from differences(clause, wanted, got, subject.tolerance)
+
+
+def _batched(subject: Subject, num_tokens: int) -> Tensor | None:
+    """Tokens as [2, S, H], for layers that take them so."""
+    if not subject.takes_batches:
+        return None
+    return subject.tokens(2 * num_tokens).reshape(2, num_tokens, subject.hidden_size)
 
 
 def _draws_are_for_the_router(subject: Subject, num_tokens: int) -> Iterator[Answer]:
@@ -76,35 +88,71 @@ def _given_to_experts(subject: Subject, training: bool, x: Tensor) -> Tensor:
     return torch.cat([x.new_empty(0, subject.hidden_size), *rows])
 
 
-def _step(subject: Subject, layer: nn.Module, x: Tensor) -> Step:
+def _step(subject: Subject, layer: nn.Module, x: Tensor, weigh: Weighing | None) -> Step:
     told = subject.adapter.reference
-    if told is None:
-        return subject.step(layer, x, call=lambda module, leaf: _plain(subject, module, leaf))
-    return subject.step(
-        layer, x, call=lambda module, leaf: subject.adapter.read(module, told(module, leaf))
-    )
+
+    def run(module: nn.Module, leaf: Tensor) -> Reading:
+        if told is not None:
+            return subject.adapter.read(module, told(module, leaf))
+        assert weigh is not None
+        return _plain(subject, module, leaf, weigh)
+
+    return subject.step(layer, x, call=run)
 
 
-def _explains(subject: Subject) -> bool:
-    """Whether the plain sum over the slots gives the layer's output."""
+def _explanation(subject: Subject) -> Weighing | None:
+    """The way to weigh slots with which the plain sum gives the layer's output."""
     layer, x = subject.fresh(), subject.tokens(5, stream=3)
-    reading = subject.call(layer, x)
-    if reading.indices is None or reading.weights is None:
-        return False
     if expert_function(layer, subject.adapter) is None:
-        return False
-    plain = _plain(subject, layer, x).hidden_states
-    return not any(differences("", {"y": plain}, {"y": reading.hidden_states}, subject.tolerance))
+        return None
+    y = subject.call(layer, x).hidden_states
+    for weigh in _WEIGHINGS:
+        try:
+            plain = _plain(subject, layer, x, weigh).hidden_states
+        except _NotReadError:
+            continue
+        if not any(differences("", {"y": plain}, {"y": y}, subject.tolerance)):
+            return weigh
+    return None
 
 
-def _plain(subject: Subject, layer: nn.Module, x: Tensor) -> Reading:
+class _NotReadError(Exception):
+    """What a way to weigh needs was not read."""
+
+
+def _read(reading: Reading, top_k: int | None) -> tuple[Tensor, Tensor]:
+    if reading.indices is None or reading.weights is None:
+        raise _NotReadError
+    return reading.indices, reading.weights
+
+
+def _scores(score: Callable[[Tensor], Tensor], normalize: bool) -> Weighing:
+    def weigh(reading: Reading, top_k: int | None) -> tuple[Tensor, Tensor]:
+        if reading.logits is None or top_k is None:
+            raise _NotReadError
+        weights, indices = score(reading.logits).topk(top_k, dim=-1)
+        return indices, weights / weights.sum(-1, keepdim=True) if normalize else weights
+
+    return weigh
+
+
+#: (reading, K) -> ids and weights of the slots, [T, K] each.
+_WEIGHINGS: tuple[Weighing, ...] = (
+    _read,
+    *(
+        _scores(score, normalize)
+        for score in (lambda logits: logits.softmax(-1), torch.sigmoid)
+        for normalize in (False, True)
+    ),
+)
+
+
+def _plain(subject: Subject, layer: nn.Module, x: Tensor, weigh: Weighing) -> Reading:
     """y_t = s sum_j w_tj E_i(x_t) + shared(x_t), one slot after another."""
     reading = subject.call(layer, x)
     expert = expert_function(layer, subject.adapter)
-    indices, weights = reading.indices, reading.weights
     assert expert is not None
-    assert indices is not None
-    assert weights is not None
+    indices, weights = weigh(reading, subject.top_k)
     tokens = x.flatten(0, -2)
     scale = getattr(layer, "routed_scaling_factor", 1.0)
     rows = []
@@ -115,10 +163,10 @@ def _plain(subject: Subject, layer: nn.Module, x: Tensor) -> Reading:
                 y = y + scale * row[slot].to(token.dtype) * expert(number, token)
         rows.append(y)
     shared = shared_function(layer, subject.adapter)
-    y = tokens.new_zeros(tokens.shape) if not rows else torch.stack(rows)
+    total = torch.stack(rows)
     if shared is not None:
-        y = y + shared(tokens)
-    return reading._replace(hidden_states=y.reshape(x.shape))
+        total = total + shared(tokens)
+    return reading._replace(hidden_states=total.reshape(x.shape))
 
 
 LAW = Law(
