@@ -156,7 +156,7 @@ class Adapter:
             if function is not None and not callable(function):
                 raise TypeError(f"Adapter: {name} must be a function, got {shown(function)}")
         names = self.without_gradient
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError(
                 f"Adapter: without_gradient must be a tuple of strings, got {shown(names)}"
             )

@@ -332,6 +332,10 @@ WITHOUT_ARGUMENTS = {
 }
 # Made by torchmoe and not by its users.
 RESULTS = {
+    "Certificate",
+    "Finding",
+    "Law",
+    "NotAsked",
     "Decision",
     "DispatchPlan",
     "EstimatorComparison",

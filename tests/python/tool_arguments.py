@@ -123,6 +123,42 @@ TOOLS = [
         others=("seed", "eps", "layer"),
     ),
     Case(
+        testing.certify,
+        "certify",
+        {"layer": _layer(), "laws": ["accumulation"]},
+        {
+            "layer": "module",
+            "inputs": "part",
+            "hidden_size": "size",
+            "adapter": "part",
+            "laws": "part",
+            "dtype": "dtype",
+            "seed": "integer",
+        },
+        takes={"inputs": ("a tensor",), "hidden_size": ("None",)},
+    ),
+    Case(
+        torchmoe.Adapter,
+        "Adapter",
+        {},
+        dict.fromkeys(("hidden_states", "aux_loss", "logits", "indices", "weights"), "callable")
+        | dict.fromkeys(("router", "experts", "shared_experts", "token_mask"), "text")
+        | dict.fromkeys(("hidden_size", "num_experts", "top_k"), "size")
+        | {"per_token": "flag", "balances": "flag", "without_gradient": "part"}
+        | dict.fromkeys(("reference", "surrogate", "update"), "callable"),
+        takes={
+            **dict.fromkeys(
+                ("hidden_states", "aux_loss", "logits", "indices", "weights"),
+                ("text", "None", "a class"),
+            ),
+            **dict.fromkeys(
+                ("router", "experts", "shared_experts", "token_mask", "hidden_size"), ("None",)
+            ),
+            **dict.fromkeys(("num_experts", "top_k", "per_token"), ("None",)),
+            **dict.fromkeys(("reference", "surrogate", "update"), ("None", "a class")),
+        },
+    ),
+    Case(
         testing.compare_estimators,
         "compare_estimators",
         {"moe": _layer(), "batches": [X.float()], "loss": lambda y, batch: y.sum()},

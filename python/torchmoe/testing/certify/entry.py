@@ -9,7 +9,14 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from torchmoe._checks import check_choice, check_integer, check_module, shown
+from torchmoe._checks import (
+    check_at_least,
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_module,
+    shown,
+)
 from torchmoe.adapter import Adapter
 from torchmoe.testing.certify.certificate import Certificate, Finding, NotAsked
 from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, Note
@@ -70,11 +77,12 @@ def certify(
         raise TypeError(f"certify: inputs must be a floating-point tensor, got {shown(inputs)}")
     if adapter is not None and not isinstance(adapter, Adapter):
         raise TypeError(f"certify: adapter must be an Adapter, got {shown(adapter)}")
+    check_dtype("certify", dtype)
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"certify: dtype must be torch.float64 or torch.float32, got {dtype}")
     check_integer("certify", "seed", seed)
     if hidden_size is not None:
-        check_integer("certify", "hidden_size", hidden_size)
+        check_at_least("certify", "hidden_size", hidden_size, 1)
     asked = _chosen(laws)
     start = time.perf_counter()
     failures: list[Finding] = []
