@@ -47,7 +47,10 @@ def _loss(subject: Subject, layer: nn.Module, x: Tensor) -> Tensor:
 def _reaches_the_router(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """dL/dP_i = E f_i: not 0 for the router, and 0 for the experts."""
     names = subject.names("router")
-    step = subject.step(subject.fresh(), subject.tokens(num_tokens), main=0.0)
+    layer, x = subject.fresh(), subject.tokens(num_tokens)
+    if _evenly_loaded(subject, layer, x):
+        return  # with even f the loss is constant, whatever the scores
+    step = subject.step(layer, x, main=0.0)
     sizes = {
         name: 0.0 if grad is None else grad.abs().max().item()
         for name, grad in step.gradients.items()
@@ -159,7 +162,7 @@ def _points_to_idle_experts(subject: Subject, num_tokens: int, weight: str) -> I
     with torch.no_grad():
         _set_router(subject, layer, weight, matrix)
         low, high = (_loss(subject, layer, x).item() for x in (even, crowded))
-    if _never_crowded(subject, layer, crowded):
+    if _evenly_loaded(subject, layer, crowded):
         yield Gap("crowded and idle experts", "as far as is seen every expert takes its share")
         return
     if not high > low * (1 + subject.tolerance) + subject.tolerance * abs(low):
@@ -182,10 +185,10 @@ def _points_to_idle_experts(subject: Subject, num_tokens: int, weight: str) -> I
         )
 
 
-def _never_crowded(subject: Subject, layer: nn.Module, crowded: Tensor) -> bool:
-    """Whether experts choose their tokens, so that equal tokens spread over them."""
+def _evenly_loaded(subject: Subject, layer: nn.Module, x: Tensor) -> bool:
+    """Whether every expert takes its share, as far as is seen, as where experts choose tokens."""
     with torch.no_grad():
-        indices = subject.call(layer, crowded).indices
+        indices = subject.call(layer, x).indices
     if indices is None or subject.num_experts is None:
         return subject.sharing is not None and "ranks" in subject.sharing.why
     routed = indices[(indices >= 0) & (indices < subject.num_experts)]
