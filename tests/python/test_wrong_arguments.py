@@ -328,6 +328,7 @@ WITHOUT_ARGUMENTS = {
     "RouterDeclaration",
     "build_info",
     "known_estimators",
+    "known_laws",
     *(kind.__name__ for kind in ESTIMATORS.values() if not by_annotations(kind, {})),
 }
 # Made by torchmoe and not by its users.

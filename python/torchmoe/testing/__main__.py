@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchmoe.testing.certify import certify
-from torchmoe.testing.certify.laws import LAWS
+from torchmoe.testing.certify.laws import known_laws
 
 _FAILED, _UNUSABLE = 1, 2
 
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m torchmoe.testing",
         description="Asks a mixture-of-experts layer whether the laws of such layers hold.",
-        epilog="laws: " + ", ".join(law.name for law in LAWS),
+        epilog="laws: " + ", ".join(law.name for law in known_laws()),
     )
     parser.add_argument(
         "layer", help="path.to:factory, a module's class or a function without arguments"

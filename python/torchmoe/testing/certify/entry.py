@@ -20,7 +20,7 @@ from torchmoe._checks import (
 from torchmoe.adapter import Adapter
 from torchmoe.testing.certify.certificate import Certificate, Finding, NotAsked
 from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, Note
-from torchmoe.testing.certify.laws import LAWS
+from torchmoe.testing.certify.laws import known_laws
 from torchmoe.testing.certify.subject import NUM_TOKENS, Subject
 
 # Findings of one clause that are told; the rest says the same again.
@@ -57,8 +57,8 @@ def certify(
         inputs: [..., H], tokens to draw from; standard normal ones by default.
         hidden_size: H, where neither the layer nor inputs show it.
         adapter: tells what of the layer cannot be seen.
-        laws: "all", or the names of some; see `torchmoe.testing.LAWS`. "all" leaves out what is
-            asked on request only: "replicas", which starts two processes.
+        laws: "all", or the names of some of `known_laws`. "all" leaves out what is asked on request
+            only: "replicas", which starts two processes.
         dtype: of the copies, float64 or float32. What the layer casts to narrower types on the way
             is found by looking, and bounds follow.
         seed: of tokens, directions, incoming gradients and draws.
@@ -103,7 +103,7 @@ def certify(
     if laws == "all":
         not_asked += [
             NotAsked(law.name, ALL_OF_IT, f'on request: laws=["{law.name}"]', could_be_asked=False)
-            for law in LAWS
+            for law in known_laws()
             if law.on_request
         ]
     return Certificate(
@@ -119,13 +119,13 @@ def certify(
 
 def _chosen(laws: str | Iterable[str]) -> list[Law]:
     if laws == "all":
-        return [law for law in LAWS if not law.on_request]
+        return [law for law in known_laws() if not law.on_request]
     if isinstance(laws, str) or not isinstance(laws, Iterable):
         raise TypeError(f'certify: laws must be "all" or a list of names, got {shown(laws)}')
     wanted = list(laws)
     for name in wanted:
-        check_choice("certify", "laws", name, [law.name for law in LAWS])
-    return [law for law in LAWS if law.name in wanted]
+        check_choice("certify", "laws", name, [law.name for law in known_laws()])
+    return [law for law in known_laws() if law.name in wanted]
 
 
 def _ask(subject: Subject, law: Law) -> Iterator[Finding | Gap | Note]:

@@ -16,7 +16,7 @@ from torchmoe.testing.certify.laws import (
     unrouted_tokens,
 )
 
-LAWS: tuple[Law, ...] = (
+_LAWS: tuple[Law, ...] = (
     gradients.LAW,
     reference.LAW,
     router_gradient.LAW,
@@ -30,3 +30,8 @@ LAWS: tuple[Law, ...] = (
     replicas.LAW,
     higher_orders.LAW,
 )
+
+
+def known_laws() -> tuple[Law, ...]:
+    """Every law, in the order in which they are asked."""
+    return _LAWS
