@@ -131,7 +131,7 @@ class Subject {
 
   static at::Tensor leaf_of(const at::Tensor& x) { return x.detach().clone().requires_grad_(); }
 
-  // What is differentiated by: x and the parameters, with the name of each.
+  // What is differentiated by: x, then the parameters. name() has the name of each.
   Tensors variables(const at::Tensor& x) const {
     Tensors variables{x};
     for (const auto& [name, parameter] : layer_.parameters) {
