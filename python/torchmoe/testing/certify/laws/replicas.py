@@ -89,7 +89,7 @@ def _replica(rank: int, work: bytes, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=_PROCESSES
     )
-    answer: Any
+    path = os.path.join(folder, str(rank))
     try:
         torch.manual_seed(seed)
         replicated: nn.Module = DistributedDataParallel(layer)
@@ -99,10 +99,13 @@ def _replica(rank: int, work: bytes, folder: str) -> None:
         loss = None if reading.aux_loss is None else reading.aux_loss.detach()
         # The next forward pass tells of parameters that took no part in this one.
         replicated(x)
-        answer = ({f"d/d {n}": p.grad for n, p in layer.named_parameters()}, loss)
+        gradients = {f"d/d {n}": p.grad for n, p in layer.named_parameters()}
     except Exception as error:
-        answer = str(error).splitlines()[0]
-    torch.save(answer, os.path.join(folder, str(rank)))
+        torch.save(str(error).splitlines()[0], path)
+        # A sum that the other process never joins is still under way, and taking the group down
+        # around it aborts.
+        os._exit(0)
+    torch.save((gradients, loss), path)
     distributed.destroy_process_group()
 
 
