@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from torchmoe._checks import check_at_least, check_flag, check_module, shown
-from torchmoe._results import (
+from torchmoe._layer_results import (
     INDICES,
     LOGITS,
     WEIGHTS,

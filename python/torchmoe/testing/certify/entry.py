@@ -19,7 +19,7 @@ from torchmoe._checks import (
 )
 from torchmoe.adapter import Adapter
 from torchmoe.testing.certify.certificate import Certificate, Finding, NotAsked
-from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, Note
+from torchmoe.testing.certify.law import ALL_OF_IT, Difference, Gap, Law, Note
 from torchmoe.testing.certify.laws import known_laws
 from torchmoe.testing.certify.subject import NUM_TOKENS, Subject
 
@@ -129,29 +129,19 @@ def _chosen(laws: str | Iterable[str]) -> list[Law]:
 
 
 def _ask(subject: Subject, law: Law) -> Iterator[Finding | Gap | Note]:
-    found: dict[str, list[Difference]] = {}
-    for answer in _answers(subject, law, NUM_TOKENS):
-        if isinstance(answer, Difference):
-            found.setdefault(answer.clause, []).append(answer)
-        else:
-            yield answer
-    smallest: dict[str, tuple[int, list[Difference]]] = {
-        clause: (NUM_TOKENS, list(answers)) for clause, answers in found.items()
-    }
-    missing = set(found)
+    """What the law finds, each broken clause with the fewest tokens that break it."""
+    broken, others = _answers(subject, law, NUM_TOKENS)
+    yield from others
+    fewest = {clause: (NUM_TOKENS, found) for clause, found in broken.items()}
+    missing = set(broken)
     for number in range(1, law.smallest + 1):
         if not missing:
             break
-        for answer in _answers(subject, law, number):
-            if isinstance(answer, Difference) and answer.clause in missing | {
-                clause for clause, (n, _) in smallest.items() if n == number
-            }:
-                if answer.clause in missing:
-                    missing.discard(answer.clause)
-                    smallest[answer.clause] = (number, [])
-                smallest[answer.clause][1].append(answer)
-    for clause, (number, answers) in smallest.items():
-        for answer in answers[:_TOLD]:
+        again, _ = _answers(subject, law, number)
+        fewest |= {clause: (number, again[clause]) for clause in missing & again.keys()}
+        missing -= again.keys()
+    for clause, (number, found) in fewest.items():
+        for answer in found[:_TOLD]:
             yield Finding(
                 law=law.name,
                 clause=clause,
@@ -164,13 +154,22 @@ def _ask(subject: Subject, law: Law) -> Iterator[Finding | Gap | Note]:
             )
 
 
-def _answers(subject: Subject, law: Law, num_tokens: int) -> Iterator[Answer]:
-    """What the law finds; an error of the layer's own is found, too."""
+def _answers(
+    subject: Subject, law: Law, num_tokens: int
+) -> tuple[dict[str, list[Difference]], list[Gap | Note]]:
+    """The differences by clause, and the other answers; an error of the layer's is a difference."""
+    broken: dict[str, list[Difference]] = {}
+    others: list[Gap | Note] = []
     try:
-        yield from law.ask(subject, num_tokens)
+        for answer in law.ask(subject, num_tokens):
+            if isinstance(answer, Difference):
+                broken.setdefault(answer.clause, []).append(answer)
+            else:
+                others.append(answer)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        yield Difference("runs", "the layer", "no error", text[:300])
+        broken["runs"] = [Difference("runs", "the layer", "no error", text[:300])]
+    return broken, others
 
 
 def _input(subject: Subject, num_tokens: int) -> str:
