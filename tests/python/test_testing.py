@@ -89,7 +89,7 @@ def test_catches_a_planted_error() -> None:
     assert "Found nothing wrong with experts.gate_up_proj, experts.down_proj." in text
     assert "got is 1.01 times expected all over router.weight" in text
     assert not gradcheck(moe, x, raise_exception=False)
-    with pytest.raises(GradcheckError, match=r"1 = router\.weight"):
+    with pytest.raises(GradcheckError, match=r"all over router\.weight"):
         gradcheck(moe, x, full=True)
     assert not gradcheck(moe, x, full=True, raise_exception=False)
 
@@ -118,7 +118,7 @@ def test_checks_only_what_requires_a_gradient() -> None:
 )
 def test_says_why_a_replaced_gradient_is_not_the_derivative(module: nn.Module, reason: str) -> None:
     with pytest.raises(RuntimeError, match=f"{reason}.*deliberately gives another gradient"):
-        gradcheck(module, torch.randn(T, H))
+        gradcheck(module, torch.randn(T - 1, H))  # at perfect balance the loss has no gradient
 
 
 def select_and_weigh(logits: Tensor) -> Tensor:

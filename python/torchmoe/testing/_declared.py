@@ -69,19 +69,19 @@ def check_declared(
 
     names = _common_outputs(learner(subject.tensors), subject.outputs(subject.tensors, declared))
     # Two ways to say the same: what the surrogate's gradient is, and what it is the derivative of.
-    own = _checked(held, values, subject, names, seed, eps, **_GLANCE)
+    own = sampled(held, values, subject, names, seed, eps, **_GLANCE)
     if own.disagreements:
         text = explanation(OWNER, own, "that of the surrogate's own derivative")
         raise GradcheckError(
             f"{text}\nThis is the gradient of the surrogate itself: what is held constant in it "
             "must be marked by .detach(), and its ops must have right gradients."
         )
-    result = _checked(held, learner, subject, names, seed, eps)
+    result = sampled(held, learner, subject, names, seed, eps)
     if result.disagreements:
         raise GradcheckError(explanation(OWNER, result, "the derivative of the surrogate"))
 
 
-def _checked(
+def sampled(
     function: Function,
     gradient_of: Function,
     subject: Subject,
@@ -90,6 +90,12 @@ def _checked(
     eps: float,
     **numbers: Any,  # noqa: ANN401 (of probes)
 ) -> Derivatives:
+    """`check_derivatives` of a subject whose op that replaces the derivative is what is checked.
+
+    Raises:
+        UnstableSelectionError: a choice changes within the smallest step, and nothing else is
+            found.
+    """
     result = check_derivatives(
         function,
         subject.tensors,
@@ -104,7 +110,6 @@ def _checked(
     unstable = [u.reason for u in result.undecided if u.kind == "choice"]
     if unstable and not result.disagreements:
         raise UnstableSelectionError(f"{OWNER}: {unstable[0]}; {AVOID_TIES}")
-    # The op that replaces the derivative is what is checked.
     return replace(result, replaced=set())
 
 

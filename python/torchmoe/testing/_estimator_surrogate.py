@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routers.context_router import route
 from torchmoe.nn.routing import MoEOutput, before_drop
+from torchmoe.testing._declared import OWNER, sampled
+from torchmoe.testing._differences import Tensors
+from torchmoe.testing._explanation import explanation
 from torchmoe.testing._gradcheck import gradcheck
 from torchmoe.testing._observation import (
     AVOID_TIES,
@@ -33,8 +37,11 @@ from torchmoe.testing._observation import (
     compare,
     same_draws,
 )
+from torchmoe.testing._subject import Subject
 
 _ATTEMPTS = 10
+# What of the layer's outputs an estimator has a hand in.
+_OUTPUT = "hidden_states"
 # Both are sums of a few dozen float64 products, of order one.
 _SAME_VALUE = 1e-12
 
@@ -84,12 +91,12 @@ def check_estimator(
         TypeError: an argument has another type, or a part of the layer is sharded.
         ValueError: a number is out of range, or the layer cannot be built.
     """
-    check_at_least("check_surrogate", "num_tokens", num_tokens, 0)
-    check_at_least("check_surrogate", "masked_tokens", masked_tokens, 0)
+    check_at_least(OWNER, "num_tokens", num_tokens, 0)
+    check_at_least(OWNER, "masked_tokens", masked_tokens, 0)
     for name, tolerance in (("atol", atol), ("rtol", rtol)):
-        check_not_negative("check_surrogate", name, tolerance)
+        check_not_negative(OWNER, name, tolerance)
     for name, flag in (("training", training), ("fast_mode", fast_mode)):
-        check_flag("check_surrogate", name, flag)
+        check_flag(OWNER, name, flag)
     estimator = copy.deepcopy(build_estimator(estimator))
     _check_signature(estimator)
     with torch.random.fork_rng(devices=[]):
@@ -103,7 +110,7 @@ def check_estimator(
             dtype=torch.float64,
             **{"balance": Balance(0), **layer},
         ).train(training)
-        refuse_sharded("check_surrogate", "layer", moe)
+        refuse_sharded(OWNER, "layer", moe)
         mask = torch.arange(num_tokens) >= masked_tokens if masked_tokens else None
         draws = torch.randn(1 + _ATTEMPTS, num_tokens, hidden_size, dtype=torch.float64)
         moe.update(moe(draws[0], token_mask=mask).routing)
@@ -125,7 +132,7 @@ def _check_signature(estimator: Estimator) -> None:
         signature.bind("logits", "selected", "indices")
     except TypeError:
         raise TypeError(
-            "check_surrogate: surrogate must be called as surrogate(logits, selected, indices), "
+            f"{OWNER}: surrogate must be called as surrogate(logits, selected, indices), "
             f"got surrogate({', '.join(signature.parameters)})"
         ) from None
 
@@ -133,51 +140,57 @@ def _check_signature(estimator: Estimator) -> None:
 def _check_at(
     moe: MoE, x: Tensor, mask: Tensor | None, seed: int, tolerances: dict[str, Any]
 ) -> None:
-    layer, parameters = _Layer(moe), dict(moe.named_parameters())
+    subject = Subject(OWNER, moe, x, {"token_mask": mask})
     with same_draws(seed, [x]):
         surrogate = EstimatorSurrogate(moe, x, mask)
     if surrogate.weights is None:
-        gradcheck(layer, x, kwargs={"token_mask": mask}, seed=seed, full=True, **tolerances)
+        gradcheck(_Layer(moe), x, kwargs={"token_mask": mask}, seed=seed, full=True, **tolerances)
         return
 
-    names = [f"moe.{name}" for name in parameters]
     first: Observation | None = None
 
-    def call(module: nn.Module, tensors: Sequence[Tensor]) -> Tensor:
-        lent = dict(zip(names, tensors[1:], strict=True))
+    def learner(tensors: Tensors) -> Tensors:
+        return {_OUTPUT: subject.outputs(tensors)[_OUTPUT]}
+
+    def declared(tensors: Tensors) -> Tensors:
+        (y,) = subject.outputs(tensors, surrogate).values()
+        return {_OUTPUT: y}
+
+    def learn(*tensors: Tensor) -> Tensor:
         with same_draws(seed, tensors):
-            y: Tensor = torch.func.functional_call(module, lent, (tensors[0], mask))
-        return y
+            return learner(dict(zip(subject.tensors, tensors, strict=True)))[_OUTPUT]
 
-    def value(*tensors: Tensor) -> Tensor:
+    def declare(*tensors: Tensor) -> Tensor:
         nonlocal first
-        with Observer() as observer:
-            y = call(surrogate, tensors)
+        with same_draws(seed, tensors), Observer() as observer:
+            y = declared(dict(zip(subject.tensors, tensors, strict=True)))[_OUTPUT]
         first = first or observer.seen
-        compare("check_surrogate", first, observer.seen)
+        compare(OWNER, first, observer.seen)
         return y
 
-    point = [t.detach().requires_grad_() for t in (x, *parameters.values())]
+    point = [t.detach().requires_grad_() for t in subject.tensors.values()]
     with torch.no_grad():
-        error = (value(*point) - call(layer, point)).abs().max().item() if x.numel() else 0.0
+        error = (declare(*point) - learn(*point)).abs().max().item() if x.numel() else 0.0
     if not error <= _SAME_VALUE:
         raise GradcheckError(
-            "check_surrogate: the layer's output must be the sum of its slots' weights times their "
+            f"{OWNER}: the layer's output must be the sum of its slots' weights times their "
             f"experts' outputs, got a difference of {error:g}"
         )
     replaced: Callable[..., Tensor] = _Replaced.apply
     try:
         torch.autograd.gradcheck(
-            lambda *tensors: replaced(value, lambda *t: call(layer, t), *tensors),
-            point,
-            **tolerances,
+            lambda *tensors: replaced(declare, learn, *tensors), point, **tolerances
         )
     except GradcheckError as failure:
-        numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(["x", *parameters]))
+        expected = f"the derivative of {type(moe.estimator).__name__}'s surrogate"
+        with suppress(UnstableSelectionError):
+            result = sampled(declared, learner, subject, [_OUTPUT], seed, tolerances["eps"])
+            if result.disagreements:
+                raise GradcheckError(explanation(OWNER, result, expected)) from None
+        inputs = ", ".join(f"{i} = {name}" for i, name in enumerate(subject.tensors))
         raise GradcheckError(
-            f"{failure}\nnumerical: the declared surrogate; analytical: the layer with the "
-            f"estimator {type(moe.estimator).__name__}. Inputs: {numbered}."
-        ) from failure
+            f"{OWNER}: the gradient must be {expected}. {failure}\nInputs: {inputs}."
+        ) from None
 
 
 class _Layer(nn.Module):
@@ -193,35 +206,32 @@ class _Layer(nn.Module):
         return output.hidden_states
 
 
-class EstimatorSurrogate(nn.Module):
+class EstimatorSurrogate:
     """The formula of check_surrogate; what carries a bar there is taken from x at construction."""
 
     def __init__(self, moe: MoE, x: Tensor, token_mask: Tensor | None) -> None:
-        super().__init__()
-        self.moe = moe
         with torch.no_grad():
             self.routing = moe(x, token_mask=token_mask).routing
-            self.weights = self._weights(self.routing.logits)  # [T, E]
+            self.weights = self._weights(moe, self.routing.logits)  # [T, E]
             tokens = _counted(x, token_mask)
             ones = tokens.new_ones(len(tokens), 1)
             ids = [torch.full_like(ones, i, dtype=torch.int64) for i in range(moe.num_experts)]
             self.outputs = torch.stack([moe.experts(tokens, i, ones) for i in ids], dim=1)
 
-    def forward(self, x: Tensor, token_mask: Tensor | None) -> Tensor:
-        """The y of the formula: [T, H]."""
+    def __call__(self, moe: MoE, x: Tensor, token_mask: Tensor | None) -> Tensor:
+        """The y of the formula, [T, H], of a layer that may have other parameters by now."""
         tokens = _counted(x, token_mask)
-        y = self.moe.experts(tokens, self.routing.indices, self.routing.weights)
-        logits = route(self.moe.router, tokens, self.moe.num_experts, token_mask=token_mask).logits
-        weights = self._weights(logits)
+        y = moe.experts(tokens, self.routing.indices, self.routing.weights)
+        logits = route(moe.router, tokens, moe.num_experts, token_mask=token_mask).logits
+        weights = self._weights(moe, logits)
         assert weights is not None
         assert self.weights is not None
         moved = _counted(weights - self.weights, token_mask)
         return y + (moved.unsqueeze(2) * self.outputs).sum(dim=1)
 
-    def _weights(self, logits: Tensor) -> Tensor | None:
-        routing = self.routing
-        weighed = before_drop(routing.selected, routing.indices)
-        return self.moe.estimator.surrogate(logits, weighed, routing.indices)
+    def _weights(self, moe: MoE, logits: Tensor) -> Tensor | None:
+        weighed = before_drop(self.routing.selected, self.routing.indices)
+        return moe.estimator.surrogate(logits, weighed, self.routing.indices)
 
 
 def _counted(rows: Tensor, token_mask: Tensor | None) -> Tensor:

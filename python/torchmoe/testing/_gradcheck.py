@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,8 @@ __all__ = ["gradcheck"]
 _ATTEMPTS = 10
 _FIRST_MOVE_IN_MARGINS = 10.0
 _MARGIN_IN_STEPS = 100.0
+
+_EXPECTED = "the derivative of the output"
 
 _MODES = {"forward": check_forward, "batched": check_batched}
 
@@ -159,7 +162,7 @@ def gradcheck(
             checked.check_every_entry(options)
         result = checked.check_samples(of_modes_only=full, modes=modes)
         if result.disagreements:
-            raise GradcheckError(explanation("gradcheck", result, "the derivative of the output"))
+            raise GradcheckError(explanation("gradcheck", result, _EXPECTED))
     except GradcheckError:
         if raise_exception:
             raise
@@ -243,7 +246,7 @@ class _Checked:
         return replace(d, token=token, expert=expert)
 
     def check_every_entry(self, options: Mapping[str, Any]) -> None:
-        """torch.autograd.gradcheck, whose own message is kept."""
+        """torch.autograd.gradcheck, whose message is kept where samples do not say more."""
         names = list(self._subject.tensors)
         leaves = [t.detach().requires_grad_() for t in self._subject.tensors.values()]
         progress = ProgressLines("gradcheck")
@@ -267,7 +270,15 @@ class _Checked:
                 evaluate, leaves, eps=self._eps, raise_exception=True, **options
             )
         except GradcheckError as error:
-            raise GradcheckError(f"{error}\n{self._numbered(names)}") from error
+            raise GradcheckError(self._shortened(error)) from None
+
+    def _shortened(self, error: GradcheckError) -> str:
+        """What samples say of what torch found, which says it in whole matrices."""
+        with suppress(UnstableSelectionError):
+            result = self._sampled()
+            if result.disagreements:
+                return explanation("gradcheck", result, _EXPECTED)
+        return f"{error}\n{self._numbered(list(self._subject.tensors))}"
 
     def _numbered(self, names: Sequence[str]) -> str:
         numbered = ", ".join(f"{i} = {name}" for i, name in enumerate(names))

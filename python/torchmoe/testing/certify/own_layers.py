@@ -56,7 +56,7 @@ def _replaces(moe: MoE) -> bool:
 def _of_estimator(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(layer, MoE)
     state = torch.get_rng_state()
-    y = EstimatorSurrogate(layer, x.detach().flatten(0, -2), None)(x.flatten(0, -2), None)
+    y = EstimatorSurrogate(layer, x.detach().flatten(0, -2), None)(layer, x.flatten(0, -2), None)
     torch.set_rng_state(state)  # the loss is that of the same draws
     return y.reshape(x.shape), layer(x).aux_loss
 
