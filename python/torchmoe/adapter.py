@@ -39,9 +39,8 @@ _SHARED = (
     "shared_expert",
     "shared_mlp",
     "shared",
-    "shared_expert_gate",
-    "shared_gate",
 )
+_SHARED_GATE = ("shared_expert_gate", "shared_gate")
 _MASK = ("token_mask", "mask", "attention_mask", "padding_mask")
 
 _HIDDEN_SIZE = ("hidden_size", "hidden_dim", "hidden", "d_model", "embed_dim", "dim", "in_features")
@@ -241,14 +240,26 @@ class Adapter:
         """Where the experts are, None where none are seen."""
         return self.experts if self.experts is not None else _part(layer, _EXPERTS)
 
+    def shared_path(self, layer: nn.Module) -> str | None:
+        """Where the experts are that serve every token, None where none are seen."""
+        return self.shared_experts if self.shared_experts is not None else _part(layer, _SHARED)
+
+    def block(self, layer: nn.Module) -> nn.Module:
+        """The module that the experts belong to: the layer, or one inside it."""
+        path = self.experts_path(layer)
+        return layer if path is None else layer.get_submodule(path.rpartition(".")[0])
+
     def role(self, layer: nn.Module, name: str) -> str:
         """What a parameter or buffer of the layer belongs to, by its name.
 
         Returns:
             "router", "experts", "shared experts" or "layer".
         """
-        shared = (self.shared_experts,) if self.shared_experts is not None else _SHARED
-        if any(_within(name, path) for path in shared):
+        if self.shared_experts is not None:
+            shared = _within(name, self.shared_experts)
+        else:
+            shared = not {*_SHARED, *_SHARED_GATE}.isdisjoint(name.split("."))
+        if shared:
             return "shared experts"
         experts, router = self.experts_path(layer), self.router_path(layer)
         if experts is not None and _within(name, experts):
@@ -351,7 +362,7 @@ def _part(layer: nn.Module, names: tuple[str, ...]) -> str | None:
             return name
     experts = [name for name in children if name in _EXPERTS]
     for child, module in children.items():
-        if child in experts or child in _SHARED or isinstance(module, nn.ModuleList):
+        if child in (*experts, *_SHARED, *_SHARED_GATE) or isinstance(module, nn.ModuleList):
             continue
         inner = _part(module, names)
         if inner is not None:

@@ -48,6 +48,14 @@ def test_the_built_in_estimators_are_right(name: str) -> None:
     assert check_surrogate(name, training=False, fast_mode=True)
 
 
+def test_shared_experts_and_a_factor_are_part_of_the_formula() -> None:
+    shared = torch.nn.Linear(4, 4, dtype=torch.float64)
+    layer = {"shared_experts": shared, "routed_scaling_factor": 2.5, "masked_tokens": 2}
+    assert check_surrogate("straight_through", **layer)
+    wrong = scaled(StraightThrough, 2.0)()
+    assert not check_surrogate(wrong, **layer, raise_exception=False)
+
+
 def test_it_leaves_what_it_is_given_alone() -> None:
     estimator = DefaultVector()
     torch.manual_seed(5)

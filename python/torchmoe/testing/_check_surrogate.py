@@ -48,7 +48,8 @@ def check_surrogate(
 
         y = sum over slots j of w_j_bar E_{i_j}(x) + sum over experts i of (s_i - s_i_bar) E_i_bar
 
-    with the ids that the layer chose there. So the router learns from s, and x and the experts
+    with the ids that the layer chose there, times its routed_scaling_factor and with its shared
+    experts added, where it has them. So the router learns from s, and x and the experts
     learn from the weights in use. The formula's value must be the layer's output, too. An estimator
     without a surrogate is checked against the derivative of the layer's output, with `gradcheck`.
     Where it has buffers, they are updated once before.

@@ -227,7 +227,10 @@ class EstimatorSurrogate:
         assert weights is not None
         assert self.weights is not None
         moved = _counted(weights - self.weights, token_mask)
-        return y + (moved.unsqueeze(2) * self.outputs).sum(dim=1)
+        y = moe.routed_scaling_factor * (y + (moved.unsqueeze(2) * self.outputs).sum(dim=1))
+        if moe.shared_experts is not None:
+            y = y + _counted(moe.shared_experts(tokens), token_mask)
+        return y
 
     def _weights(self, moe: MoE, logits: Tensor) -> Tensor | None:
         weighed = before_drop(self.routing.selected, self.routing.indices)

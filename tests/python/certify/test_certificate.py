@@ -14,7 +14,7 @@ from certify.layers.correct import CORRECT
 from certify.layers.foreign import HardMoE, PlainLoop, StoredLossMoE
 from certify.mutants.registry import all_mutants
 from torchmoe import Adapter
-from torchmoe.nn import MoE
+from torchmoe.nn import MoE, WithAttachedLoss
 from torchmoe.testing import Certificate, certify, known_laws
 
 QUICK = ["router_gradient", "symmetry"]
@@ -111,6 +111,13 @@ def test_a_loss_that_is_kept_as_an_attribute() -> None:
     certificate = certify(StoredLossMoE(), laws=["balance", "recomputation"])
     assert certificate.held("balance") == "held"
     assert {f.clause.split(":")[0] for f in certificate.failures} == {"reentrant checkpoint"}
+
+
+def test_what_is_replaced_and_not_declared_is_said() -> None:
+    undeclared = nn.Sequential(WithAttachedLoss(MoE(6, 5, 4, 2)))
+    certificate = certify(undeclared, laws=["gradients"])
+    assert not certificate
+    assert "attach_loss in the layer replaces the derivative on purpose" in str(certificate)
 
 
 class _WrongSurrogate(HardMoE):

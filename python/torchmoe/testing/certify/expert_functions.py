@@ -39,9 +39,8 @@ def expert_function(layer: nn.Module, adapter: Adapter) -> ExpertFunction | None
 
 def shared_function(layer: nn.Module, adapter: Adapter) -> Callable[[Tensor], Tensor] | None:
     """What every token [T, H] is served by, None where there is none."""
-    path = adapter.shared_experts
-    module = layer.get_submodule(path) if path else getattr(layer, "shared_experts", None)
-    return module if isinstance(module, nn.Module) else None
+    path = adapter.shared_path(layer)
+    return None if path is None else layer.get_submodule(path)
 
 
 def _inner_list(experts: nn.Module) -> nn.ModuleList | None:

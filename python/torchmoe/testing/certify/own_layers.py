@@ -64,6 +64,11 @@ def _of_estimator(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def _of_attached(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(layer, WithAttachedLoss)
     assert isinstance(layer.moe, MoE)
-    output = layer.moe(x)
-    y = _of_estimator(layer.moe, x)[0] if _replaces(layer.moe) else output.hidden_states
-    return y, layer.scale * output.aux_loss
+    surrogate = _of_estimator if _replaces(layer.moe) else _called
+    y, aux_loss = surrogate(layer.moe, x)
+    return y, layer.scale * aux_loss
+
+
+def _called(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    output = layer(x)
+    return output.hidden_states, output.aux_loss

@@ -224,6 +224,11 @@ class Subject:
 
         return self.step(layer, x, main=main, aux=aux if self.has_loss else 1.0, call=run)
 
+    @property
+    def may_attach(self) -> bool:
+        """Whether the gradient of y may be that of a loss of all tokens, too."""
+        return self.surrogate is not None and not self.has_loss
+
     def update(self, layer: nn.Module) -> None:
         """What a training loop does after the optimizer's step, where that is known."""
         if self.adapter.update is not None:
@@ -311,6 +316,8 @@ class Subject:
         observer = Observer()
         with look, observer:
             self.call(self.fresh(), x)
+        #: Ops that replace the derivative on purpose.
+        self.replaced = observer.seen.replaced_derivatives
         self.narrowest = observer.seen.narrowest if self.dtype == torch.float64 else self.dtype
         sizes = [NUM_TOKENS, *(n for p in self._template.parameters() for n in p.shape)]
         #: c n eps, n the longest reduction.

@@ -187,6 +187,8 @@ def _points_to_idle_experts(subject: Subject, num_tokens: int, weight: str) -> I
 
 def _evenly_loaded(subject: Subject, layer: nn.Module, x: Tensor) -> bool:
     """Whether every expert takes its share, as far as is seen, as where experts choose tokens."""
+    if subject.top_k is not None and subject.top_k == subject.num_experts:
+        return True
     with torch.no_grad():
         indices = subject.call(layer, x).indices
     if indices is None or subject.num_experts is None:

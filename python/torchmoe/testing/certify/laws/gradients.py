@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchmoe.testing.certify.copies import added, gradients
 from torchmoe.testing.certify.finite_differences import against_differences
-from torchmoe.testing.certify.law import Answer, Difference, Gap, Law, differences
+from torchmoe.testing.certify.law import Answer, Difference, Gap, Law, Note, differences
 from torchmoe.testing.certify.subject import Subject
 
 _STRIDES = "A kernel reads memory as if it were contiguous, or writes where it should read."
@@ -20,6 +20,11 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """Differences, also with one token; strides; what is wanted; two passes."""
     if subject.surrogate is None:
         yield from _differences(subject, num_tokens)
+        if subject.replaced:
+            yield Note(
+                f"{', '.join(sorted(subject.replaced))} in the layer replaces the derivative on "
+                "purpose: a method surrogate(x) of the layer says by what"
+            )
     else:
         why = "the layer declares a surrogate, with which router_gradient compares it"
         yield Gap("finite differences", why)

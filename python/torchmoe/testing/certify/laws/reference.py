@@ -34,8 +34,11 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
         expected = _step(subject, subject.fresh(training=training), tokens, weigh)
         loss = expected.reading.aux_loss is not None
         step = subject.step(subject.fresh(training=training), tokens, aux=1.0 if loss else 0.0)
-        got = step.everything
-        wanted = {n: v for n, v in expected.everything.items() if loss or n != "aux_loss"}
+        # A gradient that replaces the reference's is compared with what the layer declares.
+        own = subject.surrogate is None
+        got, wanted = step.everything, expected.everything if own else expected.values
+        if not loss:
+            wanted.pop("aux_loss")
         mode = "training" if training else "evaluation"
         kind = "" if tokens is x else ", a batch of sequences"
         clause = f"value and gradients in {mode}{kind}"
@@ -106,7 +109,9 @@ def _explanation(subject: Subject) -> Weighing | None:
     if expert_function(layer, subject.adapter) is None:
         return None
     y = subject.call(layer, x).hidden_states
-    for weigh in _WEIGHINGS:
+    # Which slots are dropped or rerouted among many tokens, the scores of a few do not tell.
+    weighings = (_read, *(_BY_SCORES if subject.sharing is None else ()))
+    for weigh in weighings:
         try:
             plain = _plain(subject, layer, x, weigh).hidden_states
         except _NotReadError:
@@ -137,13 +142,10 @@ def _scores(score: Callable[[Tensor], Tensor], normalize: bool) -> Weighing:
 
 
 #: (reading, K) -> ids and weights of the slots, [T, K] each.
-_WEIGHINGS: tuple[Weighing, ...] = (
-    _read,
-    *(
-        _scores(score, normalize)
-        for score in (lambda logits: logits.softmax(-1), torch.sigmoid)
-        for normalize in (False, True)
-    ),
+_BY_SCORES: tuple[Weighing, ...] = tuple(
+    _scores(score, normalize)
+    for score in (lambda logits: logits.softmax(-1), torch.sigmoid)
+    for normalize in (False, True)
 )
 
 
@@ -154,7 +156,7 @@ def _plain(subject: Subject, layer: nn.Module, x: Tensor, weigh: Weighing) -> Re
     assert expert is not None
     indices, weights = weigh(reading, subject.top_k)
     tokens = x.flatten(0, -2)
-    scale = getattr(layer, "routed_scaling_factor", 1.0)
+    scale = getattr(subject.adapter.block(layer), "routed_scaling_factor", 1.0)
     rows = []
     for token, ids, row in zip(tokens, indices.tolist(), weights, strict=True):
         y = token.new_zeros(token.shape)

@@ -63,8 +63,8 @@ def _tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
 
 def _one_at_a_time(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """dy_t/dx_s = 0 for t != s: at given choices tokens do not meet."""
-    if num_tokens < 2 or (subject.surrogate is not None and not subject.has_loss):
-        return  # a loss that is attached to y is one of all tokens
+    if num_tokens < 2 or subject.may_attach:
+        return
     x = subject.tokens(num_tokens)
     for token in (0, num_tokens // 2):
         g = torch.zeros_like(x)
@@ -186,7 +186,7 @@ def _batch(subject: Subject, length: int) -> Iterator[Answer]:
         expected = {
             name: value.reshape(x.shape) if name in ("y", "d/d x") and value is not None else value
             for name, value in flat.everything.items()
-            if name != "aux_loss"
+            if name == "y" or (name != "aux_loss" and not subject.may_attach)
         }
         yield from differences(
             "a batch of sequences is its tokens",

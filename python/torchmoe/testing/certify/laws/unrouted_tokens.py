@@ -98,6 +98,9 @@ def _dropped_tokens(subject: Subject, num_tokens: int, factor: float) -> Iterato
     x = one.expand(*one.shape[:-2], num_tokens, -1).contiguous()
     step = subject.step(subject.fresh(), x, aux=0.0)
     y, grad = _rows(step.reading.hidden_states), step.gradients["x"]
+    if not bool(y.any()):
+        yield Gap("dropped tokens", "the experts' output for the token is 0, dropped or not")
+        return
     if not subject.draws and bool(((y - y[0]).abs() <= subject.tolerance * y.abs().max()).all()):
         served = f"at most {math.ceil(factor * slots * num_tokens / experts)} of {num_tokens}"
         yield Difference(
@@ -108,7 +111,8 @@ def _dropped_tokens(subject: Subject, num_tokens: int, factor: float) -> Iterato
             "The capacity is larger than its factor says, or is never compared with a position.",
         )
     idle = (y == 0).all(dim=-1)
-    if grad is not None and bool(idle.any()):
+    # A surrogate may teach the router from slots that are dropped.
+    if subject.surrogate is None and grad is not None and bool(idle.any()):
         got = {"d/d x": _rows(grad)[idle]}
         zero = {"d/d x": torch.zeros_like(got["d/d x"])}
         clause = "a dropped token's gradient is exactly 0"
@@ -129,9 +133,10 @@ def _rows(value: Tensor) -> Tensor:
 
 
 def _capacity_factor(subject: Subject) -> float | None:
-    layer = subject.fresh()
-    holder = getattr(layer, "capacity", None)
-    factor = getattr(layer, "capacity_factor", getattr(holder, "factor", None))
+    block = subject.adapter.block(subject.fresh())
+    factor = getattr(block, "capacity_factor", None)
+    if factor is None:
+        factor = getattr(getattr(block, "capacity", None), "factor", None)
     return float(factor) if isinstance(factor, int | float) and factor > 0 else None
 
 
