@@ -1,4 +1,5 @@
-// Gradient checks from LibTorch alone: finite differences against backward, header only.
+// Gradient checks from LibTorch alone, header only: finite differences against backward, and
+// certify, which asks a layer about more laws and stands below.
 //
 //   using torchmoe::testing::gradcheck;
 //   auto x = torch::randn({5, 3}, torch::dtype(torch::kFloat64).requires_grad(true));

@@ -91,8 +91,8 @@ class Adapter:
         router: path of the router.
         experts: path of the experts.
         shared_experts: path of what serves every token beside them.
-        token_mask: the keyword by which forward takes a bool mask of x's leading dimensions. Which
-            way round it goes is found by trying.
+        token_mask: the keyword by which forward takes a bool mask of x's leading dimensions.
+            certify finds out by trying which way round it goes.
         hidden_size: H.
         num_experts: E.
         top_k: K.
@@ -185,7 +185,8 @@ class Adapter:
             result = layer(*args, **kwargs)
         finally:
             handle.remove()
-        return self.read(layer, result, routed[-1] if routed else None)
+        # One of several calls knows some of the tokens only.
+        return self.read(layer, result, routed[0] if len(routed) == 1 else None)
 
     def read(self, layer: nn.Module, result: Any, routed: Any = None) -> Reading:  # noqa: ANN401
         """Reads what a call returned.
@@ -200,6 +201,7 @@ class Adapter:
 
         Raises:
             TypeError: nothing in the result is a floating-point tensor.
+            ValueError: what a source names is neither returned nor an attribute.
         """
         named, loose = fields_of(result)
         y = _told(self.hidden_states, layer, result)
@@ -231,6 +233,24 @@ class Adapter:
             if getattr(self, name) is not None:
                 found[name] = _told(getattr(self, name), layer, result)
         return Reading(y, **{name: flattened(value) for name, value in found.items()})
+
+    def check(self, layer: nn.Module) -> None:
+        """Raises unless the layer has the parts that are named.
+
+        Raises:
+            ValueError: it does not.
+        """
+        for name in ("router", "experts", "shared_experts"):
+            path = getattr(self, name)
+            if path is None:
+                continue
+            try:
+                layer.get_submodule(path)
+            except AttributeError:
+                raise ValueError(
+                    f"Adapter: {name} must be the path of a part of {type(layer).__name__}, got "
+                    f"{path!r}"
+                ) from None
 
     def router_path(self, layer: nn.Module) -> str | None:
         """Where the router is, None where none is seen."""
@@ -350,6 +370,11 @@ def _told(source: Source | None, layer: nn.Module, result: Any) -> Tensor | None
     else:
         value = layer
         for part in source.split("."):
+            if not hasattr(value, part):
+                raise ValueError(
+                    f"Adapter: {source!r} must be a field of what {type(layer).__name__} returns "
+                    "or an attribute of it"
+                )
             value = getattr(value, part)
     return value if isinstance(value, Tensor) else None
 

@@ -16,8 +16,6 @@ from torchmoe.testing import UnstableSelectionError, gradcheck
 
 H, INNER, E, K, T = 4, 3, 4, 2, 6
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("capacity", [None, Capacity(0.75)])
 @pytest.mark.parametrize("normalize", ["none", "topk"])
@@ -92,6 +90,17 @@ def test_catches_a_planted_error() -> None:
     with pytest.raises(GradcheckError, match=r"all over router\.weight"):
         gradcheck(moe, x, full=True)
     assert not gradcheck(moe, x, full=True, raise_exception=False)
+
+
+def test_a_module_that_keeps_a_graph() -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    module = Keeping(3, 2)
+    module(torch.randn(4, 3))
+    assert gradcheck(module, torch.randn(4, 3))
 
 
 def test_checks_only_what_requires_a_gradient() -> None:

@@ -35,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             layer,
             adapter=adapter() if callable(adapter) else adapter,
             hidden_size=options.hidden_size,
-            laws=options.laws.split(",") if options.laws != "all" else "all",
+            laws=_laws(options.laws),
             dtype=getattr(torch, options.dtype),
             seed=options.seed,
         )
-    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
-        print(f"torchmoe.testing: {error}", file=sys.stderr)
+    except (Exception, SystemExit) as error:  # of the user's module or factory, whatever it is
+        print(f"torchmoe.testing: {type(error).__name__}: {error}", file=sys.stderr)
         return _UNUSABLE
     if options.json:
         print(certificate.to_json())
@@ -69,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="every field, for programs")
     form.add_argument("--markdown", action="store_true", help="for a comment on a change")
     return parser
+
+
+def _laws(names: str) -> str | list[str]:
+    return names if names == "all" else [name.strip() for name in names.split(",")]
 
 
 def _load(path: str) -> Any:  # noqa: ANN401 (whatever the user has there)

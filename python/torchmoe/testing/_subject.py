@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torchmoe._checks import shown
 from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
+from torchmoe.testing._detached_copies import DetachedCopies
 from torchmoe.testing._observation import is_float
 
 # Experts in a list, as nn.ModuleList names their parameters.
@@ -62,7 +63,8 @@ class Subject:
         self.parameters: dict[str, Tensor] = {}
         if isinstance(function, nn.Module):
             refuse_sharded(owner, "module_or_function", function)
-            self.function = untrained_copy(function).double()
+            with DetachedCopies():
+                self.function = untrained_copy(function).double()
             for name, parameter in self.function.named_parameters():
                 if parameter.requires_grad:
                     self.parameters[name] = parameter.detach().clone()

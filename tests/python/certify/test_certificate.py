@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -120,6 +121,109 @@ def test_what_is_replaced_and_not_declared_is_said() -> None:
     assert "attach_loss in the layer replaces the derivative on purpose" in str(certificate)
 
 
+class _Tail(torch.autograd.Function):
+    """Loses the gradient of all rows but an expert's first 16, as a kernel without a rest."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([grad[:16], torch.zeros_like(grad[16:])])
+
+
+class _TailMoE(PlainLoop):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        weights, chosen = self.gate(x).softmax(-1).topk(2, dim=-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == number)
+            rows = expert(_Tail.apply(x[token]))
+            y = y.index_add(0, token, weights[token, slot, None] * rows)
+        return y
+
+
+def test_more_rows_than_a_block() -> None:
+    (finding, *_) = certify(_TailMoE(), laws=["accumulation"]).failures
+    assert finding.clause == "a large batch is its parts"
+    assert finding.where.startswith("d/d x[")
+    assert finding.num_tokens > 64
+    assert f"x [{finding.num_tokens}, 6]" in finding.smallest_input
+
+
+class _Leaking(PlainLoop):
+    """A third of a token's output reaches the next one; weights pass through bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        y = super().forward(x)[0].bfloat16().to(x.dtype)
+        return y + 0.3 * y.roll(1, 0)
+
+
+def test_sixteen_bits_on_the_way_hide_no_fault() -> None:
+    assert certify(_Leaking(), laws=["symmetry"]).held("symmetry") == "broken"
+
+
+def test_nothing_of_a_mixture_is_no_pass() -> None:
+    certificate = certify(nn.Linear(6, 6), laws=["router_gradient", "symmetry"])
+    assert not certificate
+    assert not certificate.failures
+    assert certificate.held("router_gradient") == "not asked"
+
+
+def test_what_cannot_be_measured_is_told() -> None:
+    class Tied(PlainLoop):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y, logits = super().forward(x)
+            return y, torch.zeros_like(logits).detach()
+
+    layer = Tied()
+    nn.init.zeros_(layer.gate.weight)
+    certificate = certify(layer, laws=["gradients"])
+    assert certificate.held("gradients") == "in part"
+    assert not certificate
+
+
+def test_a_mode_without_gradients_around_it() -> None:
+    with torch.inference_mode():
+        assert certify(MoE(6, 5, 4, 2), laws=QUICK)
+
+
+def test_hooks_of_parameters_are_told() -> None:
+    layer = MoE(6, 5, 4, 2)
+    layer.router.weight.register_hook(lambda grad: grad / 2)
+    notes = certify(layer, laws=["router_gradient"]).notes
+    assert "copies have no hooks of parameters, as of router.weight here" in notes
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (Adapter(router="nope"), "router must be the path of a part of PlainLoop, got 'nope'"),
+        (Adapter(experts="nope"), "experts must be the path of a part of PlainLoop, got 'nope'"),
+        (Adapter(token_mask="nope"), "token_mask must be a keyword of forward that takes"),
+        (Adapter(aux_loss="nope"), "'nope' must be a field of what PlainLoop returns or an attr"),
+    ],
+)
+def test_an_adapter_for_another_layer(adapter: Adapter, message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        certify(PlainLoop(), adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"laws": []}, "laws must be .* got none"),
+        ({"inputs": torch.randn(6)}, r"inputs must be tokens \[..., H\], got shape \[6\]"),
+        ({"inputs": torch.randn(0, 6)}, r"inputs must be tokens .* got shape \[0, 6\]"),
+        ({"inputs": torch.full((3, 6), torch.nan)}, "inputs must be finite"),
+    ],
+)
+def test_nothing_to_ask_with(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certify(PlainLoop(), **arguments)
+
+
 class _WrongSurrogate(HardMoE):
     def surrogate(self, x: Tensor) -> Tensor:
         return self._mix(x, lambda score: 2 * score - score.detach())
@@ -207,8 +311,21 @@ def test_arguments(arguments: dict, error: type[Exception], message: str) -> Non
 
 
 @pytest.mark.slow
+class _DividedByProcesses(PlainLoop):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, logits = super().forward(x)
+        started = torch.distributed.is_initialized()
+        number = torch.distributed.get_world_size() if started else 1
+        return y, logits.softmax(-1).mean(0).square().sum() / number
+
+
 def test_replicas_on_request() -> None:
     assert certify(PlainLoop(), laws=["replicas"])
     skipping = all_mutants()["idle_expert_skipped"].make(0)
     certificate = certify(skipping, laws=["replicas"])
     assert {finding.where for finding in certificate.failures} == {"DistributedDataParallel"}
+    assert "take no part in a pass" in certificate.failures[0].meaning
+    shared = certify(_DividedByProcesses(), laws=["replicas"]).failures
+    assert {(finding.clause, finding.where) for finding in shared} == {
+        ("aux_loss of a process", "aux_loss")
+    }

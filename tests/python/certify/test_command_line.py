@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
 from torchmoe.testing.__main__ import main
 
 LAWS = ["--laws", "router_gradient"]
+
+
+def raises() -> None:
+    raise KeyError("no such setting")
+
+
+def leaves() -> None:
+    sys.exit(0)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +43,9 @@ def test_exit_code(layer: str, code: int, capsys: pytest.CaptureFixture[str]) ->
         (["certify.layers.foreign"], "the path must be path.to:name"),
         (["certify.layers.foreign:Nothing"], "has no attribute 'Nothing'"),
         (["torch.nn:Identity"], "hidden_size must be given"),
+        (["certify.test_command_line:raises"], "KeyError: 'no such setting'"),
+        (["certify.test_command_line:leaves"], "SystemExit: 0"),
+        (["certify.layers.foreign:PlainLoop", "--laws", "balance, nope"], "laws must be one of"),
     ],
 )
 def test_what_is_no_layer(

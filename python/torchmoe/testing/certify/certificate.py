@@ -68,11 +68,18 @@ class Certificate:
         return self.passed
 
     def held(self, law: str) -> str:
-        """The word "held", "broken", or "not asked" for a law of which nothing was asked."""
+        """What became of a law.
+
+        Returns:
+            "held"; "broken"; "not asked", where nothing of it was; or "in part", where a clause
+            that could be asked was not.
+        """
         if any(finding.law == law for finding in self.failures):
             return "broken"
         gaps = [gap for gap in self.not_asked if gap.law == law]
-        return "not asked" if any(gap.clause == "all of it" for gap in gaps) else "held"
+        if any(gap.clause == "all of it" for gap in gaps):
+            return "not asked"
+        return "in part" if any(gap.could_be_asked for gap in gaps) else "held"
 
     def __str__(self) -> str:
         """The table, for a terminal."""

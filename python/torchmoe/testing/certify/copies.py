@@ -1,14 +1,12 @@
-"""What is copied of a layer, and copies of layers that hold a graph."""
+"""What is copied of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 def gradients(layer: nn.Module) -> dict[str, Tensor | None]:
@@ -36,21 +34,6 @@ def added(
 def buffers(layer: nn.Module) -> dict[str, Tensor | None]:
     """Copies of the layer's buffers."""
     return {name: buffer.detach().clone() for name, buffer in layer.named_buffers()}
-
-
-class DetachedCopies(TorchFunctionMode):
-    """Lets deepcopy copy tensors with a graph, as a loss that a layer keeps, without the graph."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torchmoe.testing.certify.subject import NUM_TOKENS, Subject
 
 # Findings of one clause that are told; the rest says the same again.
 _TOLD = 3
+_RAISES = "The layer itself raises an error where it is asked, and nothing is compared."
 
 
 def certify(
@@ -52,6 +53,8 @@ def certify(
     `surrogate(x)` that returns what the layer returns, and whose ordinary gradient is the one that
     is meant.
 
+    Hooks of modules are copied along and run, those of parameters are not.
+
     Args:
         layer: any module, in any mode, on the CPU.
         inputs: [..., H], tokens to draw from; standard normal ones by default.
@@ -69,7 +72,8 @@ def certify(
     Raises:
         TypeError: an argument has another type, the layer is sharded, or nothing in what it returns
             is a floating-point tensor.
-        ValueError: a law's name or dtype is unknown, or hidden_size is not to be seen.
+        ValueError: a law's name or dtype is unknown, inputs are no finite tokens, hidden_size is
+            not to be seen, or the adapter names what the layer does not have.
         RuntimeError: the layer takes tokens neither as [T, H] nor as [1, T, H].
     """
     check_module("certify", "layer", layer)
@@ -80,6 +84,10 @@ def certify(
     check_dtype("certify", dtype)
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"certify: dtype must be torch.float64 or torch.float32, got {dtype}")
+    if inputs is not None and (inputs.dim() < 2 or not inputs.numel()):
+        raise ValueError(f"certify: inputs must be tokens [..., H], got shape {list(inputs.shape)}")
+    if inputs is not None and not bool(inputs.isfinite().all()):
+        raise ValueError("certify: inputs must be finite, got one that is not")
     check_integer("certify", "seed", seed)
     if hidden_size is not None:
         check_at_least("certify", "hidden_size", hidden_size, 1)
@@ -88,16 +96,24 @@ def certify(
     failures: list[Finding] = []
     not_asked: list[NotAsked] = []
     notes: list[str] = []
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         warnings.simplefilter("ignore")  # the layer's own, each time a copy of it runs
         subject = Subject(layer, adapter or Adapter(), inputs, hidden_size, dtype, seed)
+        hooked = [name for name, p in layer.named_parameters() if p._backward_hooks]
+        if hooked:
+            notes.append(f"copies have no hooks of parameters, as of {hooked[0]} here")
         for law in asked:
             for answer in _ask(subject, law):
                 if isinstance(answer, Finding):
                     failures.append(answer)
                 elif isinstance(answer, Gap):
                     gap = NotAsked(law.name, answer.clause, answer.why, answer.could_be_asked)
-                    not_asked.append(gap)
+                    not_asked += [] if gap in not_asked else [gap]
                 elif isinstance(answer, Note) and answer.text not in notes:
                     notes.append(answer.text)
     if laws == "all":
@@ -123,6 +139,8 @@ def _chosen(laws: str | Iterable[str]) -> list[Law]:
     if isinstance(laws, str) or not isinstance(laws, Iterable):
         raise TypeError(f'certify: laws must be "all" or a list of names, got {shown(laws)}')
     wanted = list(laws)
+    if not wanted:
+        raise ValueError('certify: laws must be "all" or names of laws, got none')
     for name in wanted:
         check_choice("certify", "laws", name, [law.name for law in known_laws()])
     return [law for law in known_laws() if law.name in wanted]
@@ -149,8 +167,8 @@ def _ask(subject: Subject, law: Law) -> Iterator[Finding | Gap | Note]:
                 expected=answer.expected,
                 got=answer.got,
                 meaning=answer.meaning or law.means,
-                num_tokens=number,
-                smallest_input=_input(subject, number),
+                num_tokens=answer.num_tokens or number,
+                smallest_input=_input(subject, answer.num_tokens or number),
             )
 
 
@@ -168,7 +186,7 @@ def _answers(
                 others.append(answer)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        broken["runs"] = [Difference("runs", "the layer", "no error", text[:300])]
+        broken["runs"] = [Difference("runs", "the layer", "no error", text[:300], _RAISES)]
     return broken, others
 
 

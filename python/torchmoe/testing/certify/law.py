@@ -23,6 +23,8 @@ class Difference:
     got: str
     meaning: str | None = None
     """What it usually means, where that is more than what the law says of itself."""
+    num_tokens: int | None = None
+    """With how many tokens, where that is another number than the law was asked with."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def differences(
     got: Mapping[str, Tensor | None],
     tolerance: float,
     meaning: str | None = None,
+    num_tokens: int | None = None,
 ) -> Iterator[Difference]:
     """A difference for every tensor further from its expected value than rounding explains.
 
@@ -95,7 +98,7 @@ def differences(
         two = torch.zeros_like(like) if found is None else found.detach()
         if one.shape != two.shape:
             shapes = str(list(one.shape)), str(list(two.shape))
-            yield Difference(clause, name, *shapes, meaning)
+            yield Difference(clause, name, *shapes, meaning, num_tokens)
             continue
         if one.numel() == 0:
             continue
@@ -108,5 +111,14 @@ def differences(
         entry = [int(i) for i in torch.unravel_index(torch.tensor(at), one.shape)]
         place = f"{name}{entry}" if entry else name
         gone = " (no gradient at all)" if found is None else ""
-        numbers = f"{one.flatten()[at].item():.6g}", f"{two.flatten()[at].item():.6g}{gone}"
-        yield Difference(clause, place, *numbers, meaning)
+        told = _told(one.flatten()[at].item(), two.flatten()[at].item())
+        yield Difference(clause, place, told[0], told[1] + gone, meaning, num_tokens)
+
+
+def _told(one: float, two: float) -> tuple[str, str]:
+    """Two numbers with the digits in which they differ, six or more."""
+    for digits in range(6, 17):
+        texts = f"{one:.{digits}g}", f"{two:.{digits}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts

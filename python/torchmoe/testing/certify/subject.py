@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchmoe.adapter import Adapter, Reading
 from torchmoe.nn._layers import untrained_copy
 from torchmoe.nn._sharding import refuse_sharded
+from torchmoe.testing._detached_copies import DetachedCopies
 from torchmoe.testing._observation import Observer, same_draws
-from torchmoe.testing.certify.copies import DetachedCopies, gradients
+from torchmoe.testing.certify.copies import gradients
 from torchmoe.testing.certify.looking import COUNTING, Look
 from torchmoe.testing.certify.own_layers import Sharing, declared_sharing, declared_surrogate
 from torchmoe.testing.certify.shared_state import shared_by_default
@@ -22,6 +23,9 @@ from torchmoe.testing.certify.shared_state import shared_by_default
 #: T of the first question: above 9, and no other size of a layer.
 NUM_TOKENS = 13
 _ROUNDINGS = 16
+# Products of 16-bit types are summed in float32: what is rounded to them is the result of each op
+# on the way, not every term.
+_ROUNDINGS_16 = 8
 #: Methods that move a selection bias after a step.
 _UPDATES = ("update_bias", "update_expert_bias", "update_selection_bias")
 
@@ -80,6 +84,7 @@ class Subject:
         seed: int,
     ) -> None:
         refuse_sharded("certify", "layer", layer)
+        adapter.check(layer)
         self.adapter, self.dtype, self.seed = adapter, dtype, seed
         self.shared = list(shared_by_default(layer))
         with DetachedCopies():
@@ -224,6 +229,11 @@ class Subject:
 
         return self.step(layer, x, main=main, aux=aux if self.has_loss else 1.0, call=run)
 
+    def outputs(self, *, training: bool) -> tuple[str, ...]:
+        """What of "y" and "aux_loss" there is in a mode."""
+        has_loss = self.has_loss if training else self.has_loss_at_rest
+        return ("y", "aux_loss") if has_loss else ("y",)
+
     @property
     def may_attach(self) -> bool:
         """Whether the gradient of y may be that of a loss of all tokens, too."""
@@ -253,12 +263,18 @@ class Subject:
             if parameter.requires_grad and self.role(name) == role
         ]
 
-    def by_expert(self, name: str, tensor: Tensor) -> bool:
-        """Whether the first dimension of a parameter or buffer counts the experts."""
+    def expert_dimensions(self, name: str, tensor: Tensor) -> list[int]:
+        """The dimensions of a parameter or buffer that may count the experts, at most one in truth.
+
+        That of a router's tensors and of vectors is any, that of all others the first.
+        """
         role = self.role(name)
-        listed = self._place_in_list(name) is not None
-        counts = tensor.dim() > 0 and tensor.shape[0] == self.num_experts
-        return counts and role != "shared experts" and not listed
+        if role == "shared experts" or self._place_in_list(name) is not None:
+            return []
+        found = [d for d, size in enumerate(tensor.shape) if size == self.num_experts]
+        if role == "router" or tensor.numel() == self.num_experts:
+            return found
+        return [d for d in found if d == 0]
 
     def renumbered(self, name: str, order: Tensor) -> str:
         """The name of the same tensor in expert order[i], for one of expert i in a list."""
@@ -307,6 +323,15 @@ class Subject:
         x = self.tokens(NUM_TOKENS)
         reading = self.call(self.fresh(), x)
         self.has_loss = reading.aux_loss is not None
+        parts = (self.adapter.router_path, self.adapter.experts_path)
+        #: Whether anything is seen that a mixture of experts has.
+        self.is_mixture = (
+            self.has_loss
+            or reading.logits is not None
+            or any(path(self._template) is not None for path in parts)
+        )
+        at_rest = self.call(self.fresh(training=False), x)
+        self.has_loss_at_rest = at_rest.aux_loss is not None
         # A draw may change nothing this time: whether there is one, the generator tells.
         with same_draws(self.seed, [x]):
             state = torch.get_rng_state()
@@ -320,15 +345,18 @@ class Subject:
         self.replaced = observer.seen.replaced_derivatives
         self.narrowest = observer.seen.narrowest if self.dtype == torch.float64 else self.dtype
         sizes = [NUM_TOKENS, *(n for p in self._template.parameters() for n in p.shape)]
+        roundings = _ROUNDINGS * max(sizes)
         #: c n eps, n the longest reduction.
-        self.tolerance = _ROUNDINGS * max(sizes) * torch.finfo(self.narrowest).eps
+        self.tolerance = torch.finfo(self.narrowest).eps * (
+            _ROUNDINGS_16 if self.narrowest.itemsize <= 2 else roundings
+        )
         self.sharing = self._sharing(look)
         self.mask = self._find_mask(x)
         other = (2, 3) if self.leading else (2, 2, 3)
         try:
-            shape = (*other[-2:], self.hidden_size)
-            self.call(self.fresh(training=False), self.tokens(6).reshape(shape))
-            self.takes_batches = True
+            batch = self.tokens(6).reshape(*other[-2:], self.hidden_size)
+            y = self.call(self.fresh(training=False), batch).hidden_states
+            self.takes_batches = y.shape == batch.shape
         except Exception:
             self.takes_batches = False
 
@@ -360,6 +388,11 @@ class Subject:
                     continue
                 if torch.allclose(ys[0], plain) and not torch.allclose(ys[1], plain):
                     return self.mask
+        if self.adapter.token_mask is not None:
+            raise ValueError(
+                "Adapter: token_mask must be a keyword of forward that takes a bool mask and "
+                f"masks tokens, got {self.adapter.token_mask!r}"
+            )
         return None
 
 

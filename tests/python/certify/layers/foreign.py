@@ -57,6 +57,41 @@ class StoredLossMoE(PlainLoop):
         return y
 
 
+class TransposedMoE(PlainLoop):
+    """Its router multiplies from the right, [H, E], and a selection bias is [1, E]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.ParameterDict({"weight": torch.randn(6, 4)})  # type: ignore[assignment]
+        self.register_buffer("selection_bias", 0.3 * torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = (x @ self.gate.weight).softmax(-1)
+        chosen = (scores + self.selection_bias).topk(2, dim=-1).indices
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            y = y + (scores * (chosen == number).any(-1, keepdim=True))[..., [number]] * expert(x)
+        return y
+
+
+class LossInTrainingMoE(PlainLoop):
+    """Returns (y, loss) as a dict, the loss in training alone and with an epsilon."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:  # type: ignore[override]
+        y, logits = super().forward(x)
+        importance = logits.softmax(-1).flatten(0, -2).sum(0)
+        loss = 0.01 * importance.var() / (importance.mean().square() + 1e-10)
+        return {"output": y, "aux_loss": loss if self.training else None}
+
+
+class SequencesMoE(PlainLoop):
+    """Takes [B, S, H] one sequence after another."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        rows = x.reshape(-1, *x.shape[-2:]).unbind(0)
+        return torch.stack([super(SequencesMoE, self).forward(row)[0] for row in rows]).view_as(x)
+
+
 class HardMoE(PlainLoop):
     """One expert with weight 1, straight-through: its router learns from the score."""
 
@@ -138,6 +173,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "plain_loop": PlainLoop,
     "relu": ReluMoE,
     "hard": HardMoE,
+    "transposed": TransposedMoE,
+    "loss_in_training": LossInTrainingMoE,
+    "sequences": SequencesMoE,
     "mixtral": _mixtral,
     "qwen3": _qwen3,
     "olmoe": _olmoe,

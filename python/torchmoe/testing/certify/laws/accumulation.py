@@ -8,14 +8,28 @@ import torch
 from torch import Tensor
 
 from torchmoe.testing.certify.copies import added
-from torchmoe.testing.certify.law import Answer, Gap, Law, Note, differences
+from torchmoe.testing.certify.law import Answer, Difference, Gap, Law, Note, differences
 from torchmoe.testing.certify.subject import Subject
 
 _MICRO_BATCHES = 3
+# With fewer tokens a law is asked for the smallest input that fails.
+_LARGE = 9
+# Rows of an expert in a large batch, so that a kernel's blocks are filled and have a rest, in how
+# many parts, and how many tokens at most.
+_ROWS, _PARTS, _MOST = 67, 8, 4096
 
 
 def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
-    """Scales, then sums of backward passes, then micro-batches."""
+    """Scales, then sums of backward passes, then micro-batches, small before large ones."""
+    wrong = False
+    for answer in _small(subject, num_tokens):
+        wrong = wrong or isinstance(answer, Difference)
+        yield answer
+    if subject.sharing is None and num_tokens >= _LARGE and not wrong:
+        yield from _large_batch(subject)
+
+
+def _small(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     if subject.surrogate is None:
         yield from _scales(subject, num_tokens)
     yield from _sums(subject, num_tokens)
@@ -99,6 +113,36 @@ def _micro_batches(subject: Subject, num_tokens: int) -> Iterator[Answer]:
             else "aux_loss is formed from each call's own counts: that of a batch is not the mean "
             "of its micro-batches'"
         )
+
+
+def _large_batch(subject: Subject) -> Iterator[Answer]:
+    """y, dL/dx and dL/dtheta of a batch that fills several blocks are those of its parts."""
+    number = min(_ROWS * (subject.num_experts or 1) // (subject.top_k or 1), _MOST)
+    x = subject.tokens(number, stream=6)
+    g = subject.incoming(x)
+    whole = subject.step(subject.steady(), x, incoming=g, aux=0.0)
+    cut = [value.flatten(0, -2).tensor_split(_PARTS) for value in (x, g)]
+    parts = [
+        subject.step(subject.steady(), subject.shaped(one), incoming=subject.shaped(two), aux=0.0)
+        for one, two in zip(*cut, strict=True)
+    ]
+    expected: dict[str, Tensor | None] = {}
+    got: dict[str, Tensor | None] = {}
+    if not subject.may_attach:
+        of_x = [grad for part in parts if (grad := part.gradients.pop("x")) is not None]
+        sums = added([part.gradients for part in parts])
+        expected = _named({"x": torch.cat(of_x, dim=-2) if of_x else None, **sums})
+        got = _named(whole.gradients)
+    expected["y"] = torch.cat([part.reading.hidden_states for part in parts], dim=-2)
+    got["y"] = whole.reading.hidden_states
+    yield from differences(
+        "a large batch is its parts",
+        expected,
+        got,
+        subject.tolerance,
+        "A kernel leaves out, or takes twice, the rows at the end of an expert's block.",
+        number,
+    )
 
 
 def _of_the_task(

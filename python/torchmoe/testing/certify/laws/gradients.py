@@ -44,7 +44,7 @@ def _differences(subject: Subject, num_tokens: int) -> Iterator[Answer]:
             lambda stream, number=number: subject.point(  # type: ignore[misc]
                 subject.fresh(), subject.tokens(number, stream)
             ),
-            ("y", "aux_loss") if subject.has_loss else ("y",),
+            subject.outputs(training=training),
             subject.role,
             subject.seed,
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +12,8 @@ from torchmoe.testing.certify.graphs import graphs_alive
 from torchmoe.testing.certify.law import Answer, Difference, Law, differences
 from torchmoe.testing.certify.narrow_types import narrow_types
 from torchmoe.testing.certify.subject import Subject
+
+_LEFT = "Something of an earlier pass is kept outside of the state_dict and read again."
 
 
 def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
@@ -62,7 +65,7 @@ def _never(subject: Subject, num_tokens: int) -> Iterator[Answer]:
 
 def _kind(name: str) -> str:
     """The name without the number of the expert, which may be idle throughout."""
-    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+    return re.sub(r"\d+", "#", name)
 
 
 def _evaluation(subject: Subject, num_tokens: int) -> Iterator[Answer]:
@@ -98,15 +101,22 @@ def _remembers_nothing(subject: Subject, num_tokens: int) -> Iterator[Answer]:
         state = {name: value.clone() for name, value in used.state_dict().items()}
         subject.step(used, other)
         with torch.no_grad():
-            subject.call(used.eval(), other)
+            for earlier in (other, subject.tokens(x.shape[-2], stream=1)):
+                subject.call(used.eval(), earlier)
+            used.load_state_dict(state)
+            got = {"y": subject.call(used, x).hidden_states}
+            expected = {"y": subject.call(subject.fresh(training=False), x).hidden_states}
+        clause = "a pass leaves nothing behind for the next one"
+        at_rest = f"{clause} in evaluation"
+        yield from differences(at_rest, expected, got, subject.tolerance, _LEFT)
         used.train()
         used.load_state_dict(state)
         yield from differences(
-            "a pass leaves nothing behind for the next one",
+            clause,
             fresh.everything,
             subject.step(used, x).everything,
             subject.tolerance,
-            "Something of an earlier pass is kept outside of the state_dict and read again.",
+            _LEFT,
         )
     kept = graphs_alive(subject, subject.fresh(), [subject.tokens(num_tokens, s) for s in range(4)])
     if kept > 1:

@@ -23,10 +23,21 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     plain = subject.fresh()
     step = subject.step(plain, x)
     counted = {f"buffer {name}": value for name, value in buffers(plain).items()}
+    with torch.no_grad():
+        is_record = not isinstance(subject.fresh()(x), Tensor | tuple | list)
     for reentrant, clause in _KINDS.items():
         layer = subject.fresh()
 
         def run(module: nn.Module, leaf: Tensor, reentrant: bool = reentrant) -> Reading:
+            # torch's reentrant checkpoint sees no tensor inside another record than a tuple.
+            if is_record:
+                return Reading(
+                    *checkpoint(
+                        lambda x: subject.adapter.read(module, module(x)),
+                        leaf,
+                        use_reentrant=reentrant,
+                    )
+                )
             result = checkpoint(module, leaf, use_reentrant=reentrant)
             return subject.adapter.read(module, result)
 

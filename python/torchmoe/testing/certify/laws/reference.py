@@ -31,7 +31,11 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     for training, tokens in ((True, x), (False, x), (True, _batched(subject, num_tokens))):
         if tokens is None:
             continue
-        expected = _step(subject, subject.fresh(training=training), tokens, weigh)
+        try:
+            expected = _step(subject, subject.fresh(training=training), tokens, weigh)
+        except _NotReadError:
+            yield Gap("a batch of sequences", "what its router decides for them is not read")
+            continue
         loss = expected.reading.aux_loss is not None
         step = subject.step(subject.fresh(training=training), tokens, aux=1.0 if loss else 0.0)
         # A gradient that replaces the reference's is compared with what the layer declares.

@@ -7,21 +7,32 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from torchmoe.testing.certify.copies import added
 from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, Note, differences
 from torchmoe.testing.certify.subject import Subject
 
 _PROCESSES = 2
+_UNUSED = (
+    "Parameters take no part in a pass, often those of idle experts, and "
+    "DistributedDataParallel waits for their gradients."
+)
 _SEPARATE = "A process divides by its own count, or a loss is multiplied by their number."
 
 
 def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """DistributedDataParallel over gloo, each process with half of the tokens."""
+    if getattr(current_process(), "_inheriting", False):
+        # This is a process of the law's own, which a script without a main guard has led here while
+        # it was imported. The process that started it says so.
+        os._exit(1)
     if subject.sharing is not None:
         yield Gap(ALL_OF_IT, subject.sharing.why)
         return
@@ -44,40 +55,91 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
         yield Gap(ALL_OF_IT, why, could_be_asked=True)
         return
     answers = _run(work)
-    for answer in answers:
-        if isinstance(answer, str):
-            yield Difference("a step in two processes", "DistributedDataParallel", "a step", answer)
-            return
-    expected = {
-        f"d/d {name}": None if grad is None else grad / _PROCESSES
-        for name, grad in whole.gradients.items()
-        if name != "x"
-    }
-    for rank, (gradients, _) in enumerate(answers):
-        got = {name: gradients.get(name) for name in expected}
-        clause = f"averaged gradients of process {rank}"
-        yield from differences(clause, expected, got, subject.tolerance, _SEPARATE)
-    loss = whole.reading.aux_loss
-    if loss is not None:
-        mean = sum(part for _, part in answers) / _PROCESSES
-        same = bool((mean - loss).abs() <= subject.tolerance * loss.abs())
-        yield Note(
-            "aux_loss of all tokens is the mean of the processes'"
-            if same
-            else "aux_loss is formed from each process's own counts"
+    if answers is None:
+        why = (
+            "a process ended before it answered; a script must call certify under "
+            'if __name__ == "__main__", since each process imports it'
         )
+        yield Gap(ALL_OF_IT, why, could_be_asked=True)
+        return
+    for answer in answers:
+        if _is_error(answer):
+            clause = "a step in two processes"
+            yield Difference(clause, "DistributedDataParallel", "a step", answer, _UNUSED)
+            return
+    expected = _mean([whole.gradients], _PROCESSES)
+    for rank, (gradients, _, _) in enumerate(answers):
+        clause = f"averaged gradients of process {rank}"
+        yield from differences(clause, expected, gradients, subject.tolerance, _SEPARATE)
+    if whole.reading.aux_loss is not None:
+        yield from _losses(subject, training, x, halves, whole.reading.aux_loss, answers)
 
 
-def _run(work: bytes) -> list[Any]:
-    """What each process found: (gradients by name, aux_loss), or an error's text."""
-    from torch.multiprocessing.spawn import spawn
+def _losses(
+    subject: Subject,
+    training: bool,
+    x: Tensor,
+    halves: list[tuple[Tensor, Tensor]],
+    loss: Tensor,
+    answers: list[Any],
+) -> Iterator[Answer]:
+    """L_r is that of the process's own tokens, or of all; and so is the averaged gradient."""
+    own = [subject.step(subject.fresh(training=training), rows, main=0.0) for rows, _ in halves]
+    found = [value for _, value, _ in answers]
+    parts = [step.reading.aux_loss for step in own]
+    if _same(subject, found, parts):
+        yield Note("aux_loss is formed from each process's own counts")
+        expected = _mean([step.gradients for step in own], _PROCESSES)
+    elif _same(subject, found, [loss] * _PROCESSES):
+        yield Note("aux_loss is formed from the counts of all processes")
+        return  # what its gradient is times the number of processes is the training loop's matter
+    else:
+        values = ", ".join(f"{value.item():.6g}" for value in found)
+        told = ", ".join(f"{part.item():.6g}" for part in parts if part is not None)
+        yield Difference(
+            "aux_loss of a process",
+            "aux_loss",
+            f"that of its own tokens, {told}, or of all, {loss.item():.6g}",
+            values,
+            _SEPARATE,
+        )
+        return
+    for rank, (_, _, gradients) in enumerate(answers):
+        clause = f"averaged gradients of aux_loss, process {rank}"
+        yield from differences(clause, expected, gradients, subject.tolerance, _SEPARATE)
+
+
+def _same(subject: Subject, found: list[Tensor], expected: list[Tensor | None]) -> bool:
+    return all(
+        other is not None and bool((value - other).abs() <= subject.tolerance * other.abs())
+        for value, other in zip(found, expected, strict=True)
+    )
+
+
+def _mean(parts: list[dict[str, Tensor | None]], number: int) -> dict[str, Tensor | None]:
+    sums = added([{n: g for n, g in part.items() if n != "x"} for part in parts], 1 / number)
+    return {f"d/d {name}": grad for name, grad in sums.items()}
+
+
+def _run(work: bytes) -> list[Any] | None:
+    """What each process found, or an error's text: the gradients of y, aux_loss, its gradients.
+
+    None where a process ends without an answer.
+    """
+    from torch.multiprocessing.spawn import ProcessExitedException, spawn
 
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_replica, (work, folder), nprocs=_PROCESSES)  # type: ignore[no-untyped-call]
-        return [
-            torch.load(io.BytesIO((Path(folder) / str(rank)).read_bytes()))
-            for rank in range(_PROCESSES)
+        # One that waits for the other's gradients aborts when the other has failed and gone.
+        with suppress(ProcessExitedException):
+            spawn(_replica, (work, folder), nprocs=_PROCESSES)  # type: ignore[no-untyped-call]
+        answers = [
+            torch.load(io.BytesIO(path.read_bytes())) for path in sorted(Path(folder).glob("[0-9]"))
         ]
+    return answers if len(answers) == _PROCESSES or any(map(_is_error, answers)) else None
+
+
+def _is_error(answer: object) -> bool:
+    return isinstance(answer, str)
 
 
 def _replica(rank: int, work: bytes, folder: str) -> None:
@@ -91,21 +153,26 @@ def _replica(rank: int, work: bytes, folder: str) -> None:
     )
     path = os.path.join(folder, str(rank))
     try:
-        torch.manual_seed(seed)
         replicated: nn.Module = DistributedDataParallel(layer)
         x, g = halves[rank]
-        reading = adapter.read(layer, replicated(x))
-        reading.hidden_states.backward(g)
-        loss = None if reading.aux_loss is None else reading.aux_loss.detach()
-        # The next forward pass tells of parameters that took no part in this one.
-        replicated(x)
-        gradients = {f"d/d {n}": p.grad for n, p in layer.named_parameters()}
+        answer, loss = [], None
+        for main, aux in ((1.0, 0.0), (0.0, 1.0)):
+            # The second forward pass tells of parameters that took no part in the first.
+            layer.zero_grad(set_to_none=True)
+            torch.manual_seed(seed)
+            reading = adapter.read(layer, replicated(x))
+            total = main * (reading.hidden_states * g).sum()
+            if aux and reading.aux_loss is not None:
+                loss = reading.aux_loss.detach()
+                total = total + reading.aux_loss
+            total.backward()
+            answer.append({f"d/d {n}": p.grad for n, p in layer.named_parameters()})
     except Exception as error:
         torch.save(str(error).splitlines()[0], path)
         # A sum that the other process never joins is still under way, and taking the group down
         # around it aborts.
         os._exit(0)
-    torch.save((gradients, loss), path)
+    torch.save((answer[0], loss, answer[1]), path)
     distributed.destroy_process_group()
 
 

@@ -19,7 +19,11 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """From y alone, so that a balancing loss hides nothing; then as the surrogate says."""
     names = subject.names("router")
     if not names:
-        yield Gap(ALL_OF_IT, "no parameter of a router is seen; Adapter(router=...) tells where")
+        yield Gap(
+            ALL_OF_IT,
+            "no parameter of a router is seen; Adapter(router=...) tells where",
+            could_be_asked=not subject.is_mixture,
+        )
         return
     yield from _learns(subject, num_tokens, names)
     yield from _finite(subject, num_tokens)

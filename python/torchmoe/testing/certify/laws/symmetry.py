@@ -103,20 +103,31 @@ def _experts(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     if any(subject.renumbered(name, order) not in state for name in state):
         yield Gap(clause, "the layer holds some of the experts only")
         return
+    unclear = [n for n, t in state.items() if len(subject.expert_dimensions(n, t)) > 1]
+    own = {f"{path}.weight" for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    if set(unclear) - own:
+        yield Gap(clause, f"which dimension of {unclear[0]} counts the experts is not seen")
+        return
     moved = _renumber(subject, layer, order)
     if not {"router", "experts"} <= {subject.role(name) for name in moved}:
         yield Gap(clause, "what belongs to an expert is not seen in the router and the experts")
         return
     x = subject.tokens(num_tokens)
-    expected = subject.step(subject.steady(), x)
+    # Which of them learn is a setting of the experts by number, too.
+    whole = subject.steady()
+    for parameter in (*whole.parameters(), *layer.parameters()):
+        parameter.requires_grad_(parameter.is_floating_point())
+    expected = subject.step(whole, x)
     got = subject.step(layer, x)
     gradients = dict(got.gradients)
     for name in moved:
         source = subject.renumbered(name, order)
         if source in gradients and name in gradients:
             grad = expected.gradients[source]
-            by_row = source == name and grad is not None
-            gradients[f"expected {name}"] = grad[order] if by_row and grad is not None else grad
+            dimensions = subject.expert_dimensions(name, state[name])
+            if source == name and grad is not None:
+                grad = grad.index_select(dimensions[0], order)
+            gradients[f"expected {name}"] = grad
     wanted = {f"d/d {n}": gradients.get(f"expected {n}", g) for n, g in expected.gradients.items()}
     found = {f"d/d {n}": got.gradients[n] for n in expected.gradients}
     yield from differences(
@@ -150,8 +161,8 @@ def _renumber(subject: Subject, layer: nn.Module, order: Tensor) -> list[str]:
             if source != name:
                 value.copy_(state[source])
                 moved.append(name)
-            elif subject.by_expert(name, value):
-                value.copy_(state[name][order])
+            elif dimensions := subject.expert_dimensions(name, value):
+                value.copy_(state[name].index_select(dimensions[0], order))
                 moved.append(name)
     return moved
 

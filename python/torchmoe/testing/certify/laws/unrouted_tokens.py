@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchmoe.testing.certify.copies import buffers
 from torchmoe.testing.certify.finite_differences import against_differences
-from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, differences
+from torchmoe.testing.certify.law import ALL_OF_IT, Answer, Difference, Gap, Law, Note, differences
 from torchmoe.testing.certify.subject import Step, Subject
 
 _LEAKS = "A masked token goes through the router, the experts, the counts or a mean."
@@ -18,14 +18,19 @@ _LEAKS = "A masked token goes through the router, the experts, the counts or a m
 
 def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     """Masked tokens where the layer takes a mask, dropped slots where it has a capacity."""
-    factor = _capacity_factor(subject)
-    if subject.mask is None and factor is None:
-        yield Gap(ALL_OF_IT, "the layer takes no mask and drops nothing, as far as is seen")
-        return
     if subject.mask is not None:
         yield from _masked_tokens(subject, num_tokens)
-    if factor is not None:
-        yield from _dropped_tokens(subject, max(num_tokens, 8), factor)
+    capacity = _capacity(subject, max(num_tokens, 8))
+    if capacity is not None:
+        yield from _dropped_tokens(subject, max(num_tokens, 8), capacity)
+    elif subject.mask is None:
+        counts = subject.sharing is not None and not subject.sharing.values
+        why = (
+            "tokens are counted, but no attribute capacity_factor or expert_capacity is seen"
+            if counts
+            else "the layer takes no mask and drops nothing, as far as is seen"
+        )
+        yield Gap(ALL_OF_IT, why)
 
 
 def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
@@ -40,7 +45,7 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
             "finite differences with a mask",
             subject.function(subject.fresh(training=training), mask),
             lambda stream: subject.point(subject.fresh(), subject.tokens(num_tokens, stream)),
-            ("y", "aux_loss") if subject.has_loss else ("y",),
+            subject.outputs(training=training),
             subject.role,
             subject.seed,
         )
@@ -52,6 +57,11 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     yield from differences(
         gone, _counted(step, flat), _counted(moved, flat), subject.tolerance, _LEAKS
     )
+    unset = subject.step(
+        subject.fresh(training=training), x.masked_fill(~mask.unsqueeze(-1), torch.nan), mask=mask
+    )
+    if any(value is not None and bool(value.isnan().any()) for value in unset.everything.values()):
+        yield Note("NaN in a masked token spreads: it is multiplied by 0, not left out")
 
     # Its output is 0, or itself where the layer adds its input, and so is its gradient.
     y, grad = _rows(step.reading.hidden_states), step.gradients["x"]
@@ -88,10 +98,9 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     )
 
 
-def _dropped_tokens(subject: Subject, num_tokens: int, factor: float) -> Iterator[Answer]:
-    """T equal tokens ask for K experts; an expert takes at most ceil(c K T / E) of them."""
-    experts, slots = subject.num_experts, subject.top_k or 1
-    if experts is None or math.ceil(factor * slots * num_tokens / experts) >= num_tokens:
+def _dropped_tokens(subject: Subject, num_tokens: int, capacity: int) -> Iterator[Answer]:
+    """T equal tokens ask for the same experts, each of which takes at most its capacity."""
+    if capacity >= num_tokens:
         yield Gap("dropped tokens", "its capacity is too large for T tokens to exceed it")
         return
     one = subject.tokens(1)
@@ -102,11 +111,10 @@ def _dropped_tokens(subject: Subject, num_tokens: int, factor: float) -> Iterato
         yield Gap("dropped tokens", "the experts' output for the token is 0, dropped or not")
         return
     if not subject.draws and bool(((y - y[0]).abs() <= subject.tolerance * y.abs().max()).all()):
-        served = f"at most {math.ceil(factor * slots * num_tokens / experts)} of {num_tokens}"
         yield Difference(
             "a capacity binds",
             "y",
-            f"{served} equal tokens served by an expert",
+            f"at most {capacity} of {num_tokens} equal tokens served by an expert",
             "all of them",
             "The capacity is larger than its factor says, or is never compared with a position.",
         )
@@ -132,12 +140,18 @@ def _rows(value: Tensor) -> Tensor:
     return value.flatten(0, -2)
 
 
-def _capacity_factor(subject: Subject) -> float | None:
-    block = subject.adapter.block(subject.fresh())
-    factor = getattr(block, "capacity_factor", None)
-    if factor is None:
-        factor = getattr(getattr(block, "capacity", None), "factor", None)
-    return float(factor) if isinstance(factor, int | float) and factor > 0 else None
+def _capacity(subject: Subject, num_tokens: int) -> int | None:
+    """How many slots an expert takes: its own number, or ceil(c K T / E)."""
+    for module in subject.fresh().modules():
+        whole = getattr(module, "expert_capacity", None)
+        if isinstance(whole, int) and whole > 0:
+            return whole
+        factor = getattr(module, "capacity_factor", None)
+        if factor is None:
+            factor = getattr(getattr(module, "capacity", None), "factor", None)
+        if isinstance(factor, int | float) and factor > 0 and subject.num_experts is not None:
+            return math.ceil(factor * (subject.top_k or 1) * num_tokens / subject.num_experts)
+    return None
 
 
 LAW = Law(
