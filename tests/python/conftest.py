@@ -17,20 +17,15 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES.name
 # These assert on behalf of the test files, so that their failures must show values as theirs do.
 pytest.register_assert_rewrite("op_case", "op_harness", "gradient_harness", "watched")
 
-NUM_THREADS = 2
-
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Every test starts from one seed and one thread count, and leaves no compiled code behind."""
+    """Every test starts from one seed and one thread, and leaves no compiled code behind.
+
+    What is small waits for a second thread longer than it works. The tests of the ops use two.
+    """
     torch.manual_seed(0)
-    torch.set_num_threads(NUM_THREADS)
-    yield
-    torch.set_num_threads(NUM_THREADS)
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def one_thread(_same_start: None) -> None:
-    """What is small waits for a second thread longer than it works."""
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+    torch.compiler.reset()

@@ -38,8 +38,6 @@ DRAWN = (
     GumbelStraightThrough,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_the_built_in_estimators_are_right(name: str) -> None:

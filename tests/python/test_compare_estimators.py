@@ -34,8 +34,6 @@ from torchmoe.testing._compare_estimators import peak_bytes
 
 H, INNER, E, T = 4, 3, 4, 6
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 UNNORMALISED = Gate(normalize="none")
 

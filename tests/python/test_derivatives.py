@@ -14,7 +14,6 @@ from torchmoe.testing._derivatives import Derivatives, check_derivatives
 T, H, INNER, E, K = 9, 6, 5, 4, 2
 F64 = torch.float64
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 Function = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 

@@ -14,8 +14,6 @@ from torchmoe.nn import ExpertList, MoE
 from torchmoe.testing import gradcheck
 from torchmoe.testing._progress import ProgressLines
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 H, INNER, E, K, T = 8, 6, 4, 2, 9
 
 

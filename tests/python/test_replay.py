@@ -28,9 +28,6 @@ from torchmoe.nn import (
     known_estimators,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- the same ids
 
 

@@ -17,9 +17,6 @@ from torchmoe.nn import (
     WithAttachedLoss,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- hooks
 
 

@@ -32,7 +32,6 @@ from checkpointed_models import (
 from torchmoe import RoutingReplay
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     # Of a reentrant checkpoint in another one, whose forward pass keeps no graph.
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
     # The gradients of one model are compared, hundreds of times.

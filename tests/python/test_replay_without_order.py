@@ -28,7 +28,6 @@ from replayed import H, T
 from torchmoe import RoutingReplay
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
     # Of a reentrant checkpoint in another one, whose forward pass keeps no graph.
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning"),
     # The gradients of one model are compared, hundreds of times.

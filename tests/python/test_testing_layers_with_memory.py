@@ -13,7 +13,6 @@ from torchmoe.testing import check_surrogate, compare_estimators, gradcheck
 
 H, INNER, E, K, T = 6, 5, 4, 2, 20
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS: dict[str, Callable[[], dict[str, Any]]] = {
     "selection_bias": lambda: {

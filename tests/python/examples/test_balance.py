@@ -24,12 +24,6 @@ RECOVERING = ("load_balancing:batch", "selection_bias")
 STEPS = 600
 
 
-@pytest.fixture(autouse=True)
-def one_thread(_same_start: None) -> None:
-    """As the program does: at this size a second thread waits more than it works."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """What a short run with two methods prints, and its folder."""

@@ -17,8 +17,6 @@ from classification.texts import LONGEST, Texts
 from classified import SEQUENCE, lively, random_texts
 from lm.model import HEAD_SIZE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_does_not_matter(router: str) -> None:

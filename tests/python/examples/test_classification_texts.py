@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from itertools import pairwise
 
-import pytest
 import torch
 
 from classification import texts
@@ -14,8 +13,6 @@ from classification.texts import CLS, LONGEST, SHORTEST, Stream, Texts, as_texts
 from classified import DOMAINS, numbered
 from lm.cleaning import Document
 from lm.corpus import Domain
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def of_class(some: Texts, label: int) -> list[bytes]:

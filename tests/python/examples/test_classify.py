@@ -35,9 +35,6 @@ from lm import ngrams
 from lm.corpus import CorpusError, Domain
 from lm.settings import SettingsError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- numbers
 
 

@@ -18,9 +18,6 @@ from torchmoe.nn import (
     Router,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- rows and angles
 
 

@@ -27,9 +27,6 @@ from torchmoe.nn import (
     WithAttachedLoss,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- matches
 
 

@@ -18,8 +18,6 @@ from geometry_case import H, drawn, gate
 from torchmoe.monitor import RouterGeometry, geometry
 from torchmoe.monitor._plane_figure import draw_plane, make_plane, make_regions, make_styles
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def arrays(got: RouterGeometry) -> tuple[Any, Any]:
     return got.rows.numpy(), got.bias.numpy()

@@ -37,9 +37,6 @@ from watched import (
     step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- which passes
 
 

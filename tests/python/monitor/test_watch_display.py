@@ -39,8 +39,6 @@ from watched import (
     step,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class FakeWriter:
     def __init__(self) -> None:

@@ -19,8 +19,6 @@ from balanced import (
 )
 from torchmoe.nn import Balance, Router
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),

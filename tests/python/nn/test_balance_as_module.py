@@ -32,9 +32,6 @@ from copies import by_pickle, load_state
 from plain_moe import gradients, tensors_of
 from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Routing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- padding changes nothing --------------------------------------------------------------------
 
 

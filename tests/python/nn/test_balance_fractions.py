@@ -29,9 +29,6 @@ from plain_moe import gradients, tensors_of
 from torchmoe import ops
 from torchmoe.nn import Assistance, Balance, Capacity, Gate, Router, WithAttachedLoss
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- where the fractions come from --------------------------------------------------------------
 
 

@@ -23,9 +23,6 @@ from op_case import tolerance
 from plain_moe import gradients
 from torchmoe.nn import Assistance, Balance, Gate, MoE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 STEPS = 8
 
 

@@ -32,9 +32,6 @@ from balanced import (
 from torchmoe import update_selection_bias
 from torchmoe.nn import Assistance, Balance, Gate, MoE, Routing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- several processes --------------------------------------------------------------------------
 
 RANKS = 2

@@ -17,9 +17,6 @@ from limited import F64
 from plain_moe import tensors_of
 from torchmoe.nn import Capacity, MoE, Router
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- as part of a module ------------------------------------------------------------------------
 
 

@@ -14,9 +14,6 @@ from limited import F64, by_logits
 from plain_moe import gradients
 from torchmoe.nn import Balance, Capacity, Gate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- who is served ------------------------------------------------------------------------------
 
 # Four tokens want expert 0 first and expert 1 second, the more the later; one wants only expert 2.

@@ -11,9 +11,6 @@ import torch
 from limited import F64, by_logits
 from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- causality ----------------------------------------------------------------------------------
 
 

@@ -21,8 +21,6 @@ from torchmoe.nn import (
     SparseMixer,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_auxiliary_loss_is_that_of_the_forced_choice() -> None:
     moe = random_layer()

@@ -43,9 +43,6 @@ from torchmoe.nn.estimators.estimator import ExpertFunction
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.testing import gradcheck
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- the formula
 
 

@@ -39,9 +39,6 @@ from torchmoe.nn import (
     MoE,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---- as modules do
 
 

@@ -37,8 +37,6 @@ from torchmoe.nn import (
     SparseMixer,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 B, S, H, INNER, E, K = 2, 5, 6, 4, 5, 2
 F64 = torch.float64
 RING = (1, 2, 3, 4, 0)

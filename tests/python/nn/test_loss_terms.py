@@ -28,9 +28,6 @@ from torchmoe import losses
 from torchmoe.losses import LossInputs
 from torchmoe.nn import Assistance, Balance, Capacity, Gate, MoE, Routing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- further terms ------------------------------------------------------------------------------
 
 

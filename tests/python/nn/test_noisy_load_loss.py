@@ -28,8 +28,6 @@ from torchmoe.nn import (
     SequenceRouter,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NOISE = 0.5
 
 

@@ -15,9 +15,6 @@ from plain_moe import gradients
 from torchmoe import dynamic_capacity
 from torchmoe.nn import Balance, Capacity, Gate, MoE, Router
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # --- the weights of rerouted slots --------------------------------------------------------------
 
 
