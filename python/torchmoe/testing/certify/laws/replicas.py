@@ -72,13 +72,12 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
         clause = f"averaged gradients of process {rank}"
         yield from differences(clause, expected, gradients, subject.tolerance, _SEPARATE)
     if whole.reading.aux_loss is not None:
-        yield from _losses(subject, training, x, halves, whole.reading.aux_loss, answers)
+        yield from _losses(subject, training, halves, whole.reading.aux_loss, answers)
 
 
 def _losses(
     subject: Subject,
     training: bool,
-    x: Tensor,
     halves: list[tuple[Tensor, Tensor]],
     loss: Tensor,
     answers: list[Any],
