@@ -118,7 +118,7 @@ def _micro_batches(subject: Subject, num_tokens: int) -> Iterator[Answer]:
 def _large_batch(subject: Subject) -> Iterator[Answer]:
     """y, dL/dx and dL/dtheta of a batch that fills several blocks are those of its parts."""
     number = min(_ROWS * (subject.num_experts or 1) // (subject.top_k or 1), _MOST)
-    x = subject.tokens(number, stream=6)
+    x = subject.tokens(number)
     g = subject.incoming(x)
     whole = subject.step(subject.steady(), x, incoming=g, aux=0.0)
     cut = [value.flatten(0, -2).tensor_split(_PARTS) for value in (x, g)]
