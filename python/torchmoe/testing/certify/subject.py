@@ -266,13 +266,16 @@ class Subject:
     def expert_dimensions(self, name: str, tensor: Tensor) -> list[int]:
         """The dimensions of a parameter or buffer that may count the experts, at most one in truth.
 
-        That of a router's tensors and of vectors is any, that of all others the first.
+        That of a router's tensors and of vectors is any, that of all others the first; and so where
+        E = H, which another dimension may count.
         """
         role = self.role(name)
         if role == "shared experts" or self._place_in_list(name) is not None:
             return []
         found = [d for d, size in enumerate(tensor.shape) if size == self.num_experts]
-        if role == "router" or tensor.numel() == self.num_experts:
+        if tensor.numel() == self.num_experts:
+            return found
+        if role == "router" and (self.num_experts != self.hidden_size or found[:1] == [0]):
             return found
         return [d for d in found if d == 0]
 

@@ -86,5 +86,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
             routed_scaling_factor=2.5,
         )
     ),
+    "own_square": lambda: MoE(6, 5, 6, 2, router=CosineRouter(6, 6, projection_size=3)),
     "own_every_expert": lambda: TwoOutputs(MoE(6, 5, 3, 3, capacity=Capacity(0.75))),
 }
