@@ -264,11 +264,6 @@ class Adapter:
         """Where the experts are that serve every token, None where none are seen."""
         return self.shared_experts if self.shared_experts is not None else _part(layer, _SHARED)
 
-    def block(self, layer: nn.Module) -> nn.Module:
-        """The module that the experts belong to: the layer, or one inside it."""
-        path = self.experts_path(layer)
-        return layer if path is None else layer.get_submodule(path.rpartition(".")[0])
-
     def role(self, layer: nn.Module, name: str) -> str:
         """What a parameter or buffer of the layer belongs to, by its name.
 

@@ -164,6 +164,20 @@ def test_sixteen_bits_on_the_way_hide_no_fault() -> None:
     assert certify(_Leaking(), laws=["symmetry"]).held("symmetry") == "broken"
 
 
+class _Unused(PlainLoop):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(self.w1(x))[0]
+
+
+def test_what_differs_by_a_number_is_not_an_expert() -> None:
+    findings = certify(_Unused(), laws=["idle_experts"]).failures
+    assert {finding.where for finding in findings} == {"d/d w2.weight", "d/d w2.bias"}
+
+
 def test_nothing_of_a_mixture_is_no_pass() -> None:
     certificate = certify(nn.Linear(6, 6), laws=["router_gradient", "symmetry"])
     assert not certificate

@@ -113,7 +113,8 @@ def certify(
                     failures.append(answer)
                 elif isinstance(answer, Gap):
                     gap = NotAsked(law.name, answer.clause, answer.why, answer.could_be_asked)
-                    not_asked += [] if gap in not_asked else [gap]
+                    if gap not in not_asked:
+                        not_asked.append(gap)
                 elif isinstance(answer, Note) and answer.text not in notes:
                     notes.append(answer.text)
     if laws == "all":

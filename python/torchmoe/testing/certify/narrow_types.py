@@ -11,11 +11,7 @@ from torchmoe.testing.certify.copies import buffers
 from torchmoe.testing.certify.law import Answer, Difference, Note, differences
 from torchmoe.testing.certify.looking import Look
 from torchmoe.testing.certify.shared_state import same_content
-from torchmoe.testing.certify.subject import Step, Subject
-
-# The longest chain between x and y has four roundings to the narrow type beside those of the sums:
-# gate and up, their product, the expert's output, the weighted sum.
-_ROUNDINGS = 8
+from torchmoe.testing.certify.subject import ROUNDINGS_16, Step, Subject
 
 
 def narrow_types(subject: Subject, num_tokens: int) -> Iterator[Answer]:
@@ -70,7 +66,7 @@ def narrow_types(subject: Subject, num_tokens: int) -> Iterator[Answer]:
 
 def _within(clause: str, subject: Subject, wide: Step, narrow: Step) -> Iterator[Answer]:
     """By token, for those that chose the same experts; the rest are near ties."""
-    bound = _ROUNDINGS * torch.finfo(torch.bfloat16).eps
+    bound = ROUNDINGS_16 * torch.finfo(torch.bfloat16).eps
     same = _same_choice(wide, narrow)
     for name in ("y", "d/d x"):
         one, two = wide.everything[name], narrow.everything[name]

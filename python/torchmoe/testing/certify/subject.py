@@ -23,9 +23,10 @@ from torchmoe.testing.certify.shared_state import shared_by_default
 #: T of the first question: above 9, and no other size of a layer.
 NUM_TOKENS = 13
 _ROUNDINGS = 16
-# Products of 16-bit types are summed in float32: what is rounded to them is the result of each op
-# on the way, not every term.
-_ROUNDINGS_16 = 8
+#: In a 16-bit type, whose products are summed in float32: the longest chain between x and y has
+#: four roundings beside those of the sums: gate and up, their product, the expert's output, the
+#: weighted sum.
+ROUNDINGS_16 = 8
 #: Methods that move a selection bias after a step.
 _UPDATES = ("update_bias", "update_expert_bias", "update_selection_bias")
 
@@ -132,6 +133,15 @@ class Subject:
     def shaped(self, tokens: Tensor) -> Tensor:
         """[n, H] in the shape that the layer takes."""
         return tokens.reshape(*self.leading, -1, self.hidden_size)
+
+    def parts(self, x: Tensor, g: Tensor, number: int) -> list[tuple[Tensor, Tensor]]:
+        """Tokens and their incoming gradients, cut into so many calls; none without tokens."""
+        cut = (value.flatten(0, -2).tensor_split(number) for value in (x, g))
+        return [
+            (self.shaped(rows), self.shaped(arriving))
+            for rows, arriving in zip(*cut, strict=True)
+            if len(rows) > 0
+        ]
 
     def incoming(self, like: Tensor, stream: int = 0) -> Tensor:
         """A seeded gradient for y, contiguous."""
@@ -324,7 +334,10 @@ class Subject:
     @torch.no_grad()
     def _find_out(self) -> None:
         x = self.tokens(NUM_TOKENS)
-        reading = self.call(self.fresh(), x)
+        look = Look(NUM_TOKENS, self.top_k or 1, self.num_experts or 0)
+        observer = Observer()
+        with look, observer:
+            reading = self.call(self.fresh(), x)
         self.has_loss = reading.aux_loss is not None
         parts = (self.adapter.router_path, self.adapter.experts_path)
         #: Whether anything is seen that a mixture of experts has.
@@ -340,24 +353,18 @@ class Subject:
             state = torch.get_rng_state()
             self.adapter.call(self.fresh(), x)
             self.draws = not torch.equal(state, torch.get_rng_state())
-        look = Look(NUM_TOKENS, self.top_k or 1, self.num_experts or 0)
-        observer = Observer()
-        with look, observer:
-            self.call(self.fresh(), x)
         #: Ops that replace the derivative on purpose.
         self.replaced = observer.seen.replaced_derivatives
         self.narrowest = observer.seen.narrowest if self.dtype == torch.float64 else self.dtype
         sizes = [NUM_TOKENS, *(n for p in self._template.parameters() for n in p.shape)]
-        roundings = _ROUNDINGS * max(sizes)
-        #: c n eps, n the longest reduction.
-        self.tolerance = torch.finfo(self.narrowest).eps * (
-            _ROUNDINGS_16 if self.narrowest.itemsize <= 2 else roundings
-        )
+        narrow = self.narrowest.itemsize <= 2
+        roundings = ROUNDINGS_16 if narrow else _ROUNDINGS * max(sizes)
+        #: c n eps, n the longest reduction, where every term is rounded.
+        self.tolerance = roundings * torch.finfo(self.narrowest).eps
         self.sharing = self._sharing(look)
-        self.mask = self._find_mask(x)
-        other = (2, 3) if self.leading else (2, 2, 3)
+        self.mask = self._find_mask(x, at_rest.hidden_states)
         try:
-            batch = self.tokens(6).reshape(*other[-2:], self.hidden_size)
+            batch = self.tokens(6).reshape(2, 3, self.hidden_size)
             y = self.call(self.fresh(training=False), batch).hidden_states
             self.takes_batches = y.shape == batch.shape
         except Exception:
@@ -374,9 +381,8 @@ class Subject:
             return Sharing(f"{op} {does} over the tokens", values=False)
         return declared
 
-    def _find_mask(self, x: Tensor) -> Mask | None:
+    def _find_mask(self, x: Tensor, plain: Tensor) -> Mask | None:
         counted = torch.ones(x.shape[:-1], dtype=torch.bool)
-        plain = self.call(self.fresh(training=False), x).hidden_states
         half = counted.clone()
         half.view(-1)[::2] = False
         for name in self.adapter.mask_names(self._template):

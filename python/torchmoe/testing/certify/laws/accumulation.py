@@ -88,15 +88,10 @@ def _micro_batches(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     g = subject.incoming(x)
     whole, loss = _of_the_task(subject, x, g)
     parts, losses = [], []
-    for rows, arriving in zip(
-        x.flatten(0, -2).tensor_split(_MICRO_BATCHES),
-        g.flatten(0, -2).tensor_split(_MICRO_BATCHES),
-        strict=True,
-    ):
-        if len(rows) > 0:
-            part, own = _of_the_task(subject, subject.shaped(rows), subject.shaped(arriving))
-            parts.append(part)
-            losses.append((len(rows), own))
+    for rows, arriving in subject.parts(x, g, _MICRO_BATCHES):
+        part, own = _of_the_task(subject, rows, arriving)
+        parts.append(part)
+        losses.append((rows.shape[-2], own))
     yield from differences(
         "micro-batches add up to the batch",
         _named(whole),
@@ -121,10 +116,9 @@ def _large_batch(subject: Subject) -> Iterator[Answer]:
     x = subject.tokens(number)
     g = subject.incoming(x)
     whole = subject.step(subject.steady(), x, incoming=g, aux=0.0)
-    cut = [value.flatten(0, -2).tensor_split(_PARTS) for value in (x, g)]
     parts = [
-        subject.step(subject.steady(), subject.shaped(one), incoming=subject.shaped(two), aux=0.0)
-        for one, two in zip(*cut, strict=True)
+        subject.step(subject.steady(), rows, incoming=arriving, aux=0.0)
+        for rows, arriving in subject.parts(x, g, _PARTS)
     ]
     expected: dict[str, Tensor | None] = {}
     got: dict[str, Tensor | None] = {}

@@ -13,6 +13,8 @@ from torchmoe.testing.certify.law import Answer, Difference, Law, differences
 from torchmoe.testing.certify.narrow_types import narrow_types
 from torchmoe.testing.certify.subject import Subject
 
+# An expert's place in a list, or its name in a dict.
+_NUMBERED = re.compile(r"^(experts?_?)?\d+$")
 _LEFT = "Something of an earlier pass is kept outside of the state_dict and read again."
 
 
@@ -65,7 +67,7 @@ def _never(subject: Subject, num_tokens: int) -> Iterator[Answer]:
 
 def _kind(name: str) -> str:
     """The name without the number of the expert, which may be idle throughout."""
-    return re.sub(r"\d+", "#", name)
+    return ".".join(_NUMBERED.sub("#", part) for part in name.split("."))
 
 
 def _evaluation(subject: Subject, num_tokens: int) -> Iterator[Answer]:

@@ -160,7 +160,7 @@ def _plain(subject: Subject, layer: nn.Module, x: Tensor, weigh: Weighing) -> Re
     assert expert is not None
     indices, weights = weigh(reading, subject.top_k)
     tokens = x.flatten(0, -2)
-    scale = getattr(subject.adapter.block(layer), "routed_scaling_factor", 1.0)
+    scale = getattr(_owner_of_experts(subject, layer), "routed_scaling_factor", 1.0)
     rows = []
     for token, ids, row in zip(tokens, indices.tolist(), weights, strict=True):
         y = token.new_zeros(token.shape)
@@ -173,6 +173,12 @@ def _plain(subject: Subject, layer: nn.Module, x: Tensor, weigh: Weighing) -> Re
     if shared is not None:
         total = total + shared(tokens)
     return reading._replace(hidden_states=total.reshape(x.shape))
+
+
+def _owner_of_experts(subject: Subject, layer: nn.Module) -> nn.Module:
+    """The layer, or the one inside it that has the experts."""
+    path = subject.adapter.experts_path(layer) or ""
+    return layer.get_submodule(path.rpartition(".")[0])
 
 
 LAW = Law(

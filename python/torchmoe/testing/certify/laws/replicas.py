@@ -37,19 +37,11 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
         yield Gap(ALL_OF_IT, subject.sharing.why)
         return
     number = _PROCESSES * max(1, num_tokens // _PROCESSES)
-    x, training = subject.tokens(number), not subject.draws
-    whole = subject.step(subject.fresh(training=training), x, aux=0.0)
-    g = subject.incoming(whole.reading.hidden_states)
-    halves = [
-        (subject.shaped(rows), subject.shaped(arriving))
-        for rows, arriving in zip(
-            x.flatten(0, -2).chunk(_PROCESSES), g.flatten(0, -2).chunk(_PROCESSES), strict=True
-        )
-    ]
+    x = subject.tokens(number)
+    whole = subject.step(subject.steady(), x, aux=0.0)
+    halves = subject.parts(x, subject.incoming(whole.reading.hidden_states), _PROCESSES)
     try:
-        work = pickle.dumps(
-            (subject.fresh(training=training), subject.adapter, halves, subject.seed)
-        )
+        work = pickle.dumps((subject.steady(), subject.adapter, halves, subject.seed))
     except Exception as error:
         why = f"the layer or its adapter cannot be sent to another process: {error}"
         yield Gap(ALL_OF_IT, why, could_be_asked=True)
@@ -72,18 +64,17 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
         clause = f"averaged gradients of process {rank}"
         yield from differences(clause, expected, gradients, subject.tolerance, _SEPARATE)
     if whole.reading.aux_loss is not None:
-        yield from _losses(subject, training, halves, whole.reading.aux_loss, answers)
+        yield from _losses(subject, halves, whole.reading.aux_loss, answers)
 
 
 def _losses(
     subject: Subject,
-    training: bool,
     halves: list[tuple[Tensor, Tensor]],
     loss: Tensor,
     answers: list[Any],
 ) -> Iterator[Answer]:
     """L_r is that of the process's own tokens, or of all; and so is the averaged gradient."""
-    own = [subject.step(subject.fresh(training=training), rows, main=0.0) for rows, _ in halves]
+    own = [subject.step(subject.steady(), rows, main=0.0) for rows, _ in halves]
     found = [value for _, value, _ in answers]
     parts = [step.reading.aux_loss for step in own]
     if _same(subject, found, parts):

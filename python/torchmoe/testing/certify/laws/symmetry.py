@@ -103,9 +103,13 @@ def _experts(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     if any(subject.renumbered(name, order) not in state for name in state):
         yield Gap(clause, "the layer holds some of the experts only")
         return
-    unclear = [n for n, t in state.items() if len(subject.expert_dimensions(n, t)) > 1]
-    own = {f"{path}.weight" for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
-    if set(unclear) - own:
+    linear = {f"{path}.weight" for path, m in layer.named_modules() if isinstance(m, nn.Linear)}
+    unclear = [
+        name
+        for name, tensor in state.items()
+        if len(subject.expert_dimensions(name, tensor)) > 1 and name not in linear
+    ]
+    if unclear:
         yield Gap(clause, f"which dimension of {unclear[0]} counts the experts is not seen")
         return
     moved = _renumber(subject, layer, order)

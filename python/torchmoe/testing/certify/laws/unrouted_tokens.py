@@ -37,29 +37,26 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     x = subject.tokens(num_tokens)
     flat = torch.arange(num_tokens) % 3 != (0 if num_tokens > 1 else 1)
     mask = flat.reshape(x.shape[:-1])
-    training = not subject.draws
-    step = subject.step(subject.fresh(training=training), x, mask=mask)
+    step = subject.step(subject.steady(), x, mask=mask)
 
     if subject.surrogate is None:
         yield from against_differences(
             "finite differences with a mask",
-            subject.function(subject.fresh(training=training), mask),
+            subject.function(subject.steady(), mask),
             lambda stream: subject.point(subject.fresh(), subject.tokens(num_tokens, stream)),
-            subject.outputs(training=training),
+            subject.outputs(training=not subject.draws),
             subject.role,
             subject.seed,
         )
 
     # What stands in a masked token does not matter.
     other = torch.where(mask.unsqueeze(-1), x, subject.tokens(num_tokens, stream=5))
-    moved = subject.step(subject.fresh(training=training), other, mask=mask)
+    moved = subject.step(subject.steady(), other, mask=mask)
     gone = "what a masked token holds changes nothing"
     yield from differences(
         gone, _counted(step, flat), _counted(moved, flat), subject.tolerance, _LEAKS
     )
-    unset = subject.step(
-        subject.fresh(training=training), x.masked_fill(~mask.unsqueeze(-1), torch.nan), mask=mask
-    )
+    unset = subject.step(subject.steady(), x.masked_fill(~mask.unsqueeze(-1), torch.nan), mask=mask)
     if any(value is not None and bool(value.isnan().any()) for value in unset.everything.values()):
         yield Note("NaN in a masked token spreads: it is multiplied by 0, not left out")
 
@@ -80,7 +77,7 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
             yield from differences("a masked token's gradient is exactly 0", zero, got, 0.0, _LEAKS)
 
     # The others are as if it were not there.
-    layer = subject.fresh(training=training)
+    layer = subject.steady()
     alone = subject.step(
         layer,
         subject.shaped(_rows(x)[flat]),
@@ -89,7 +86,7 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
     clause = "the others are as without the masked tokens"
     expected = _counted(alone, torch.ones(int(flat.sum()), dtype=torch.bool))
     yield from differences(clause, expected, _counted(step, flat), subject.tolerance, _LEAKS)
-    masked_layer = subject.fresh(training=training)
+    masked_layer = subject.steady()
     subject.step(masked_layer, x, mask=mask)
     plain = {f"buffer {name}": value for name, value in buffers(layer).items()}
     counted = {f"buffer {name}": value for name, value in buffers(masked_layer).items()}
