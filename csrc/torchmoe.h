@@ -1,7 +1,39 @@
 // Every op and module of torchmoe.
+//
+//   what                                                             C++                  Python
+//   ops, their gradients of every order                              torchmoe::NAME       torchmoe.ops
+//   layer, router, experts, shared experts, attached loss            torchmoe::nn         torchmoe.nn
+//   settings: Gate, Capacity, Balance, Assistance                    the same names, defaults, messages
+//   selection bias, groups, usage, dynamic capacity, assistance      yes                  yes
+//   router, experts, shared experts of one's own                     module or function   module
+//   estimators exact, straight_through, straight_through_dense       by name              by name
+//   an estimator of one's own                                        nn::Estimator        nn.Estimator
+//   default_vector, sparsemixer, gumbel_straight_through             -                    by name
+//   further losses                                                   functions            names, functions
+//   several processes                                                all_reduce, a        process_group
+//                                                                    function
+//   routers that read more than one token, or choose                 -                    ContextRouter, ...
+//   replay, presets, monitoring, adapters, studies                   -                    yes
+//   checks of gradients and layers                                   testing.h            torchmoe.testing
+//   state dicts: safetensors and torch.save, both ways               serialize/           torch's own
 #pragma once
 
+#include "nn/assistance.h"
+#include "nn/attached_loss.h"
+#include "nn/balance.h"
+#include "nn/capacity.h"
+#include "nn/estimator.h"
+#include "nn/expert_capacity.h"
+#include "nn/experts.h"
+#include "nn/gate.h"
 #include "nn/moe.h"
+#include "nn/remembering.h"
+#include "nn/replaceable.h"
+#include "nn/router.h"
+#include "nn/routing.h"
+#include "nn/selection_bias.h"
+#include "nn/shared_experts.h"
+#include "nn/usage.h"
 #include "ops/attach_dense_gradient.h"
 #include "ops/attach_loss.h"
 #include "ops/dispatch_plan.h"
@@ -18,3 +50,4 @@
 #include "ops/select_experts.h"
 #include "ops/sum_by_expert.h"
 #include "ops/unpermute.h"
+#include "serialize/state_dict.h"

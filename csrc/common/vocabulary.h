@@ -63,6 +63,32 @@ TORCHMOE_VOCABULARY(Normalized, "normalize", TORCHMOE_NORMALIZED)
   X(down, "the floor")
 TORCHMOE_VOCABULARY(Rounding, "rounding", TORCHMOE_ROUNDINGS)
 
+/// Whom a full expert serves first, where not as the order says.
+#define TORCHMOE_PRIORITIES(X)                    \
+  X(random, "a draw for every slot, in training") \
+  X(weight, "the larger combine weight first")
+TORCHMOE_VOCABULARY(Priority, "priority", TORCHMOE_PRIORITIES)
+
+/// Where the fractions of a layer's load_balancing_loss come from.
+#define TORCHMOE_FRACTIONS_FROM(X)                           \
+  X(batch, "the tokens of the call")                         \
+  X(sequence, "each sequence, the losses averaged")          \
+  X(global_batch, "the calls of all processes, in training") \
+  X(history, "the router's usage")
+TORCHMOE_VOCABULARY(FractionFrom, "fraction_from", TORCHMOE_FRACTIONS_FROM)
+
+#define TORCHMOE_FRACTION_CHOICES(X)     \
+  X(all, "all choices of a token count") \
+  X(first, "its first choice only")
+TORCHMOE_VOCABULARY(FractionChoices, "fraction_choices", TORCHMOE_FRACTION_CHOICES)
+
+/// The gradient estimators that a layer knows by name.
+#define TORCHMOE_LAYER_ESTIMATORS(X)                                 \
+  X(exact, "the derivative of the weights")                          \
+  X(straight_through, "selection and normalisation as the identity") \
+  X(straight_through_dense, "the same over every expert, chosen or not")
+TORCHMOE_VOCABULARY(LayerEstimator, "estimator", TORCHMOE_LAYER_ESTIMATORS)
+
 template <typename Enum>
 Enum choose(std::string_view op, std::string_view given) {
   std::ostringstream allowed;

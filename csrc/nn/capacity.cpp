@@ -1,144 +1,124 @@
 #include "nn/capacity.h"
 
-#include <algorithm>
-#include <cmath>
-#include <tuple>
-#include <utility>
+#include <ostream>
 
-#include <ATen/ops/add.h>
-#include <ATen/ops/clamp.h>
-#include <ATen/ops/div.h>
-#include <ATen/ops/min.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/minimum.h>
-#include <ATen/ops/mul.h>
-#include <c10/util/Exception.h>
 
-#include "common/checks.h"
 #include "common/vocabulary.h"
+#include "nn/detail/checks.h"
+#include "nn/detail/shown.h"
+#include "nn/expert_capacity.h"
 
-namespace torchmoe {
+namespace torchmoe::nn {
 namespace {
 
-__extension__ typedef __int128 Wide;
-
-constexpr int64_t kMostParts = 1'000'000;  // of a factor's denominator
-constexpr int64_t kMostExperts = int64_t{1} << 31;
-
-/// The nearest fraction to x with a denominator up to kMostParts, by the convergents of its
-/// continued fraction, as Python's Fraction.limit_denominator.
-std::pair<int64_t, int64_t> nearest_fraction(double x) {
-  if (x >= kMostExperts) {
-    return {kMostExperts, 1};
-  }
-  if (x <= 0.5 / kMostParts) {
-    return {0, 1};
-  }
-  // x = mantissa / 2^shift, exactly; shift is at most 53 + 20.
-  int exponent = 0;
-  const auto mantissa = static_cast<int64_t>(std::ldexp(std::frexp(x, &exponent), 53));
-  const Wide n = mantissa;
-  const Wide d = Wide{1} << (53 - exponent);
-  // Convergents before and at this step, and what is left of x beyond them.
-  Wide before_n = 0, before_d = 1, at_n = 1, at_d = 0;
-  for (Wide rest_n = n, rest_d = d; rest_d != 0;) {
-    const Wide whole = rest_n / rest_d;
-    const Wide next_d = before_d + whole * at_d;
-    if (next_d > kMostParts) {
-      // The last one in between that still fits lies on the other side of x.
-      const Wide steps = (kMostParts - before_d) / at_d;
-      const Wide between_n = before_n + steps * at_n;
-      const Wide between_d = before_d + steps * at_d;
-      const auto error = [&](Wide numerator, Wide denominator) {
-        const Wide difference = numerator * d - n * denominator;
-        return difference < 0 ? -difference : difference;
-      };
-      if (error(between_n, between_d) * at_d < error(at_n, at_d) * between_d) {
-        at_n = between_n;
-        at_d = between_d;
-      }
-      break;
-    }
-    before_n = std::exchange(at_n, before_n + whole * at_n);
-    before_d = std::exchange(at_d, next_d);
-    rest_n = std::exchange(rest_d, rest_n - whole * rest_d);
-  }
-  return {static_cast<int64_t>(at_n), static_cast<int64_t>(at_d)};
+CapacityFactor factor_of(const Capacity& capacity, bool training) {
+  return training || !capacity.eval_factor()
+             ? CapacityFactor(capacity.factor(), "Capacity", "factor")
+             : CapacityFactor(*capacity.eval_factor(), "Capacity", "eval_factor");
 }
 
-/// A token's share of an expert, at most 1, and what is added before a division for the rounding.
-struct Share {
-  int64_t numerator;
-  int64_t denominator;
-  int64_t excess;
-};
-
-Share checked_share(int64_t num_experts,
-                    int64_t top_k,
-                    const CapacityFactor& factor,
-                    int64_t min_capacity,
-                    std::string_view rounding) {
-  constexpr auto op = "expert_capacity";
-  TORCH_CHECK_VALUE(num_experts >= 1 && num_experts <= kMostExperts,
-                    op,
-                    ": num_experts must be in [1, ",
-                    kMostExperts,
-                    "], got ",
-                    num_experts);
-  check_top_k(op, top_k, num_experts);
-  TORCH_CHECK_VALUE(min_capacity >= 0, op, ": min_capacity must be >= 0, got ", min_capacity);
-  const bool up = choose<Rounding>(op, rounding) == Rounding::up;
-  // Where a token's share reaches a whole slot every token fits; below, its numerator is smaller
-  // than its denominator.
-  const int64_t denominator = factor.denominator() * num_experts;
-  const auto numerator = std::min<Wide>(Wide{factor.numerator()} * top_k, denominator);
-  return {static_cast<int64_t>(numerator), denominator, up ? denominator - 1 : 0};
+/// For a number or a tensor.
+template <typename NumTokens>
+auto slots_of_each(const Capacity& capacity,
+                   const NumTokens& num_tokens,
+                   int64_t num_experts,
+                   int64_t top_k,
+                   bool training) {
+  return expert_capacity(num_tokens,
+                         num_experts,
+                         top_k,
+                         factor_of(capacity, training),
+                         capacity.minimum(),
+                         capacity.rounding());
 }
 
 }  // namespace
 
-CapacityFactor::CapacityFactor(double factor, std::string_view op, std::string_view argument) {
-  TORCH_CHECK_VALUE(std::isfinite(factor) && factor >= 0,
-                    op,
-                    ": ",
-                    argument,
-                    " must be a finite number >= 0, got ",
-                    factor);
-  std::tie(numerator_, denominator_) = nearest_fraction(factor);
+void Capacity::check() const {
+  constexpr auto owner = "Capacity";
+  check_at_least(owner, "minimum", minimum_, 0);
+  choose<Rounding>(owner, rounding_);
+  choose<CapacityOrder>(owner, order_);
+  if (priority_) {
+    choose<Priority>(owner, *priority_);
+  }
+  const bool wants_backup = choose<Overflow>(owner, overflow_) == Overflow::backup;
+  choose<Normalized>(owner, normalize_);
+  if (backup_) {
+    check_backup_table(owner, *backup_);
+  }
+  TORCH_CHECK_VALUE(backup_.has_value() == wants_backup,
+                    "Capacity: backup must be ",
+                    wants_backup ? "given" : "None",
+                    " with overflow \"",
+                    overflow_,
+                    "\", got ",
+                    backup_ ? listed(*backup_) : "None");
+  TORCH_CHECK_VALUE(!dynamic_ || choose<Rounding>(owner, rounding_) == Rounding::up,
+                    "Capacity: rounding must be \"up\" with dynamic=True, got \"",
+                    rounding_,
+                    "\"");
+  factor_of(*this, /*training=*/true);
+  factor_of(*this, /*training=*/false);
 }
 
-int64_t expert_capacity(int64_t num_tokens,
-                        int64_t num_experts,
-                        int64_t top_k,
-                        const CapacityFactor& capacity_factor,
-                        int64_t min_capacity,
-                        std::string_view rounding) {
-  const auto share = checked_share(num_experts, top_k, capacity_factor, min_capacity, rounding);
-  TORCH_CHECK_VALUE(num_tokens >= 0, "expert_capacity: num_tokens must be >= 0, got ", num_tokens);
-  const auto slots = (Wide{num_tokens} * share.numerator + share.excess) / share.denominator;
-  return std::min(std::max(static_cast<int64_t>(slots), min_capacity), num_tokens);
+bool Capacity::reroutes() const {
+  return choose<Overflow>("Capacity", overflow_) != Overflow::drop;
 }
 
-at::Tensor expert_capacity(const at::Tensor& num_tokens,
+bool Capacity::renormalizes(std::string_view gate_normalize) const {
+  return choose<Normalized>("Capacity", normalize_) == Normalized::after_drop &&
+         choose<Normalize>("Gate", gate_normalize) != Normalize::none;
+}
+
+at::Tensor Capacity::slots(const at::Tensor& like,
+                           int64_t num_tokens,
                            int64_t num_experts,
                            int64_t top_k,
-                           const CapacityFactor& capacity_factor,
-                           int64_t min_capacity,
-                           std::string_view rounding) {
-  const auto share = checked_share(num_experts, top_k, capacity_factor, min_capacity, rounding);
-  const auto dtype = num_tokens.scalar_type();
-  TORCH_CHECK_VALUE(
-      dtype == at::kLong || dtype == at::kInt,
-      "expert_capacity: num_tokens must be an int or an int64 tensor, got a tensor of ",
-      dtype);
-  // On a device the answer would have to be waited for.
-  if (num_tokens.is_cpu() && num_tokens.numel() > 0) {
-    const auto least = num_tokens.min().item<int64_t>();
-    TORCH_CHECK_VALUE(least >= 0, "expert_capacity: num_tokens must be >= 0, got ", least);
+                           bool training,
+                           const at::Tensor& usage) const {
+  if (dynamic_) {
+    return dynamic_capacity(usage, num_tokens * top_k, factor_of(*this, training))
+        .clamp_min(minimum_)
+        .clamp_max(num_tokens);
   }
-  const auto tokens = num_tokens.to(at::kLong);
-  const auto scaled = at::add(at::mul(tokens, share.numerator), share.excess);
-  const auto capacity = at::clamp(at::div(scaled, share.denominator, "floor"), min_capacity);
-  return at::minimum(capacity, tokens);
+  return like.new_full({num_experts},
+                       slots_of_each(*this, num_tokens, num_experts, top_k, training),
+                       like.options().dtype(at::kLong));
 }
 
-}  // namespace torchmoe
+at::Tensor Capacity::slots(const at::Tensor& like,
+                           const at::Tensor& num_tokens,
+                           int64_t num_experts,
+                           int64_t top_k,
+                           bool training,
+                           const at::Tensor& usage) const {
+  if (dynamic_) {
+    return at::minimum(
+        dynamic_capacity(usage, num_tokens * top_k, factor_of(*this, training)).clamp_min(minimum_),
+        num_tokens);
+  }
+  return slots_of_each(*this, num_tokens, num_experts, top_k, training)
+      .to(like.device())
+      .expand({num_experts});
+}
+
+std::ostream& operator<<(std::ostream& stream, const Capacity& capacity) {
+  const Capacity neutral(0);
+  return Shown(stream, "Capacity")
+      .show("factor", capacity.factor())
+      .show("eval_factor", capacity.eval_factor(), neutral.eval_factor())
+      .show("minimum", capacity.minimum(), neutral.minimum())
+      .show("order", capacity.order(), neutral.order())
+      .show("overflow", capacity.overflow(), neutral.overflow())
+      .show("normalize", capacity.normalize(), neutral.normalize())
+      .show("priority", capacity.priority(), neutral.priority())
+      .show("backup", capacity.backup(), neutral.backup())
+      .show("rounding", capacity.rounding(), neutral.rounding())
+      .show("dynamic", capacity.dynamic(), neutral.dynamic())
+      .end();
+}
+
+}  // namespace torchmoe::nn

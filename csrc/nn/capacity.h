@@ -1,49 +1,88 @@
-// How many slots an expert keeps: exact, because a float product rounds 1.1 * 2 * 200 / 4 up to
-// 111.
+// How much an expert may take, and what happens to the rest.
 #pragma once
 
 #include <cstdint>
+#include <iosfwd>
+#include <optional>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include <ATen/core/Tensor.h>
+#include <torch/arg.h>
 
-namespace torchmoe {
+namespace torchmoe::nn {
 
-/// A capacity factor as two integers in lowest terms: the nearest fraction with a denominator of at
-/// most 10^6, so that 1.1 is 11/10 and 4.0 / 3 is 4/3. Of one above 2^31, which is more than any
-/// layer's num_experts, 2^31 is kept.
-class CapacityFactor {
+/// Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts), in the integers
+/// of `expert_capacity`. One line each:
+///
+///     Capacity(1.25)                                       all first choices, then all second ones
+///     Capacity(1.25).order("token")                        token by token
+///     Capacity(1.25).priority("random")                    random dropping
+///     Capacity(1.25).priority("weight")                    the least weights are dropped
+///     Capacity(1).overflow("next_best")                    nobody is dropped while there is room
+///     Capacity(1).overflow("backup").backup({{1, 2, 0}})   what expert i cannot take goes to backup[i]
+///     Capacity(1).dynamic(true)                            more room where the load has been high
+///
+/// The layer that takes it checks it (c10::ValueError): values out of range, words that are not known,
+/// and settings that do not go together.
+struct Capacity {
+  /* implicit */ Capacity(double factor) : factor_(factor) {}
+
+  /// Capacity factor in training; 1 is just enough room when tokens spread evenly. Taken as the
+  /// nearest fraction with a denominator of at most 10^6, so 1.1 is 11/10.
+  TORCH_ARG(double, factor);
+  /// The factor in evaluation mode; nullopt uses `factor`.
+  TORCH_ARG(std::optional<double>, eval_factor) = std::nullopt;
+  /// An expert keeps at least this many slots (or every token, if there are fewer).
+  TORCH_ARG(int64_t, minimum) = 0;
+  /// Who is served first: "choice" (all first choices in token order, then all second ones: a later
+  /// token can displace an earlier one's second choice) or "token" (token by token: causal).
+  TORCH_ARG(std::string, order) = "choice";
+  /// What becomes of a slot that finds its expert full: "drop", "next_best" or "backup", see
+  /// `limit_capacity`. The weights of rerouted slots are those of their new experts.
+  TORCH_ARG(std::string, overflow) = "drop";
+  /// "before_drop": weights are formed before slots are dropped, so that a token that loses a slot
+  /// keeps the other's weight and its router a gradient. "after_drop": over the slots that are left.
+  TORCH_ARG(std::string, normalize) = "before_drop";
+  /// nullopt: as `order` says. "random": in training by a draw for every slot, from torch's default
+  /// generator. "weight": the larger combine weight first (V-MoE, arXiv 2106.05974).
+  TORCH_ARG(std::optional<std::string>, priority) = std::nullopt;
+  /// With overflow "backup": for each expert another one.
+  TORCH_ARG(std::optional<std::vector<int64_t>>, backup) = std::nullopt;
+  /// "up", or "down" for the floor of the formula.
+  TORCH_ARG(std::string, rounding) = "up";
+  /// The capacity of each expert is that of `dynamic_capacity` with the router's `usage`.
+  TORCH_ARG(bool, dynamic) = false;
+
  public:
-  /// Implicit, so that a plain 1.25 serves wherever a factor is asked for. `op` and `argument` are
-  /// for the message only.
-  /* implicit */ CapacityFactor(double factor,
-                                std::string_view op = "expert_capacity",
-                                std::string_view argument = "capacity_factor");
+  /// Throws unless every setting is one, and they go together.
+  void check() const;
 
-  int64_t numerator() const { return numerator_; }
-  int64_t denominator() const { return denominator_; }
+  /// Whether a slot that finds its expert full may get another one.
+  bool reroutes() const;
+  /// Whether weights are formed over the slots that are left, for this normalisation of the gate.
+  bool renormalizes(std::string_view gate_normalize) const;
 
- private:
-  int64_t numerator_;
-  int64_t denominator_;
+  /// The most slots that each expert keeps: [E] int64.
+  ///
+  /// `like` lends the device; num_tokens is how many tokens count, a number or an integer scalar;
+  /// usage [E] is for a dynamic capacity.
+  at::Tensor slots(const at::Tensor& like,
+                   int64_t num_tokens,
+                   int64_t num_experts,
+                   int64_t top_k,
+                   bool training,
+                   const at::Tensor& usage = {}) const;
+  at::Tensor slots(const at::Tensor& like,
+                   const at::Tensor& num_tokens,
+                   int64_t num_experts,
+                   int64_t top_k,
+                   bool training,
+                   const at::Tensor& usage = {}) const;
 };
 
-/// ceil(capacity_factor * top_k * num_tokens / num_experts), with rounding "down" the floor; then at
-/// least min_capacity, at most num_tokens; 0 for no tokens. In integers throughout.
-int64_t expert_capacity(int64_t num_tokens,
-                        int64_t num_experts,
-                        int64_t top_k,
-                        const CapacityFactor& capacity_factor,
-                        int64_t min_capacity = 0,
-                        std::string_view rounding = "up");
+/// As Python shows it: what is not as by default.
+std::ostream& operator<<(std::ostream& stream, const Capacity& capacity);
 
-/// The same for an int64 or int32 tensor of token counts, each up to 9 * 10^12 / num_experts; the
-/// int64 result stays on its device: nothing is read back.
-at::Tensor expert_capacity(const at::Tensor& num_tokens,
-                           int64_t num_experts,
-                           int64_t top_k,
-                           const CapacityFactor& capacity_factor,
-                           int64_t min_capacity = 0,
-                           std::string_view rounding = "up");
-
-}  // namespace torchmoe
+}  // namespace torchmoe::nn

@@ -1,62 +1,93 @@
 #include "nn/moe.h"
 
-#include <algorithm>
 #include <ostream>
 #include <utility>
 
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/checks.h"
-#include "common/dtypes.h"
 #include "common/vocabulary.h"
-#include "nn/checks.h"
-#include "ops/gate_weights.h"
-#include "ops/limit_capacity.h"
-#include "ops/load_balancing_loss.h"
-#include "ops/router_z_loss.h"
-#include "ops/select_experts.h"
+#include "nn/detail/accounting.h"
+#include "nn/detail/by_expert.h"
+#include "nn/detail/checks.h"
+#include "nn/detail/compatibility.h"
+#include "nn/detail/decision.h"
+#include "nn/detail/update_reminder.h"
+#include "nn/selection_bias.h"
 
 namespace torchmoe::nn {
 namespace {
 
-void check_gate(const GateOptions& gate) {
-  choose<ScoreFunction>("Gate", gate.score_function());
-  if (gate.normalize()) {
-    choose<Normalize>("Gate", *gate.normalize());
+void check_options(const MoEOptions& options) {
+  options.gate().check();
+  if (options.capacity()) {
+    options.capacity()->check();
   }
-  choose<GateEstimator>("Gate", gate.estimator());
+  options.balance().check();
+  if (options.assistance()) {
+    options.assistance()->check();
+  }
+  check_at_least("MoE", "hidden_size", options.hidden_size(), 1);
+  check_at_least("MoE", "num_experts", options.num_experts(), 1);
+  check_top_k("MoE", options.top_k(), options.num_experts());
+  check_not_negative("MoE", "routed_scaling_factor", options.routed_scaling_factor());
 }
 
-void check_capacity(const CapacityOptions& capacity, int64_t num_experts) {
-  check_at_least("Capacity", "minimum", capacity.minimum(), 0);
-  choose<CapacityOrder>("Capacity", capacity.order());
-  const bool needs_backup = choose<Overflow>("Capacity", capacity.overflow()) == Overflow::backup;
-  const auto& backup = capacity.backup();
-  TORCH_CHECK_VALUE(static_cast<int64_t>(backup.size()) == (needs_backup ? num_experts : 0),
-                    "Capacity: backup must have ",
-                    needs_backup ? num_experts : 0,
-                    " entries with overflow \"",
-                    capacity.overflow(),
-                    "\", got ",
-                    backup.size());
-  check_backup("Capacity", backup);
-  choose<Normalized>("Capacity", capacity.normalize());
+void check_made_for(const char* argument, const char* name, int64_t expected, int64_t actual) {
+  TORCH_CHECK_VALUE(
+      actual == expected, "MoE: ", argument, " must have ", name, " ", expected, ", got ", actual);
 }
 
-void check_router(const RouterOptions& router, int64_t hidden_size, int64_t num_experts) {
-  const auto check_equal = [](const char* name, int64_t expected, int64_t actual) {
-    TORCH_CHECK_VALUE(
-        actual == expected, "MoE: router must have ", name, " ", expected, ", got ", actual);
-  };
-  check_equal("num_experts", num_experts, router.num_experts());
-  check_equal("hidden_size", hidden_size, router.hidden_size());
+TokenFunction router_of(const MoEOptions& options) {
+  const auto& given = options.router();
+  if (given && std::holds_alternative<TokenFunction>(*given)) {
+    return std::get<TokenFunction>(*given);
+  }
+  if (given) {
+    return Router(std::get<RouterOptions>(*given));
+  }
+  const bool reads =
+      !usage_readers(options.balance(), options.capacity(), options.assistance().has_value())
+           .empty();
+  return Router(RouterOptions(options.hidden_size(), options.num_experts()).track_usage(reads));
 }
 
-/// x [..., H] and its mask [...] as tokens [T, H] and a mask [T].
+ExpertFunction experts_of(const MoEOptions& options) {
+  if (options.experts()) {
+    return *options.experts();
+  }
+  TORCH_CHECK_VALUE(options.intermediate_size(),
+                    "MoE: intermediate_size must be given without experts, got None");
+  return Experts(
+      ExpertsOptions(options.hidden_size(), *options.intermediate_size(), options.num_experts())
+          .activation(options.activation())
+          .bias(options.bias()));
+}
+
+std::shared_ptr<Estimator> estimator_of(const Gate& gate) {
+  if (const auto* own = std::get_if<std::shared_ptr<Estimator>>(&gate.estimator())) {
+    return *own;
+  }
+  switch (choose<LayerEstimator>("Gate", std::get<std::string>(gate.estimator()))) {
+    case LayerEstimator::exact:
+      return std::make_shared<Exact>();
+    case LayerEstimator::straight_through:
+      return std::make_shared<StraightThrough>();
+    case LayerEstimator::straight_through_dense:
+      return std::make_shared<StraightThroughDense>();
+  }
+  TORCH_INTERNAL_ASSERT(false, "an estimator without a class");
+}
+
+std::shared_ptr<torch::nn::Module> as_module(const std::shared_ptr<Estimator>& estimator) {
+  return std::dynamic_pointer_cast<torch::nn::Module>(estimator);
+}
+
+/// x [..., H] and its mask [...] as tokens [T, H], 0 where none counts, and a mask [T].
 std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
     const at::Tensor& x, const std::optional<at::Tensor>& token_mask, int64_t hidden_size) {
+  check_defined("MoE", "x", x);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == hidden_size,
               "MoE: x must be [..., hidden_size] = [..., ",
               hidden_size,
@@ -66,185 +97,256 @@ std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
   if (!token_mask) {
     return {tokens, std::nullopt};
   }
-  const auto leading = x.sizes().slice(0, x.dim() - 1);
-  TORCH_CHECK(token_mask->scalar_type() == at::kBool && token_mask->sizes() == leading,
-              "MoE: token_mask must be bool of shape ",
-              leading,
-              ", got ",
-              token_mask->scalar_type(),
-              " of shape ",
-              token_mask->sizes());
+  check_token_mask(*token_mask, x.sizes().slice(0, x.dim() - 1));
   const auto mask = token_mask->reshape(-1);
   // Attention leaves NaN at positions that see nothing; 0 * NaN would carry it into the router's
   // gradient.
   return {tokens.masked_fill(mask.logical_not().unsqueeze(-1), 0), mask};
 }
 
-/// The ids with rerouted ones replaced and dropped ones not yet removed.
-at::Tensor before_drop(const Routing& routing) {
-  return at::where(routing.indices.ge(0), routing.indices, routing.selected);
-}
-
-/// Slots per expert: [T, K] -> [E]. Integers, so that any order of adding gives the same.
-at::Tensor count(const at::Tensor& indices, int64_t num_experts) {
-  const auto slots = indices.flatten();
-  const auto of_nobody = at::where(slots.lt(0), num_experts, slots);
-  return at::zeros({num_experts + 1}, slots.options())
-      .scatter_add_(0, of_nobody, at::ones_like(slots))
-      .narrow(0, 0, num_experts);
+/// The logits of each token, float32 or wider.
+RouterOutput route(const TokenFunction& router, const at::Tensor& tokens, int64_t num_experts) {
+  auto* own = router.as<RouterImpl>();
+  auto routed = own != nullptr ? own->score(tokens) : RouterOutput{router(tokens)};
+  check_output("router",
+               routed.logits,
+               {tokens.size(0), num_experts},
+               "[num_tokens, num_experts]",
+               tokens.device());
+  routed.logits = wide(routed.logits);
+  return routed;
 }
 
 }  // namespace
 
-MoEImpl::MoEImpl(const MoEOptions& settings) : options(settings) {
-  check_at_least("MoE", "hidden_size", options.hidden_size(), 1);
-  check_at_least("MoE", "num_experts", options.num_experts(), 1);
-  check_top_k("MoE", options.top_k(), options.num_experts());
-  check_not_negative("MoE", "balance_weight", options.balance_weight());
-  check_not_negative("MoE", "z_loss_weight", options.z_loss_weight());
-  check_gate(options.gate());
-  if (!options.gate().normalize()) {
-    // The "topk" weight of a single expert is always 1.
-    options.gate().normalize(options.top_k() > 1 ? "topk" : "none");
+MoEImpl::MoEImpl(const MoEOptions& options) : options_(options) {
+  check_options(options);
+  router_ = router_of(options);
+  experts_ = experts_of(options);
+  shared_experts_ = options.shared_experts();
+  const int64_t num_experts = options.num_experts();
+  if (const auto* own = router_->as<RouterImpl>()) {
+    check_made_for("router", "num_experts", num_experts, own->options().num_experts());
+    check_made_for("router", "hidden_size", options.hidden_size(), own->options().hidden_size());
   }
-  if (const auto& capacity = options.capacity()) {
-    check_capacity(*capacity, options.num_experts());
-    factor_.emplace(capacity->factor(), "Capacity", "factor");
-    eval_factor_ = factor_;
-    if (capacity->eval_factor()) {
-      eval_factor_.emplace(*capacity->eval_factor(), "Capacity", "eval_factor");
-    }
-    backup_ = at::tensor(capacity->backup(), at::kLong);
+  if (const auto* own = experts_->as<ExpertsImpl>()) {
+    check_made_for("experts", "num_experts", num_experts, own->options().num_experts());
+    check_made_for("experts", "hidden_size", options.hidden_size(), own->options().hidden_size());
   }
-  if (!options.router()) {
-    options.router(RouterOptions(options.hidden_size(), options.num_experts()));
+  if (options.assistance()) {
+    check_made_for("assistance",
+                   "num_experts",
+                   num_experts,
+                   static_cast<int64_t>(options.assistance()->backup().size()));
   }
-  check_router(*options.router(), options.hidden_size(), options.num_experts());
+  const auto& gate = options.gate();
+  estimator_ = estimator_of(gate);
+  estimator_->bind({.top_k = options.top_k(),
+                    .num_experts = num_experts,
+                    .hidden_size = options.hidden_size(),
+                    .score_function = gate.score_function(),
+                    .normalize = gate.normalize(),
+                    .num_groups = gate.num_groups(),
+                    .top_groups = gate.top_groups()});
+  reminder_ = std::make_shared<UpdateReminder>();
   reset();
+  take(options.balance(), options.capacity());
 }
 
 void MoEImpl::reset() {
-  router = register_module("router", Router(*options.router()));
-  const ExpertsOptions experts_options =
-      ExpertsOptions(options.hidden_size(), options.intermediate_size(), options.num_experts())
-          .activation(options.activation())
-          .bias(options.bias());
-  experts = register_module("experts", Experts(experts_options));
+  if (std::exchange(has_parts_, true)) {
+    router_ = router_->clone();
+    experts_ = experts_->clone();
+    if (shared_experts_) {
+      shared_experts_ = shared_experts_->clone();
+    }
+    if (const auto module = as_module(estimator_)) {
+      estimator_ = std::dynamic_pointer_cast<Estimator>(module->clone());
+    }
+  }
+  // In the order of the Python layer, in which parameters are listed and saved.
+  const auto add = [&](const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
+    if (module) {
+      register_module(name, module);
+    }
+  };
+  add("router", router_->module());
+  add("estimator", as_module(estimator_));
+  if (options_.assistance()) {
+    assistance = register_module(
+        "assistance",
+        AssistanceState(AssistanceStateImpl(*options_.assistance(), least_experts(*estimator_))));
+  }
+  add("experts", experts_->module());
+  if (shared_experts_) {
+    add("shared_experts", shared_experts_->module());
+  }
+  // A copy has the bias of the layer that it was made with, whatever rate it has now.
+  if (options_.balance().selection_bias_rate() > 0 || selection_bias.defined()) {
+    selection_bias = register_wide_buffer("selection_bias", at::zeros({options_.num_experts()}));
+  }
+}
+
+void MoEImpl::take(const Balance& balance, const std::optional<Capacity>& capacity) {
+  check_pairs(*this, balance, capacity);
+  options_.balance(balance).capacity(capacity);
+  const bool has_backup = capacity && capacity->backup();
+  backup_ = has_backup ? at::tensor(*capacity->backup(), at::kLong) : at::Tensor();
+}
+
+void MoEImpl::set_balance(const Balance& balance) {
+  balance.check();
+  take(balance, options_.capacity());
+}
+
+void MoEImpl::set_capacity(const std::optional<Capacity>& capacity) {
+  if (capacity) {
+    capacity->check();
+  }
+  take(options_.balance(), capacity);
+}
+
+void MoEImpl::set_routed_scaling_factor(double factor) {
+  check_not_negative("MoE", "routed_scaling_factor", factor);
+  options_.routed_scaling_factor(factor);
+}
+
+void MoEImpl::follow(at::Device device) {
+  if (backup_.defined()) {
+    backup_ = backup_.to(device);
+  }
 }
 
 void MoEImpl::reset_parameters() {
-  router->reset_parameters();
-  experts->reset_parameters();
+  const torch::NoGradGuard no_grad;
+  if (auto* own = router_->as<RouterImpl>()) {
+    own->reset_parameters();
+  }
+  if (!assistance.is_empty()) {
+    assistance->reset_parameters();
+  }
+  if (auto* own = experts_->as<ExpertsImpl>()) {
+    own->reset_parameters();
+  }
+  if (shared_experts_) {
+    if (auto* own = shared_experts_->as<SharedExpertsImpl>()) {
+      own->reset_parameters();
+    }
+  }
+  if (selection_bias.defined()) {
+    selection_bias.zero_();
+  }
 }
 
 void MoEImpl::pretty_print(std::ostream& stream) const {
-  stream << "torchmoe::nn::MoE(hidden_size=" << options.hidden_size()
-         << ", num_experts=" << options.num_experts() << ", top_k=" << options.top_k()
-         << ", score_function=" << options.gate().score_function()
-         << ", normalize=" << *options.gate().normalize()
-         << ", estimator=" << options.gate().estimator();
-  if (const auto& capacity = options.capacity()) {
-    stream << ", capacity_factor=" << capacity->factor();
-    if (capacity->eval_factor()) {
-      stream << ", eval_capacity_factor=" << *capacity->eval_factor();
-    }
-    stream << ", order=" << capacity->order() << ", overflow=" << capacity->overflow();
+  stream << "torchmoe::nn::MoE(hidden_size=" << options_.hidden_size()
+         << ", num_experts=" << options_.num_experts() << ", top_k=" << options_.top_k()
+         << ", score_function=" << estimator_->score_function()
+         << ", normalize=" << estimator_->normalize() << ", estimator=" << estimator_->name();
+  if (const auto& capacity = options_.capacity()) {
+    stream << ", capacity=" << *capacity;
   }
-  stream << ", balance_weight=" << options.balance_weight()
-         << ", z_loss_weight=" << options.z_loss_weight() << ")";
+  stream << ", balance=" << options_.balance();
+  if (options_.routed_scaling_factor() != 1) {
+    stream << ", routed_scaling_factor=" << options_.routed_scaling_factor();
+  }
+  stream << ")";
 }
 
-MoEOutput MoEImpl::forward(const at::Tensor& x, const std::optional<at::Tensor>& token_mask) {
-  const auto [tokens, mask] = flatten(x, token_mask, options.hidden_size());  // [T, H], [T]
+MoEOutput MoEImpl::forward(const at::Tensor& x,
+                           const std::optional<at::Tensor>& token_mask,
+                           const std::optional<at::Tensor>& earlier_counts) {
+  const auto [tokens, mask] = flatten(x, token_mask, options_.hidden_size());  // [T, H], [T]
   // How many tokens count: a tensor, so that nothing is read back; without a mask it is a shape.
-  const auto counted = mask ? std::optional<at::Tensor>(mask->sum()) : std::nullopt;
-  Routing routing;
-  routing.token_mask = mask;
+  const auto counted = mask ? std::optional(mask->sum()) : std::nullopt;
+  if (is_training() && at::GradMode::is_enabled()) {
+    const auto readers = update_readers(*this);
+    reminder_->count(readers.empty() ? "" : readers[0]);
+  }
 
   // 1. Logits: one per token and expert.
-  routing.logits = router->forward(tokens);  // [T, E]
+  const auto routed = route(*router_, tokens, options_.num_experts());
+  const auto& logits = routed.logits;  // [T, E]
 
-  // 2. Decide which experts, and what the full ones drop: integers only.
-  routing.selected = select_experts(
-      routing.logits.detach(), options.top_k(), std::nullopt, routing.token_mask);  // [T, K]
-  routing.indices = limit(routing, counted);                                        // [T, K]
+  // 2. Decide which experts, who assists them, and what becomes of the slots that find them full:
+  // integers only.
+  const auto backup = backup_.defined() ? backup_.to(logits.device()) : backup_;
+  const auto choice = decide(*this, logits, mask, counted, backup);
 
-  // 3. Weigh: rerouted slots as what they are now, and before slots are dropped unless asked
-  // otherwise.
-  const auto& gate = options.gate();
-  const bool after_drop =
-      options.capacity() &&
-      choose<Normalized>("Capacity", options.capacity()->normalize()) == Normalized::after_drop &&
-      choose<Normalize>("Gate", *gate.normalize()) != Normalize::none;
-  // Weights that are constant have a gradient of zero, which a frozen router does not miss; gate_weights
-  // refuses it for one that could learn.
-  const bool is_constant =
-      gate.estimator() == "exact" &&
-      (*gate.normalize() == "uniform" || (*gate.normalize() == "topk" && options.top_k() == 1));
-  const auto parameters = router->parameters();
-  const bool learns = std::any_of(parameters.begin(), parameters.end(), [](const auto& parameter) {
-    return parameter.requires_grad();
-  });
-  routing.weights = gate_weights(is_constant && !learns ? routing.logits.detach() : routing.logits,
-                                 after_drop ? routing.indices : before_drop(routing),
-                                 gate.score_function(),
-                                 *gate.normalize(),
-                                 gate.estimator());  // [T, K]
+  // 3. Weigh: from the unbiased logits.
+  const auto weights =
+      choice.weights ? *choice.weights : weigh(*this, logits, choice.weighed);  // [T, K']
 
   // 4. Dispatch and compute.
-  const auto y = experts->forward(tokens, routing.indices, routing.weights);  // [T, H]
-
-  // 5. Account: counts and losses.
-  routing.tokens_per_expert = count(routing.selected, options.num_experts());  // [E]
-  routing.kept_per_expert = options.capacity() ? count(routing.indices, options.num_experts())
-                                               : routing.tokens_per_expert;
-  routing.losses = losses(routing);
-  auto aux_loss = options.balance_weight() * routing.losses.at("load_balancing_loss");
-  if (const auto z_loss = routing.losses.find("router_z_loss"); z_loss != routing.losses.end()) {
-    aux_loss = aux_loss + options.z_loss_weight() * z_loss->second;
-  }
-  return {y.reshape(x.sizes()), std::move(aux_loss), std::move(routing)};
-}
-
-at::Tensor MoEImpl::limit(const Routing& routing, const std::optional<at::Tensor>& counted) const {
-  const auto& selected = routing.selected;
-  if (!options.capacity()) {
-    return selected;
-  }
-  const auto& capacity = *options.capacity();
-  const auto slots_of = [&](const auto& num_tokens) {
-    return expert_capacity(num_tokens,
-                           options.num_experts(),
-                           options.top_k(),
-                           is_training() ? *factor_ : *eval_factor_,
-                           capacity.minimum());
+  auto y = estimator_->combine(tokens, logits, choice.indices, weights, *experts_, mask);  // [T, H]
+  const auto check = [&](const char* part, const at::Tensor& output) {
+    check_output(part, output, tokens.sizes(), "[num_tokens, hidden_size]", tokens.device());
   };
-  const auto slots = counted
-                         ? slots_of(*counted).expand({options.num_experts()})
-                         : selected.new_full({options.num_experts()}, slots_of(selected.size(0)));
-  const auto overflow = choose<Overflow>("Capacity", capacity.overflow());
-  return limit_capacity(
-      selected,
-      slots,
-      capacity.order(),
-      std::nullopt,
-      capacity.overflow(),
-      overflow == Overflow::drop ? std::nullopt : std::optional(routing.logits.detach()),
-      overflow == Overflow::backup ? std::optional(backup_.to(selected.device())) : std::nullopt);
+  check("gate.estimator.combine", y);
+  if (options_.routed_scaling_factor() != 1) {
+    y = options_.routed_scaling_factor() * y;
+  }
+  if (shared_experts_) {
+    auto shared = (*shared_experts_)(tokens);
+    check("shared_experts", shared);
+    if (mask) {
+      shared = shared.masked_fill(mask->logical_not().unsqueeze(-1), 0);
+    }
+    y = y + shared.to(y.scalar_type());
+  }
+
+  // 5. Account: counts, the losses, and everything above for whoever wants to look.
+  auto accounted = account(*this,
+                           routed,
+                           choice,
+                           weights,
+                           mask,
+                           counted,
+                           x.sizes().slice(0, x.dim() - 1),
+                           earlier_counts);
+  return {y.reshape(x.sizes()),
+          accounted.aux_loss,
+          {.logits = logits,
+           .weights = weights,
+           .selected = choice.selected,
+           .indices = choice.indices,
+           .token_mask = mask,
+           .tokens_per_expert = accounted.tokens_per_expert,
+           .kept_per_expert = accounted.kept_per_expert,
+           .losses = std::move(accounted.losses)}};
 }
 
-std::map<std::string, at::Tensor> MoEImpl::losses(const Routing& routing) const {
-  const auto& counts = routing.tokens_per_expert;
-  // With no counted token the loss is 0 whatever the fraction, as long as that is a number.
-  const auto fraction = counts.to(accumulate_dtype(routing.logits.scalar_type())) /
-                        counts.sum(-1, /*keepdim=*/true).clamp_min(1);
-  std::map<std::string, at::Tensor> losses;
-  losses["load_balancing_loss"] = load_balancing_loss(
-      routing.logits, fraction, options.gate().score_function(), routing.token_mask);
-  if (options.z_loss_weight() > 0) {
-    losses["router_z_loss"] = router_z_loss(routing.logits, routing.token_mask);
+void MoEImpl::update(const Routing& routing) {
+  update(at::ArrayRef<Routing>(routing));
+}
+
+void MoEImpl::update(at::ArrayRef<Routing> routings) {
+  TORCH_CHECK_VALUE(!routings.empty(),
+                    "MoE: routing must hold at least one Routing, got an empty list");
+  const torch::NoGradGuard no_grad;
+  reminder_->stop();
+  auto* tracking = router_->as<UsageTracking>();
+  const bool keeps_usage = tracking != nullptr && tracking->usage.defined();
+  const auto& balance = options_.balance();
+  const double rate = balance.selection_bias_rate();
+  if (!keeps_usage && rate == 0) {
+    return;
   }
-  return losses;
+  auto counts = routings[0].tokens_per_expert;
+  for (const auto& routing : routings.slice(1)) {
+    counts = counts + routing.tokens_per_expert;
+  }
+  counts = over_processes(*this, counts);
+  if (keeps_usage) {
+    tracking->update(counts, counts.sum());
+    if (!assistance.is_empty()) {
+      assistance->update(tracking->usage, counts.sum());
+    }
+  }
+  if (rate > 0) {
+    selection_bias.copy_(
+        update_selection_bias(selection_bias, counts, rate, balance.selection_bias_centred()));
+  }
 }
 
 }  // namespace torchmoe::nn

@@ -1,73 +1,174 @@
-// The mixture-of-experts layer: decide, weigh, compute, account.
+// The mixture-of-experts layer: decide, weigh, dispatch, compute, account.
 #pragma once
 
+#include <cstdint>
+#include <functional>
 #include <iosfwd>
-#include <map>
+#include <memory>
 #include <optional>
 #include <string>
+#include <variant>
 
 #include <ATen/core/Tensor.h>
-#include <torch/nn/cloneable.h>
+#include <c10/util/ArrayRef.h>
+#include <torch/arg.h>
 #include <torch/nn/modules/common.h>
 #include <torch/nn/pimpl.h>
 
+#include "assistance.h"
+#include "balance.h"
 #include "capacity.h"
+#include "estimator.h"
 #include "experts.h"
-#include "options.h"
+#include "gate.h"
+#include "remembering.h"
+#include "replaceable.h"
 #include "router.h"
+#include "routing.h"
+#include "shared_experts.h"
 
 namespace torchmoe::nn {
 
-/// What one forward decided, for losses and statistics of the caller's own. T tokens after
-/// flattening. The logits, weights and losses are the graph's own tensors.
-struct Routing {
-  at::Tensor logits;    ///< [T, E]; of no meaning where token_mask is false
-  at::Tensor weights;   ///< [T, K]; the weight of a dropped slot is ignored
-  at::Tensor selected;  ///< [T, K] int64: ids before capacity, -1 for masked tokens
-  at::Tensor indices;   ///< [T, K] int64: as routed, -1 where dropped, another id where rerouted
-  std::optional<at::Tensor> token_mask;  ///< [T] bool
-  at::Tensor tokens_per_expert;          ///< [E] int64: slots before any dropping
-  at::Tensor kept_per_expert;            ///< [E] int64: slots after it
-  /// The unweighted terms by the name of their op; router_z_loss only when weighted.
-  std::map<std::string, at::Tensor> losses;
+class UpdateReminder;
+
+/// The linear router of these options, or one of your own.
+using RouterChoice = std::variant<RouterOptions, TokenFunction>;
+
+/// What a layer is built from.
+///
+///     MoEOptions(512, 1024, /*num_experts=*/8, /*top_k=*/2).capacity(Capacity(1.25))
+///
+/// Options that hold a module or an estimator serve one layer: a second layer made of the same options
+/// would share it.
+struct MoEOptions {
+  MoEOptions(int64_t hidden_size,
+             std::optional<int64_t> intermediate_size,
+             int64_t num_experts,
+             int64_t top_k)
+      : hidden_size_(hidden_size),
+        intermediate_size_(intermediate_size),
+        num_experts_(num_experts),
+        top_k_(top_k) {}
+
+  TORCH_ARG(int64_t, hidden_size);
+  /// The experts' inner width; may be nullopt when `experts` are given.
+  TORCH_ARG(std::optional<int64_t>, intermediate_size);
+  TORCH_ARG(int64_t, num_experts);
+  /// Experts per token, in [1, num_experts].
+  TORCH_ARG(int64_t, top_k);
+  /// Of the experts, see `ExpertsOptions`.
+  TORCH_ARG(std::string, activation) = "swiglu";
+  /// Gives the experts' projections a bias; the router's is RouterOptions::bias.
+  TORCH_ARG(bool, bias) = false;
+  /// How weights are formed and their gradient estimated.
+  TORCH_ARG(Gate, gate);
+  /// Limits the slots of an expert; nullopt keeps every slot.
+  TORCH_ARG(std::optional<Capacity>, capacity) = std::nullopt;
+  /// The terms of aux_loss and the selection bias.
+  TORCH_ARG(Balance, balance);
+  /// Gives experts under sustained load a backup in one more slot.
+  TORCH_ARG(std::optional<Assistance>, assistance) = std::nullopt;
+  /// x [T, H] -> [T, H], added for every token: `SharedExperts`, or a module or function of your own.
+  TORCH_ARG(std::optional<TokenFunction>, shared_experts) = std::nullopt;
+  /// Multiplies the routed experts' output, not the shared ones'.
+  TORCH_ARG(double, routed_scaling_factor) = 1.0;
+  /// nullopt is RouterOptions(hidden_size, num_experts), which keeps usage where something reads it. A
+  /// module or function of your own maps x [T, H] to logits [T, E]; one that keeps usage derives from
+  /// `UsageTracking`.
+  TORCH_ARG(std::optional<RouterChoice>, router) = std::nullopt;
+  /// Replaces the experts by a module or function, called as experts(x, indices, weights) -> y [T, H].
+  TORCH_ARG(std::optional<ExpertFunction>, experts) = std::nullopt;
+  /// Sums a tensor over the processes that hold this layer, in place: for `MoEImpl::update`, and in
+  /// forward for fraction_from "global_batch". Empty where there is one process.
+  TORCH_ARG(std::function<void(at::Tensor&)>, all_reduce) = {};
 };
 
-struct MoEOutput {
-  at::Tensor hidden_states;  ///< like x
-  at::Tensor aux_loss;       ///< weighted sum of the losses, ready to add to the task's
-  Routing routing;
-};
-
-/// Submodules `router` and `experts`.
-class MoEImpl : public torch::nn::Cloneable<MoEImpl> {
+/// Routes each token to top_k of num_experts feed-forward networks and adds up their outputs.
+///
+/// A forward pass changes no buffer and keeps nothing. What is to be remembered is in the returned
+/// `routing`, and `update`, called once per optimizer step, takes it from there:
+///
+///     const auto output = moe->forward(x);
+///     (task_loss(output.hidden_states) + output.aux_loss).backward();
+///     optimizer.step();
+///     moe->update(output.routing);
+///
+/// Submodules `router`, `experts`, and `shared_experts`, `assistance` and `estimator` where there are
+/// such modules; the buffer `selection_bias`. Names, shapes and values are those of the Python layer,
+/// so that state dicts go both ways (torchmoe/serialize/state_dict.h). `to` keeps the buffers that move
+/// in small steps in float32 or wider.
+class MoEImpl : public Remembering<MoEImpl> {
  public:
   MoEImpl(int64_t hidden_size, int64_t intermediate_size, int64_t num_experts, int64_t top_k)
       : MoEImpl(MoEOptions(hidden_size, intermediate_size, num_experts, top_k)) {}
-  explicit MoEImpl(const MoEOptions& settings);
+  /// Throws c10::ValueError where a value is out of range or does not go with another.
+  explicit MoEImpl(const MoEOptions& options);
 
   void reset() override;
+  /// Gives the parameters and buffers of the layer's own parts their first values again; a part of
+  /// your own keeps its values.
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  /// x [..., H]; token_mask has x's leading dimensions, true where a token counts. A masked token
-  /// gets y = 0, no gradient, and no place in counts, capacity and losses.
+  /// x [..., H] in the dtype of the parameters -> hidden_states in x's shape: routed_scaling_factor
+  /// times the routed experts' output plus that of the shared ones.
+  ///
+  /// token_mask has x's leading dimensions, bool, true where a token counts. A masked token gets y = 0,
+  /// no gradient, and no place in counts, capacity and losses; what x holds there, NaN included, does
+  /// not matter.
+  ///
+  /// earlier_counts [E] integers, the counts of earlier micro-batches of the same optimizer step in
+  /// this process: the sum of their routings' tokens_per_expert (with fraction_choices "first", of
+  /// their first choices). They are added to this call's before the fractions of load_balancing_loss
+  /// are formed. With fraction_from "batch" and "global_batch" only.
+  ///
+  /// Throws c10::Error where a shape or dtype does not fit, and c10::ValueError where the gate's exact
+  /// gradient is zero everywhere (top_k = 1 with normalize "topk", or normalize "uniform").
   MoEOutput forward(const at::Tensor& x,
-                    const std::optional<at::Tensor>& token_mask = std::nullopt);
+                    const std::optional<at::Tensor>& token_mask = std::nullopt,
+                    const std::optional<at::Tensor>& earlier_counts = std::nullopt);
 
-  MoEOptions options;
-  Router router{nullptr};
-  Experts experts{nullptr};
+  /// Moves by one step what the layer remembers: the router's usage, then who is assisted; the
+  /// selection bias. Call it once per optimizer step, with the routing of that step or with those of
+  /// all its micro-batches, whose counts are summed, and over the processes too where there is
+  /// all_reduce, so that every process must call.
+  void update(const Routing& routing);
+  void update(at::ArrayRef<Routing> routings);
+
+  const MoEOptions& options() const { return options_; }
+  /// Settings are replaced whole, and checked as when the layer was made.
+  void set_balance(const Balance& balance);
+  void set_capacity(const std::optional<Capacity>& capacity);
+  void set_routed_scaling_factor(double factor);
+
+  /// The parts. `router->as<RouterImpl>()` is the linear one, null where there is another.
+  const TokenFunction& router() const { return *router_; }
+  const ExpertFunction& experts() const { return *experts_; }
+  const std::optional<TokenFunction>& shared_experts() const { return shared_experts_; }
+  Estimator& estimator() const { return *estimator_; }
+
+  AssistanceState assistance{nullptr};
+  /// [E] buffer, float32 or wider, undefined without Balance::selection_bias_rate: experts are ranked by
+  /// score_function(logits) + selection_bias. It never enters the weights.
+  at::Tensor selection_bias;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())})
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())},
+                           {2, torch::nn::AnyValue(std::optional<at::Tensor>())})
+
+  void follow(at::Device device) override;
 
  private:
-  at::Tensor limit(const Routing& routing, const std::optional<at::Tensor>& counted) const;
-  std::map<std::string, at::Tensor> losses(const Routing& routing) const;
+  void take(const Balance& balance, const std::optional<Capacity>& capacity);
 
-  std::optional<CapacityFactor> factor_;
-  std::optional<CapacityFactor> eval_factor_;
-  at::Tensor backup_;  ///< CapacityOptions::backup, undefined without capacity
+  MoEOptions options_;
+  std::optional<TokenFunction> router_;
+  std::optional<ExpertFunction> experts_;
+  std::optional<TokenFunction> shared_experts_;
+  std::shared_ptr<Estimator> estimator_;
+  at::Tensor backup_;       // Capacity::backup where it is read, undefined without one
+  bool has_parts_ = false;  // whether reset finds the parts of the layer that this one is a copy of
+  std::shared_ptr<UpdateReminder> reminder_;  // of which copies share one
 };
 TORCH_MODULE(MoE);
 

@@ -22,6 +22,11 @@ struct Layer {
   // What forward reads and learns: float64 leaves, by name, as
   // `module->named_parameters().pairs()` has them. They are moved in place and put back.
   std::vector<std::pair<std::string, at::Tensor>> parameters;
+  // Where the gradients are declared to be another function's, as those of a straight-through
+  // estimator are: given tokens, the function x -> {y, losses} whose derivative they are at these
+  // tokens. What it is to hold constant it computes when it is asked for. Empty: forward's own.
+  std::function<std::function<Tensors(const at::Tensor& x)>(const at::Tensor& x)> surrogate =
+      nullptr;
   // The expert ids [T, K], or other integers by token, that forward decides by. Empty: it decides
   // nothing, or nothing near the inputs.
   std::function<at::Tensor(const at::Tensor& x)> selection = nullptr;

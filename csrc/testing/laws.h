@@ -43,11 +43,13 @@ inline void check_selection(const Subject& subject,
   }
 }
 
-// (L(v + eps e_i) - L(v - eps e_i)) / (2 eps) for every entry i of every variable v.
+// (L(v + eps e_i) - L(v - eps e_i)) / (2 eps) for every entry i of every variable v, of a declared
+// surrogate where there is one.
 inline Gradients differences(const Subject& subject, const at::Tensor& x, const Tensors& weights) {
   at::NoGradGuard no_grad;
   const auto selected = subject.selection(x);
   const auto own = x.detach().clone();
+  const auto function = subject.differentiated(x);
   Gradients differences;
   const auto variables = subject.variables(own);
   for (size_t v = 0; v < variables.size(); ++v) {
@@ -60,7 +62,7 @@ inline Gradients differences(const Subject& subject, const at::Tensor& x, const 
       for (size_t side = 0; side < 2; ++side) {
         entry.fill_(before + (side == 0 ? subject.eps() : -subject.eps()));
         places[side] = entry.item<double>();
-        values[side] = subject.weighted_sum(own, weights);
+        values[side] = Subject::weighted_sum(function(own), weights);
         check_selection(subject, own, selected, subject.name(v));
       }
       entry.fill_(before);
@@ -260,6 +262,12 @@ inline void second_derivatives_are_right_or_refused(const Subject& subject, cons
   subject.expect_close(found, expected, ", differentiated once more,");
 }
 
+// Of a gradient that is declared it is nobody's to say what a derivative should be.
+inline std::optional<std::string> unless_declared(const Layer& layer) {
+  return layer.surrogate ? std::optional<std::string>("its gradient is declared by a surrogate")
+                         : std::nullopt;
+}
+
 inline const std::vector<Law>& laws() {
   static const std::vector<Law> laws{
       {"gradients",
@@ -298,7 +306,7 @@ inline const std::vector<Law>& laws() {
        "d/dv <dL/dv, u> = (dL/dv(v + h u) - dL/dv(v - h u)) / (2 h), or refused by an exception",
        "the backward pass hides part of itself from autograd: refuse double backward, or mend it",
        &second_derivatives_are_right_or_refused,
-       &always_asked},
+       &unless_declared},
   };
   return laws;
 }

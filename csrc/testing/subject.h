@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -81,9 +82,22 @@ class Subject {
     return weights;
   }
 
-  double weighted_sum(const at::Tensor& x, const Tensors& weights) const {
-    at::NoGradGuard no_grad;
-    const auto outputs = this->outputs(x);
+  // What the gradients at x are declared to be the derivative of.
+  std::function<Tensors(const at::Tensor& x)> differentiated(const at::Tensor& x) const {
+    if (layer_.surrogate) {
+      at::NoGradGuard no_grad;
+      return layer_.surrogate(x.detach().clone());
+    }
+    return [this](const at::Tensor& tokens) { return outputs(tokens); };
+  }
+
+  static double weighted_sum(const Tensors& outputs, const Tensors& weights) {
+    if (outputs.size() != weights.size()) {
+      fault("surrogate must return as many tensors as forward, ",
+            weights.size(),
+            ", got ",
+            outputs.size());
+    }
     double sum = 0;
     for (size_t o = 0; o < outputs.size(); ++o) {
       sum += (outputs[o] * weights[o]).sum().item<double>();

@@ -9,7 +9,9 @@
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
 using torchmoe::DispatchPlan;
-using torchmoe::nn::CapacityOptions;
+
+using torchmoe::nn::Balance;
+using torchmoe::nn::Capacity;
 using torchmoe::nn::MoE;
 using torchmoe::nn::MoEImpl;
 using torchmoe::nn::MoEOptions;
@@ -54,8 +56,8 @@ TEST_CASE("the layer on the GPU gives the CPU's numbers", "[.][cuda]") {
       MoE on_cpu(MoEOptions(kHidden, kInner, kExperts, kTopK)
                      .activation(activation)
                      .bias(true)
-                     .capacity(CapacityOptions(1.0).overflow(overflow))
-                     .z_loss_weight(0.001));
+                     .capacity(Capacity(1.0).overflow(overflow))
+                     .balance(Balance().z_loss_weight(0.001)));
       MoE on_gpu(std::dynamic_pointer_cast<MoEImpl>(on_cpu->clone(torch::Device(torch::kCUDA))));
       const Tensor x = wave({kTokens, kHidden}, 0, 1, torch::kFloat);
       const Tensor grad = wave({kTokens, kHidden}, 1, 1, torch::kFloat);

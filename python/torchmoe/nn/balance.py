@@ -25,9 +25,7 @@ from torchmoe._wide import wide
 from torchmoe.losses import LOSSES, Loss, LossInputs
 from torchmoe.nn import _reduce
 from torchmoe.nn._settings import Settings
-
-FRACTIONS_FROM = ("batch", "sequence", "global_batch", "history")
-FRACTION_CHOICES = ("all", "first")
+from torchmoe.ops import FRACTION_CHOICES, FRACTIONS_FROM
 
 
 class Load(NamedTuple):

@@ -20,9 +20,8 @@ from torchmoe.capacity import (
     dynamic_from_ratio,
 )
 from torchmoe.nn._settings import Settings
-from torchmoe.ops import ORDERS, OVERFLOWS, ROUNDINGS
+from torchmoe.ops import ORDERS, OVERFLOWS, PRIORITIES, ROUNDINGS
 
-_PRIORITIES = ("random", "weight")
 _NORMALIZES = ("before_drop", "after_drop")
 
 
@@ -94,7 +93,7 @@ class Capacity(Settings):
         check_choice("Capacity", "rounding", self.rounding, ROUNDINGS)
         check_choice("Capacity", "order", self.order, ORDERS)
         if self.priority is not None:
-            check_choice("Capacity", "priority", self.priority, _PRIORITIES)
+            check_choice("Capacity", "priority", self.priority, PRIORITIES)
         check_choice("Capacity", "overflow", self.overflow, OVERFLOWS)
         check_choice("Capacity", "normalize", self.normalize, _NORMALIZES)
         check_flag("Capacity", "dynamic", self.dynamic)

@@ -1,5 +1,5 @@
 // MoE as a torch module: names, copies, archives, printing, refusals.
-#include <limits>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -9,8 +9,9 @@
 #include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
-using torchmoe::nn::CapacityOptions;
-using torchmoe::nn::GateOptions;
+using torchmoe::nn::Balance;
+using torchmoe::nn::Capacity;
+using torchmoe::nn::Gate;
 using torchmoe::nn::MoE;
 using torchmoe::nn::MoEImpl;
 using torchmoe::nn::MoEOptions;
@@ -45,7 +46,7 @@ TEST_CASE("MoE names its parameters", "[nn]") {
 }
 
 TEST_CASE("MoE clones deeply", "[nn]") {
-  MoE moe(sizes().bias(true).capacity(CapacityOptions(0.5)));
+  MoE moe(sizes().bias(true).capacity(Capacity(0.5)));
   moe->to(torch::kFloat64);
   moe->eval();
   const auto x = tokens().to(torch::kFloat64);
@@ -94,6 +95,8 @@ TEST_CASE("MoE works where a module of unknown type is called", "[nn]") {
   CHECK(torch::equal(any.forward<MoEOutput>(tokens()).hidden_states, expected));
   const std::optional<Tensor> mask = torch::ones({7}, torch::kBool);
   CHECK(torch::equal(any.forward<MoEOutput>(tokens(), mask).hidden_states, expected));
+  const std::optional<Tensor> counts = torch::ones({4}, torch::kLong);
+  CHECK(torch::equal(any.forward<MoEOutput>(tokens(), mask, counts).hidden_states, expected));
 }
 
 TEST_CASE("MoE learns with an optimizer of LibTorch", "[nn]") {
@@ -116,57 +119,84 @@ TEST_CASE("MoE learns with an optimizer of LibTorch", "[nn]") {
 
 TEST_CASE("MoE prints what it is made of", "[nn]") {
   std::ostringstream text;
-  text << MoE(sizes().capacity(CapacityOptions(1.25).eval_factor(2.0)));
+  text << MoE(sizes().capacity(Capacity(1.25).eval_factor(2.0).overflow("next_best")));
   CHECK(text.str() ==
         "torchmoe::nn::MoE(hidden_size=6, num_experts=4, top_k=2, score_function=softmax, "
-        "normalize=topk, estimator=exact, capacity_factor=1.25, eval_capacity_factor=2, "
-        "order=choice, overflow=drop, balance_weight=0.01, z_loss_weight=0)(\n"
+        "normalize=topk, estimator=Exact, capacity=Capacity(factor=1.25, eval_factor=2, "
+        "overflow='next_best'), balance=Balance())(\n"
         "  (router): torchmoe::nn::Router(hidden_size=6, num_experts=4)\n"
         "  (experts): torchmoe::nn::Experts(hidden_size=6, intermediate_size=5, num_experts=4, "
         "activation=swiglu)\n"
         ")");
+  std::ostringstream more;
+  const auto zero = [](const torchmoe::nn::LossInputs& inputs) { return inputs.logits.sum() * 0; };
+  more << Balance(0.5).fraction_from("history").losses({{"energy", zero, 0.25}}) << ' '
+       << Capacity(1).overflow("backup").backup({{1, 2, 3, 0}}).dynamic(true);
+  CHECK(more.str() ==
+        "Balance(weight=0.5, losses=[('energy', 0.25)], fraction_from='history') "
+        "Capacity(factor=1, overflow='backup', backup=(1, 2, 3, 0), dynamic=True)");
+  std::ostringstream all;
+  all << MoE(sizes()
+                 .balance(Balance().selection_bias_rate(0.001))
+                 .assistance(torchmoe::nn::Assistance({1, 2, 3, 0}).patience(3))
+                 .routed_scaling_factor(2.5)
+                 .router(RouterOptions(6, 4).usage_scaling(true)));
+  CHECK_THAT(all.str(), contains("balance=Balance(selection_bias_rate=0.001), routed_scaling"));
+  CHECK_THAT(all.str(), contains("Router(hidden_size=6, num_experts=4, usage_scaling=true)"));
+  CHECK_THAT(all.str(),
+             contains("(assistance): torchmoe::nn::Assistance(backup=(1, 2, 3, 0), threshold=1.5, "
+                      "lower_threshold=1.25, patience=3)"));
 }
 
+// What Python refuses too, tests/python/nn/test_cpp_parity.py compares word for word.
 TEST_CASE("MoE refuses what no layer can be", "[nn]") {
   const auto refuses = [](const MoEOptions& options, const std::string& message) {
     CHECK_THROWS_WITH(MoE(options), contains(message));
   };
-  refuses({0, 5, 4, 2}, "MoE: hidden_size must be >= 1, got 0");
-  refuses({6, 0, 4, 2}, "Experts: intermediate_size must be >= 1, got 0");
-  refuses({6, 5, 0, 2}, "MoE: num_experts must be >= 1, got 0");
-  refuses({6, 5, 4, 0}, "MoE: top_k must be in [1, 4], got 0");
-  refuses({6, 5, 4, 5}, "MoE: top_k must be in [1, 4], got 5");
-  refuses(sizes().activation("glu"), "Experts: activation must be one of ");
-  refuses(sizes().balance_weight(-1), "MoE: balance_weight must be a finite number >= 0, got -1");
-  refuses(sizes().z_loss_weight(std::numeric_limits<double>::infinity()),
-          "MoE: z_loss_weight must be a finite number >= 0, got inf");
-  refuses(sizes().gate(GateOptions().score_function("relu")),
-          "Gate: score_function must be one of \"softmax\", \"sigmoid\", got \"relu\"");
-  refuses(sizes().gate(GateOptions().normalize("sum")),
-          "Gate: normalize must be one of \"none\", \"topk\", \"uniform\", got \"sum\"");
-  refuses(sizes().gate(GateOptions().estimator("reinforce")),
-          "Gate: estimator must be one of \"exact\", \"straight_through\", got \"reinforce\"");
-  refuses(sizes().capacity(CapacityOptions(-1)), "Capacity: factor must be a finite number >= 0");
-  refuses(sizes().capacity(CapacityOptions(1).eval_factor(-1)),
-          "Capacity: eval_factor must be a finite number >= 0, got -1");
-  refuses(sizes().capacity(CapacityOptions(1).minimum(-1)),
-          "Capacity: minimum must be >= 0, got -1");
-  refuses(sizes().capacity(CapacityOptions(1).order("random")),
-          "Capacity: order must be one of \"choice\", \"token\", got \"random\"");
-  refuses(sizes().capacity(CapacityOptions(1).overflow("wait")),
-          "Capacity: overflow must be one of \"drop\", \"next_best\", \"backup\", got \"wait\"");
-  refuses(sizes().capacity(CapacityOptions(1).overflow("backup")),
-          "Capacity: backup must have 4 entries with overflow \"backup\", got 0");
-  refuses(sizes().capacity(CapacityOptions(1).backup({1, 0, 3, 2})),
-          "Capacity: backup must have 0 entries with overflow \"drop\", got 4");
-  refuses(sizes().capacity(CapacityOptions(1).overflow("backup").backup({1, 0, 2, 3})),
-          "Capacity: backup must be another expert in [0, 4) for every expert, got 2 for expert 2");
-  refuses(sizes().capacity(CapacityOptions(1).overflow("backup").backup({1, 0, 3, 4})),
-          "Capacity: backup must be another expert in [0, 4) for every expert, got 4 for expert 3");
-  refuses(sizes().capacity(CapacityOptions(1).normalize("never")),
-          "Capacity: normalize must be one of \"before_drop\", \"after_drop\", got \"never\"");
+  refuses(sizes().gate(Gate().estimator("reinforce")),
+          "Gate: estimator must be one of \"exact\", \"straight_through\", "
+          "\"straight_through_dense\", got \"reinforce\"");
+  refuses(sizes().gate(Gate().estimator(std::shared_ptr<torchmoe::nn::Estimator>())),
+          "Gate: estimator must be a name or an Estimator, got a null pointer");
+  refuses(sizes().balance(Balance().losses({{"energy", nullptr, 0.1}})),
+          "Balance: losses must hold a function in each term, got none for \"energy\"");
+  const auto zero = [](const torchmoe::nn::LossInputs& inputs) { return inputs.logits.sum() * 0; };
+  refuses(sizes().balance(Balance().losses({{"energy", zero, 0.1}, {"energy", zero, 0.2}})),
+          "Balance: losses must name every term once, ");
+  refuses(sizes().balance(Balance().z_loss_weight(1).losses({{"router_z_loss", zero, 0.1}})),
+          "got \"router_z_loss\"");
   refuses(sizes().router(RouterOptions(6, 5)), "MoE: router must have num_experts 4, got 5");
   refuses(sizes().router(RouterOptions(7, 4)), "MoE: router must have hidden_size 6, got 7");
+  refuses(sizes().experts(torchmoe::nn::Experts(6, 5, 3)),
+          "MoE: experts must have num_experts 4, got 3");
+  refuses(sizes().experts(torchmoe::nn::Experts(5, 5, 4)),
+          "MoE: experts must have hidden_size 6, got 5");
+  CHECK_THROWS_WITH(sizes().experts(torch::nn::AnyModule()),
+                    contains("MoE: a part must be a module or a function, got an empty AnyModule"));
+}
+
+TEST_CASE("MoE checks settings that are replaced, and keeps the old ones", "[nn]") {
+  MoE moe(sizes());
+  CHECK_THROWS_WITH(moe->set_capacity(Capacity(-1)),
+                    contains("Capacity: factor must be a finite number >= 0, got -1"));
+  CHECK_THROWS_WITH(moe->set_capacity(Capacity(1).dynamic(true)),
+                    contains("MoE: router must keep usage for a dynamic capacity"));
+  CHECK_THROWS_WITH(
+      moe->set_balance(Balance().selection_bias_rate(0.1)),
+      contains("MoE: balance.selection_bias_rate must stay 0 in a layer that was made "
+               "without a selection bias, got 0.1"));
+  CHECK_THROWS_WITH(moe->set_routed_scaling_factor(-1),
+                    contains("MoE: routed_scaling_factor must"));
+  CHECK_FALSE(moe->options().capacity());
+  const auto before = moe(tokens());
+  moe->set_capacity(Capacity(0.25));
+  moe->set_balance(Balance(0.5));
+  moe->set_routed_scaling_factor(2);
+  const auto after = moe(tokens());
+  CHECK(after.routing.kept_per_expert.max().item<int64_t>() == 1);
+  CHECK(torch::equal(after.aux_loss, 50 * before.aux_loss));
+  moe->set_capacity(std::nullopt);
+  CHECK(torch::equal(moe(tokens()).hidden_states, 2 * before.hidden_states));
 }
 
 TEST_CASE("MoE refuses input that does not fit", "[nn]") {
@@ -178,4 +208,13 @@ TEST_CASE("MoE refuses input that does not fit", "[nn]") {
                     contains("MoE: token_mask must be bool of shape [2, 3], got "));
   CHECK_THROWS_WITH(moe(torch::ones({3, 6}), torch::ones({3})),
                     contains("MoE: token_mask must be bool of shape [3], got "));
+  CHECK_THROWS_WITH(moe(Tensor()), contains("MoE: x must be a tensor, got None"));
+  const auto with_counts = [&](const Tensor& counts) { moe(tokens(), std::nullopt, counts); };
+  CHECK_THROWS_WITH(
+      with_counts(torch::ones({4})),
+      contains("MoE: earlier_counts must be integers [num_experts] = [4], got Float"));
+  CHECK_THROWS_WITH(with_counts(torch::full({4}, -1, torch::kLong)),
+                    contains("MoE: earlier_counts must be finite and >= 0, got -1"));
+  CHECK_THROWS_WITH(moe->update(at::ArrayRef<torchmoe::nn::Routing>()),
+                    contains("MoE: routing must hold at least one Routing, got an empty list"));
 }

@@ -14,10 +14,13 @@
 #include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
-using torchmoe::nn::CapacityOptions;
-using torchmoe::nn::GateOptions;
+using torchmoe::nn::Balance;
+using torchmoe::nn::Capacity;
+using torchmoe::nn::ExpertsImpl;
+using torchmoe::nn::Gate;
 using torchmoe::nn::MoE;
 using torchmoe::nn::MoEOptions;
+using torchmoe::nn::RouterImpl;
 using torchmoe::nn::RouterOptions;
 
 namespace {
@@ -59,9 +62,9 @@ TEST_CASE("MoE weighs rerouted slots as what they are now", "[nn]") {
   const auto x = wave({kTokens, kHidden});
   for (const std::string overflow : {"next_best", "backup"}) {
     CAPTURE(overflow);
-    auto capacity = CapacityOptions(0.7).overflow(overflow);  // 5 places of 4 experts, 24 slots
+    auto capacity = Capacity(0.7).overflow(overflow);  // 5 places of 4 experts, 24 slots
     if (overflow == "backup") {
-      capacity.backup({1, 2, 3, 0});
+      capacity.backup({{1, 2, 3, 0}});
     }
     auto moe = make(sizes().capacity(capacity));
     torch::NoGradGuard no_grad;
@@ -83,20 +86,19 @@ TEST_CASE("MoE composes the formulas of its steps", "[nn]") {
     for (const std::string normalize : {"none", "topk"}) {
       CAPTURE(score_function, normalize);
       auto moe = make(sizes()
-                          .gate(GateOptions().score_function(score_function).normalize(normalize))
-                          .balance_weight(0.5)
-                          .z_loss_weight(0.25));
+                          .gate(Gate().score_function(score_function).normalize(normalize))
+                          .balance(Balance(0.5).z_loss_weight(0.25)));
       torch::NoGradGuard no_grad;
       const auto [hidden_states, aux_loss, routing] = moe(x);
-      const auto logits = reference::router_logits(x, moe->router->weight);
+      const auto logits = reference::router_logits(x, moe->router().as<RouterImpl>()->weight);
       const auto indices = reference::select_experts(logits, kTopK);
       const auto weights = reference::gate_weights(logits, indices, score_function, normalize);
       const auto y = reference::expert_mlp(x,
                                            indices,
                                            weights,
-                                           moe->experts->w_in,
+                                           moe->experts().as<ExpertsImpl>()->w_in,
                                            std::nullopt,
-                                           moe->experts->w_out,
+                                           moe->experts().as<ExpertsImpl>()->w_out,
                                            std::nullopt,
                                            "swiglu");
       const auto counts = torch::bincount(indices.flatten(), {}, kExperts);
@@ -119,8 +121,8 @@ TEST_CASE("MoE composes the formulas of its steps", "[nn]") {
 }
 
 TEST_CASE("MoE normalises over the chosen experts when there are several", "[nn]") {
-  CHECK(*MoE(sizes(2))->options.gate().normalize() == "topk");
-  CHECK(*MoE(sizes(1))->options.gate().normalize() == "none");
+  CHECK(MoE(sizes(2))->estimator().normalize() == "topk");
+  CHECK(MoE(sizes(1))->estimator().normalize() == "none");
 }
 
 TEST_CASE("MoE computes the z-loss only when it is weighted", "[nn]") {
@@ -141,7 +143,7 @@ TEST_CASE("MoE keeps leading dimensions", "[nn]") {
 }
 
 TEST_CASE("a masked token has no part in anything", "[nn]") {
-  auto moe = make(sizes().capacity(CapacityOptions(1.0)).z_loss_weight(0.1));
+  auto moe = make(sizes().capacity(Capacity(1.0)).balance(Balance().z_loss_weight(0.1)));
   const auto mask = mask_of({true, false, true, true, false, true});
   auto x = wave({6, kHidden});
   x.index_put_({mask.logical_not()}, std::nan(""));
@@ -183,7 +185,7 @@ TEST_CASE("MoE limits what an expert takes", "[nn]") {
   const auto x = wave({kTokens, kHidden});
   for (const std::string order : {"choice", "token"}) {
     CAPTURE(order);
-    auto moe = make(sizes().capacity(CapacityOptions(0.5).eval_factor(1.1).order(order)));
+    auto moe = make(sizes().capacity(Capacity(0.5).eval_factor(1.1).order(order)));
     const auto training = moe(x).routing;
     const std::vector<int64_t> room(kExperts, 3);
     CHECK(torch::equal(training.indices,
@@ -192,7 +194,7 @@ TEST_CASE("MoE limits what an expert takes", "[nn]") {
     moe->eval();
     CHECK(torch::equal(moe(x).routing.kept_per_expert, training.tokens_per_expert.clamp_max(7)));
   }
-  auto moe = make(sizes().capacity(CapacityOptions(0.5).minimum(5)));
+  auto moe = make(sizes().capacity(Capacity(0.5).minimum(5)));
   const auto routing = moe(x).routing;
   CHECK(torch::equal(routing.kept_per_expert, routing.tokens_per_expert.clamp_max(5)));
 }
@@ -200,7 +202,7 @@ TEST_CASE("MoE limits what an expert takes", "[nn]") {
 TEST_CASE("weights are formed before or after slots are dropped", "[nn]") {
   const auto x = wave({kTokens, kHidden});
   const auto run = [&](const std::string& normalize) {
-    return make(sizes().capacity(CapacityOptions(0.5).normalize(normalize)))(x).routing;
+    return make(sizes().capacity(Capacity(0.5).normalize(normalize)))(x).routing;
   };
   const auto before = run("before_drop");
   const auto after = run("after_drop");
@@ -218,9 +220,8 @@ TEST_CASE("MoE has the gradients of its formula", "[nn]") {
                 .activation(activation)
                 .bias(true)
                 .router(RouterOptions(3, 3).bias(true))
-                .capacity(CapacityOptions(1.0))
-                .z_loss_weight(0.3)
-                .balance_weight(0.7));
+                .capacity(Capacity(1.0))
+                .balance(Balance(0.7).z_loss_weight(0.3)));
     moe->to(torch::kFloat64);
     std::vector<Tensor> inputs = {leaf({5, 3})};
     double phase = 0;
@@ -228,9 +229,9 @@ TEST_CASE("MoE has the gradients of its formula", "[nn]") {
       inputs.push_back(leaf(parameter.sizes(), phase += 1));
     }
     const auto output = [&](const Tensors& in) {
-      auto& experts = *moe->experts;
-      std::vector<Tensor*> parameters = {&moe->router->weight,
-                                         &moe->router->bias,
+      auto& experts = *moe->experts().as<ExpertsImpl>();
+      std::vector<Tensor*> parameters = {&moe->router().as<RouterImpl>()->weight,
+                                         &moe->router().as<RouterImpl>()->bias,
                                          &experts.w_in,
                                          &experts.b_in,
                                          &experts.w_out,
@@ -255,15 +256,15 @@ TEST_CASE("MoE has the gradients of its formula", "[nn]") {
 
 TEST_CASE("one expert per token needs another weight or estimator than exact topk", "[nn]") {
   const auto x = wave({kTokens, kHidden});
-  auto exact = make(sizes(1).gate(GateOptions().normalize("topk")));
+  auto exact = make(sizes(1).gate(Gate().normalize("topk")));
   CHECK_THROWS_WITH(exact(x), contains("gate_weights: estimator must be \"straight_through\""));
-  auto through = make(sizes(1).gate(GateOptions().normalize("topk").estimator("straight_through")));
+  auto through = make(sizes(1).gate(Gate().normalize("topk").estimator("straight_through")));
   through(x).hidden_states.sum().backward();
-  CHECK(through->router->weight.grad().abs().max().item<double>() > 0);
+  CHECK(through->router().as<RouterImpl>()->weight.grad().abs().max().item<double>() > 0);
 }
 
 TEST_CASE("MoE gives the same bits for any number of threads", "[nn]") {
-  MoE moe(MoEOptions(64, 48, 8, 2).bias(true).z_loss_weight(0.1));
+  MoE moe(MoEOptions(64, 48, 8, 2).bias(true).balance(Balance().z_loss_weight(0.1)));
   const auto x = torch::randn({300, 64});
   const auto run = [&](int threads) {
     at::set_num_threads(threads);

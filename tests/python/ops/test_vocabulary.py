@@ -15,6 +15,9 @@ WORDS = {
     "overflow": ops.OVERFLOWS,
     "rounding": ops.ROUNDINGS,
     "activation": ops.ACTIVATIONS,
+    "priority": ops.PRIORITIES,
+    "fraction_from": ops.FRACTIONS_FROM,
+    "fraction_choices": ops.FRACTION_CHOICES,
     "estimator": ("exact", "straight_through"),
 }
 

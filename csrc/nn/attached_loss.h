@@ -1,0 +1,56 @@
+// The layer for places that pass on one tensor.
+#pragma once
+
+#include <functional>
+#include <optional>
+
+#include <ATen/core/Tensor.h>
+#include <torch/nn/cloneable.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/pimpl.h>
+
+#include "moe.h"
+
+namespace torchmoe::nn {
+
+/// A layer that returns only its hidden states, with its auxiliary loss attached to their graph (see
+/// `attach_loss`): for torch::nn::Sequential. The parameters get the gradients that adding aux_loss to
+/// the task loss would give them.
+///
+///     WithAttachedLoss layer(MoE(64, 128, 8, 2));
+///     layer->on_output = [&](const MoEOutput& output) { routings.push_back(output.routing); };
+///     torch::nn::Sequential model(torch::nn::Linear(16, 64), layer, torch::nn::Linear(64, 1));
+///     ...
+///     layer->moe->update(routings);
+class WithAttachedLossImpl : public torch::nn::Cloneable<WithAttachedLossImpl> {
+ public:
+  /// `scale` is the gradient that the auxiliary loss receives: the task loss's own factor, where it has
+  /// one, such as 1 / steps for gradient accumulation by division. Throws c10::ValueError where it is
+  /// not finite.
+  explicit WithAttachedLossImpl(MoE layer, double scale = 1.0);
+
+  void reset() override;
+
+  /// x [..., H] -> the hidden states; arguments as for `MoEImpl::forward`.
+  at::Tensor forward(const at::Tensor& x,
+                     const std::optional<at::Tensor>& token_mask = std::nullopt,
+                     const std::optional<at::Tensor>& earlier_counts = std::nullopt);
+
+  double scale() const { return scale_; }
+  void set_scale(double scale);
+
+  MoE moe;
+  /// Called with the whole output of every forward pass, for `moe->update` and for logs; may be empty.
+  /// Copies of the module have none: what it writes to is the caller's.
+  std::function<void(const MoEOutput& output)> on_output;
+
+ protected:
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())},
+                           {2, torch::nn::AnyValue(std::optional<at::Tensor>())})
+
+ private:
+  double scale_;
+};
+TORCH_MODULE(WithAttachedLoss);
+
+}  // namespace torchmoe::nn

@@ -1,0 +1,117 @@
+#include "nn/detail/checks.h"
+
+#include <sstream>
+
+#include <ATen/ops/isfinite.h>
+
+#include "ops/limit_capacity.h"
+
+namespace torchmoe::nn {
+
+void check_backup_table(std::string_view owner, const std::vector<int64_t>& backup) {
+  TORCH_CHECK_VALUE(backup.size() >= 2,
+                    owner,
+                    ": backup must have an entry for each of two or more experts, got ",
+                    listed(backup));
+  check_backup(owner, backup);
+}
+
+void check_output(std::string_view part,
+                  const at::Tensor& output,
+                  at::IntArrayRef shape,
+                  std::string_view layout,
+                  const at::Device& device) {
+  TORCH_CHECK_TYPE(output.defined(),
+                   "MoE: ",
+                   part,
+                   " must return ",
+                   shape.empty() ? "" : "a tensor ",
+                   layout,
+                   shape.empty() ? " as a tensor" : "",
+                   ", got an undefined tensor");
+  if (output.sizes() != shape) {
+    std::ostringstream sizes;
+    sizes << layout;
+    if (!shape.empty()) {
+      sizes << " = " << shape;
+    }
+    TORCH_CHECK(false, "MoE: ", part, " must return ", sizes.str(), ", got shape ", output.sizes());
+  }
+  TORCH_CHECK(output.is_floating_point(),
+              "MoE: ",
+              part,
+              " must return floating numbers, got ",
+              output.scalar_type());
+  TORCH_CHECK(output.device() == device,
+              "MoE: ",
+              part,
+              " must return a tensor on ",
+              device,
+              ", got one on ",
+              output.device());
+}
+
+void check_counts(std::string_view owner,
+                  std::string_view argument,
+                  const at::Tensor& counts,
+                  int64_t num_experts,
+                  const at::Device& device,
+                  bool whole) {
+  TORCH_CHECK_TYPE(
+      counts.defined(), owner, ": ", argument, " must be a tensor, got an undefined one");
+  const bool is_counting = at::isIntegralType(counts.scalar_type(), /*includeBool=*/false) ||
+                           (!whole && counts.is_floating_point());
+  TORCH_CHECK(is_counting && counts.sizes() == at::IntArrayRef(num_experts),
+              owner,
+              ": ",
+              argument,
+              " must be ",
+              whole ? "integers" : "numbers",
+              " [num_experts] = [",
+              num_experts,
+              "], got ",
+              counts.scalar_type(),
+              " of shape ",
+              counts.sizes());
+  TORCH_CHECK(counts.device() == device,
+              owner,
+              ": ",
+              argument,
+              " must be on ",
+              device,
+              ", got ",
+              counts.device());
+  if (counts.is_cpu()) {
+    const auto wrong = counts.ge(0).logical_and_(at::isfinite(counts)).logical_not_();
+    TORCH_CHECK_VALUE(!wrong.any().item<bool>(),
+                      owner,
+                      ": ",
+                      argument,
+                      " must be finite and >= 0, got ",
+                      counts.masked_select(wrong)[0].item<double>());
+  }
+}
+
+void check_token_mask(const at::Tensor& token_mask, at::IntArrayRef leading) {
+  TORCH_CHECK(token_mask.scalar_type() == at::kBool && token_mask.sizes() == leading,
+              "MoE: token_mask must be bool of shape ",
+              leading,
+              ", got ",
+              token_mask.scalar_type(),
+              " of shape ",
+              token_mask.sizes());
+}
+
+std::string listed(const std::vector<int64_t>& entries) {
+  std::ostringstream text;
+  const char* separator = "";
+  text << '(';
+  for (const auto entry : entries) {
+    text << separator << entry;
+    separator = ", ";
+  }
+  text << (entries.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+}  // namespace torchmoe::nn

@@ -1,0 +1,52 @@
+// What routers with a parameter for each expert have in common: the experts' usage.
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+
+namespace torchmoe::nn {
+
+/// Beside torch::nn::Module, the base of a router that keeps the running share of the slots of each
+/// expert. Such a router registers `usage` in its `reset`:
+///
+///     struct MyRouterImpl : torchmoe::nn::Remembering<MyRouterImpl>, torchmoe::nn::UsageTracking {
+///       void reset() override {
+///         weight = register_parameter("weight", torch::randn({8, 64}));
+///         usage = register_wide_buffer("usage", torch::full({8}, 1.0 / 8));
+///       }
+///       torch::Tensor forward(const torch::Tensor& x) { return x.matmul(weight.t()); }
+///       torch::Tensor weight;
+///     };
+class UsageTracking {
+ public:
+  UsageTracking() = default;
+  UsageTracking(const UsageTracking&) = default;
+  UsageTracking(UsageTracking&&) = default;
+  UsageTracking& operator=(const UsageTracking&) = default;
+  UsageTracking& operator=(UsageTracking&&) = default;
+  virtual ~UsageTracking() = default;
+
+  /// Moves usage towards the shares of one step; `MoEImpl::update` calls it.
+  ///
+  ///     usage <- usage_decay * usage + (1 - usage_decay) * tokens_per_expert / num_slots
+  ///
+  /// tokens_per_expert [E] numbers >= 0, summed over micro-batches and processes; num_slots an integer
+  /// scalar, their sum. Changes nothing where no usage is kept, or when no token was counted.
+  void update(const at::Tensor& tokens_per_expert, const at::Tensor& num_slots);
+
+  /// The weight [E, ...], its gradient in row i times 1 - usage_i where usage_scaling is set.
+  at::Tensor scale_by_usage(const at::Tensor& weight) const;
+
+  /// Whether `scale_by_usage` does anything.
+  bool usage_scaling() const { return usage_scaling_; }
+
+  /// Weight of the past in the running average; must be in [0, 1).
+  double usage_decay = 0.99;
+  at::Tensor usage;  ///< [E] buffer, float32 or wider; undefined where none is kept
+
+ protected:
+  bool usage_scaling_ = false;
+};
+
+}  // namespace torchmoe::nn

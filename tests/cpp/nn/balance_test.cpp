@@ -1,0 +1,85 @@
+#include "nn/balance.h"
+
+#include <optional>
+#include <vector>
+
+#include "catch2.h"
+#include "nn/moe.h"
+#include "ops/load_balancing_loss.h"
+#include "support.h"
+
+using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
+using torchmoe::nn::Balance;
+using torchmoe::nn::MoE;
+using torchmoe::nn::MoEOptions;
+using torchmoe::nn::RouterImpl;
+using torchmoe::nn::RouterOptions;
+using torchmoe::nn::Routing;
+
+namespace {
+
+MoEOptions sizes() {
+  return {6, 5, 4, 2};
+}
+
+Tensor tokens(double phase = 0) {
+  return wave({12, 6}, phase, 1, torch::kFloat32);
+}
+
+Routing routing_of(const std::vector<int64_t>& counts) {
+  Routing routing;
+  routing.tokens_per_expert = torch::tensor(counts, torch::kLong);
+  return routing;
+}
+
+const Tensor& usage_of(const MoE& moe) {
+  return moe->router().as<RouterImpl>()->usage;
+}
+
+}  // namespace
+
+TEST_CASE("counts of all processes move every one alike", "[nn]") {
+  // Two processes that wait for nobody: the other's counts are known.
+  const auto other = torch::tensor({0, 24, 0, 0});
+  MoE moe(sizes()
+              .balance(Balance(0).selection_bias_rate(0.5))
+              .router(RouterOptions(6, 4).track_usage(true))
+              .all_reduce([&](Tensor& counts) { counts.add_(other); }));
+  moe->update(routing_of({6, 6, 6, 6}));
+  CHECK(torch::allclose(moe->selection_bias, torch::tensor({0.5, -0.5, 0.5, 0.5})));
+  CHECK(torch::allclose(
+      usage_of(moe), 0.99 * 0.25 + 0.01 * torch::tensor({6, 30, 6, 6}) / 48, 1e-6, 1e-7));
+}
+
+TEST_CASE("the fractions of a global batch are those of all processes", "[nn]") {
+  const auto whole = tokens();
+  const auto x = whole.narrow(0, 0, 8);
+  MoE alone(sizes());
+  MoE moe(sizes().balance(Balance(0.01).fraction_from("global_batch")).all_reduce([&](Tensor& sum) {
+    const auto counts = alone(whole.narrow(0, 8, 4)).routing.tokens_per_expert;
+    sum.add_(torch::cat({counts, torch::tensor({4, 1})}));
+  }));
+  {
+    const torch::NoGradGuard no_grad;
+    auto parameters = alone->parameters();
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      parameters[i].copy_(moe->parameters()[i]);
+    }
+  }
+  const auto fraction = alone(whole).routing.tokens_per_expert.to(torch::kFloat32) / 24;
+  const auto own = torchmoe::load_balancing_loss(moe(x).routing.logits, fraction, "softmax");
+  const auto expected = own * (8.0 * 2 / 12);
+  CHECK(torch::allclose(moe(x).routing.losses.at("load_balancing_loss"), expected));
+  moe->eval();
+  CHECK(torch::equal(moe(x).aux_loss, alone(x).aux_loss));
+}
+
+TEST_CASE("micro-batches with earlier counts have the last one's fractions of all", "[nn]") {
+  MoE moe(sizes());
+  const auto first = moe(tokens(0)).routing.tokens_per_expert;
+  const auto second = moe(tokens(0.5));
+  const auto all = (first + second.routing.tokens_per_expert).to(torch::kFloat32) / 48;
+  const auto expected = torchmoe::load_balancing_loss(second.routing.logits, all, "softmax");
+  CHECK(torch::equal(moe(tokens(0.5), std::nullopt, first).routing.losses.at("load_balancing_loss"),
+                     expected));
+}

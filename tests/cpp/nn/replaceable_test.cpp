@@ -1,0 +1,168 @@
+// Routers, experts and shared experts that are other modules, or functions.
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "catch2.h"
+#include "nn/moe.h"
+#include "support.h"
+
+using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
+using torchmoe::nn::Balance;
+using torchmoe::nn::Estimator;
+using torchmoe::nn::ExpertFunction;
+using torchmoe::nn::Gate;
+using torchmoe::nn::MoE;
+using torchmoe::nn::MoEImpl;
+using torchmoe::nn::MoEOptions;
+using torchmoe::nn::SharedExperts;
+using torchmoe::nn::TokenFunction;
+
+namespace {
+
+MoEOptions sizes() {
+  return {6, 5, 4, 2};
+}
+
+Tensor tokens() {
+  return wave({7, 6}, 0, 1, torch::kFloat32);
+}
+
+// A router of two layers.
+struct DeepRouterImpl : torch::nn::Cloneable<DeepRouterImpl> {
+  DeepRouterImpl() { reset(); }
+  void reset() override {
+    inner = register_module("inner", torch::nn::Linear(6, 8));
+    outer = register_module("outer", torch::nn::Linear(8, 4));
+  }
+  Tensor forward(const Tensor& x) { return outer(torch::tanh(inner(x))); }
+
+  torch::nn::Linear inner{nullptr}, outer{nullptr};
+};
+TORCH_MODULE(DeepRouter);
+
+// Experts that are matrices.
+struct MatricesImpl : torch::nn::Cloneable<MatricesImpl> {
+  MatricesImpl() { reset(); }
+  void reset() override {
+    matrices = register_parameter("matrices", wave({4, 6, 6}, 0, 1, torch::kFloat32));
+  }
+  Tensor forward(const Tensor& x, const Tensor& indices, const Tensor& weights) {
+    const auto all = torch::einsum("th,eoh->teo", {x, matrices});
+    const auto used = torch::zeros({x.size(0), 5}, weights.options())
+                          .scatter_add(1, torch::where(indices.ge(0), indices, 4), weights);
+    return torch::einsum("te,teo->to", {used.narrow(1, 0, 4).to(x.scalar_type()), all});
+  }
+
+  Tensor matrices;
+};
+TORCH_MODULE(Matrices);
+
+}  // namespace
+
+TEST_CASE("a router is a module of any type or a function", "[nn]") {
+  DeepRouter router;
+  const auto expected = router->forward(tokens());
+  MoE typed(sizes().router(router));
+  MoE any(sizes().router(torch::nn::AnyModule(router)));
+  MoE shared(sizes().router(router.ptr()));
+  MoE function(sizes().router([&](const Tensor& x) { return router(x); }));
+  for (auto& moe : {typed, any, shared, function}) {
+    auto layer = moe;
+    CHECK(torch::equal(layer(tokens()).routing.logits, expected));
+  }
+  CHECK(typed->named_parameters().contains("router.inner.weight"));
+  CHECK(typed->router().as<torchmoe::nn::RouterImpl>() == nullptr);
+  CHECK(typed->router().module() == router.ptr());
+  CHECK_FALSE(function->named_parameters().contains("router.inner.weight"));
+  CHECK_FALSE(function->router().module());
+  typed(tokens()).hidden_states.sum().backward();
+  CHECK(router->inner->weight.grad().abs().max().item<double>() > 0);
+}
+
+TEST_CASE("what a part returns is checked", "[nn]") {
+  const auto refuses = [](MoEOptions options, const std::string& message) {
+    MoE moe(options);
+    CHECK_THROWS_WITH(moe(tokens()), contains(message));
+  };
+  const auto returning = [](const Tensor& value) {
+    return TokenFunction([=](const Tensor&) { return value; });
+  };
+  refuses(sizes().router(returning(torch::zeros({7, 3}))),
+          "MoE: router must return [num_tokens, num_experts] = [7, 4], got shape [7, 3]");
+  refuses(sizes().router(returning(torch::zeros({7, 4}, torch::kLong))),
+          "MoE: router must return floating numbers, got Long");
+  refuses(sizes().router(returning(Tensor())),
+          "MoE: router must return a tensor [num_tokens, num_experts], got an undefined tensor");
+  refuses(sizes().shared_experts(returning(torch::zeros({7, 4}))),
+          "MoE: shared_experts must return [num_tokens, hidden_size] = [7, 6], got shape [7, 4]");
+  refuses(sizes().experts(
+              ExpertFunction([](const Tensor& x, const Tensor&, const Tensor&) { return x.t(); })),
+          "MoE: experts must return [num_tokens, hidden_size] = [7, 6], got shape [6, 7]");
+  const auto vector = [](const torchmoe::nn::LossInputs& inputs) { return inputs.logits.sum(0); };
+  refuses(sizes().balance(Balance().losses({{"vector", vector, 1.0}})),
+          "MoE: the term \"vector\" of balance.losses must return a scalar, got shape [4]");
+  struct Wrong : Estimator {
+    Tensor select(const Tensor& logits,
+                  const std::optional<Tensor>&,
+                  const std::optional<Tensor>&) override {
+      return torch::zeros({logits.size(0), 1}, torch::kLong);
+    }
+  };
+  refuses(sizes().gate(Gate().estimator(std::make_shared<Wrong>())),
+          "MoE: gate.estimator.select must return int64 [num_tokens, top_k] = [7, 2], got Long of "
+          "shape [7, 1]");
+}
+
+TEST_CASE("copies of a layer own copies of its modules", "[nn]") {
+  MoE moe(sizes()
+              .router(DeepRouter())
+              .experts(Matrices())
+              .shared_experts(SharedExperts(6, 3))
+              .balance(Balance().selection_bias_rate(0.5)));
+  moe->update(moe(tokens()).routing);
+  moe->eval();
+  MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
+  CHECK_FALSE(copy->router().module()->is_training());
+  CHECK(copy->named_parameters().keys() == moe->named_parameters().keys());
+  CHECK(copy->named_buffers().keys() == moe->named_buffers().keys());
+  const auto before = moe(tokens());
+  CHECK(torch::equal(copy(tokens()).hidden_states, before.hidden_states));
+  {
+    const torch::NoGradGuard no_grad;
+    for (auto& parameter : copy->parameters()) {
+      parameter.zero_();
+    }
+    copy->selection_bias.zero_();
+  }
+  CHECK(torch::equal(copy(tokens()).hidden_states, torch::zeros_like(tokens())));
+  CHECK(torch::equal(moe(tokens()).hidden_states, before.hidden_states));
+  CHECK(moe->selection_bias.abs().max().item<double>() == 0.5);
+  // What the copy computes with is what it lists, and the other way round.
+  copy->train();
+  copy(tokens()).aux_loss.backward();
+  CHECK(copy->named_parameters()["router.outer.weight"].grad().defined());
+  CHECK_FALSE(moe->named_parameters()["router.outer.weight"].grad().defined());
+}
+
+TEST_CASE("replicas of a layer train one", "[nn]") {
+  MoE moe(sizes().bias(true));
+  const auto x = tokens();
+  const auto grad = wave({7, 6}, 1, 1, torch::kFloat32);
+  torch::autograd::backward({moe(x).hidden_states}, {grad});
+  std::vector<Tensor> sums(moe->parameters().size());
+  for (const auto& [begin, size] : {std::pair<int64_t, int64_t>{0, 3}, {3, 4}}) {
+    MoE replica(std::dynamic_pointer_cast<MoEImpl>(moe->clone(torch::Device(torch::kCPU))));
+    torch::autograd::backward({replica(x.narrow(0, begin, size)).hidden_states},
+                              {grad.narrow(0, begin, size)});
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const auto& of_part = replica->parameters()[i].grad();
+      sums[i] = sums[i].defined() ? sums[i] + of_part : of_part;
+    }
+  }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    CHECK(torch::allclose(sums[i], moe->parameters()[i].grad(), 1e-4, 1e-6));
+  }
+}
