@@ -97,7 +97,7 @@ std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
   if (!token_mask) {
     return {tokens, std::nullopt};
   }
-  check_token_mask(*token_mask, x.sizes().slice(0, x.dim() - 1));
+  check_token_mask(*token_mask, x);
   const auto mask = token_mask->reshape(-1);
   // Attention leaves NaN at positions that see nothing; 0 * NaN would carry it into the router's
   // gradient.
@@ -115,6 +115,10 @@ RouterOutput route(const TokenFunction& router, const at::Tensor& tokens, int64_
                tokens.device());
   routed.logits = wide(routed.logits);
   return routed;
+}
+
+void check_like_tokens(const char* part, const at::Tensor& output, const at::Tensor& tokens) {
+  check_output(part, output, tokens.sizes(), "[num_tokens, hidden_size]", tokens.device());
 }
 
 }  // namespace
@@ -279,16 +283,13 @@ MoEOutput MoEImpl::forward(const at::Tensor& x,
 
   // 4. Dispatch and compute.
   auto y = estimator_->combine(tokens, logits, choice.indices, weights, *experts_, mask);  // [T, H]
-  const auto check = [&](const char* part, const at::Tensor& output) {
-    check_output(part, output, tokens.sizes(), "[num_tokens, hidden_size]", tokens.device());
-  };
-  check("gate.estimator.combine", y);
+  check_like_tokens("gate.estimator.combine", y, tokens);
   if (options_.routed_scaling_factor() != 1) {
     y = options_.routed_scaling_factor() * y;
   }
   if (shared_experts_) {
     auto shared = (*shared_experts_)(tokens);
-    check("shared_experts", shared);
+    check_like_tokens("shared_experts", shared, tokens);
     if (mask) {
       shared = shared.masked_fill(mask->logical_not().unsqueeze(-1), 0);
     }

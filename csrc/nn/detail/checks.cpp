@@ -92,7 +92,10 @@ void check_counts(std::string_view owner,
   }
 }
 
-void check_token_mask(const at::Tensor& token_mask, at::IntArrayRef leading) {
+void check_token_mask(const at::Tensor& token_mask, const at::Tensor& x) {
+  TORCH_CHECK_TYPE(token_mask.defined(),
+                   "MoE: token_mask must be a tensor or None, got an undefined tensor");
+  const auto leading = x.sizes().slice(0, x.dim() - 1);
   TORCH_CHECK(token_mask.scalar_type() == at::kBool && token_mask.sizes() == leading,
               "MoE: token_mask must be bool of shape ",
               leading,
@@ -100,6 +103,11 @@ void check_token_mask(const at::Tensor& token_mask, at::IntArrayRef leading) {
               token_mask.scalar_type(),
               " of shape ",
               token_mask.sizes());
+  TORCH_CHECK(token_mask.device() == x.device(),
+              "MoE: token_mask must be on ",
+              x.device(),
+              ", got ",
+              token_mask.device());
 }
 
 std::string listed(const std::vector<int64_t>& entries) {

@@ -49,8 +49,8 @@ void check_counts(std::string_view owner,
                   const at::Device& device,
                   bool whole = false);
 
-/// Of tensors: [T] bool and the leading dimensions of an input.
-void check_token_mask(const at::Tensor& token_mask, at::IntArrayRef leading);
+/// A mask of the tokens of x [..., H]: bool, x's leading dimensions, on its device.
+void check_token_mask(const at::Tensor& token_mask, const at::Tensor& x);
 
 /// The entries as "(1, 2, 0)".
 std::string listed(const std::vector<int64_t>& entries);

@@ -14,7 +14,7 @@ class UpdateReminder {
  public:
   /// `reader` is what reads something that `update` moves; empty: nothing does.
   void count(const std::string& reader) {
-    if (!reader.empty() && left_ > 0 && --left_ == 0) {
+    if (!reader.empty() && left_ > 0 && left_.fetch_sub(1) == 1) {
       TORCH_WARN("MoE: update must be called once per optimizer step for ",
                  reader,
                  ", got ",
