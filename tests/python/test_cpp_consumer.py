@@ -46,42 +46,8 @@ def needed_libraries(binary: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = build(ROOT / "examples" / "cpp", tmp_path_factory.mktemp("example"))
-    return folder / "train_moe"
-
-
-@pytest.fixture(scope="module")
 def consumers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(ROOT / "tests" / "cpp" / "consumer", tmp_path_factory.mktemp("consumers"))
-
-
-@pytest.mark.slow
-def test_the_example_learns_and_its_experts_divide_the_regimes(example: Path) -> None:
-    text = output_of(example)
-    losses = [float(loss) for loss in re.findall(r"held-out loss (\d+\.\d+)\n", text)]
-    assert len(losses) >= 5
-    assert losses[-1] < 0.05 * losses[0]
-    rows = [
-        [int(share) for share in re.findall(r"(\d+)%", line)]
-        for line in text.splitlines()
-        if "%" in line
-    ]
-    assert [len(row) for row in rows] == [4, 4, 4, 4]
-    for row in rows:
-        assert sum(row) == pytest.approx(100, abs=2)  # each share is rounded to a whole percent
-        assert max(row) > 50
-    assert "\nlearned: " in text
-
-
-@pytest.mark.slow
-def test_the_example_gives_the_same_numbers_twice(example: Path) -> None:
-    assert output_of(example) == output_of(example)
-
-
-@pytest.mark.slow
-def test_the_example_needs_no_python(example: Path) -> None:
-    assert not [name for name in needed_libraries(example) if "python" in name]
 
 
 @pytest.mark.slow

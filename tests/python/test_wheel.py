@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -16,10 +14,10 @@ import pytest
 import torch
 
 import torchmoe
+from wheels import ROOT, make_wheel, one_at_a_time, pip, run
 
 pytestmark = [pytest.mark.needs_build, pytest.mark.slow]
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(torchmoe.__file__).resolve().parent
 VERSION = (ROOT / "VERSION.txt").read_text().strip()
 TORCH = ".".join(torch.__version__.split(".")[:2])
@@ -27,44 +25,9 @@ TORCH = ".".join(torch.__version__.split(".")[:2])
 SOME_TESTS = ("tests/python/test_package.py", "tests/python/ops/test_scale_gradient.py")
 
 
-def run(*command: str | Path, status: int | None = 0, **environment: str) -> str:
-    """What a command prints, on either stream, if it ends with this status."""
-    # The environment's own tools: another CMake would compile everything again.
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    # A machine's settings of pip are not those of the user who is meant.
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**kept, "PATH": path, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert status in (None, done.returncode), done.stdout
-    return done.stdout
-
-
-def pip(
-    python: Path | str, *arguments: str | Path, status: int | None = 0, **environment: str
-) -> str:
-    """What pip prints; it knows no index, and there is no network."""
-    alone = {
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_NO_INDEX": "1",
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
-    return run(python, "-m", "pip", *arguments, status=status, **alone, **environment)
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made in the checkout, whose build folder has the library."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip(sys.executable, "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", ROOT)
-    (file,) = folder.iterdir()
-    return file
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture
@@ -124,7 +87,8 @@ def test_pip_refuses_the_wheel_of_another_torch(wheel: Path, clean: Path, other:
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", f"--outdir={folder}", ROOT)
+    with one_at_a_time():
+        run(sys.executable, "-m", "build", "--sdist", "--no-isolation", f"--outdir={folder}", ROOT)
     (file,) = folder.iterdir()
     return file
 

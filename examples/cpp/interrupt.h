@@ -1,0 +1,8 @@
+// Ctrl-C: the first asks the program to stop, a second one kills it.
+#pragma once
+
+/// From here on the first SIGINT only sets a flag.
+void catch_interrupt();
+
+/// Whether it came.
+bool was_interrupted();
