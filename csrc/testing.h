@@ -183,7 +183,7 @@ GradcheckResult gradgradcheck(const Tensors& inputs,
 //   moe->to(at::kDouble);
 //   const auto certificate = certify(
 //       {.forward = [&](const auto& x, const auto& mask) -> Tensors {
-//          const auto out = moe->forward(x, mask.defined() ? std::optional(mask) : std::nullopt);
+//          const auto out = moe->forward(x, mask);
 //          return {out.hidden_states, out.aux_loss};
 //        },
 //        .parameters = moe->named_parameters().pairs()},

@@ -14,8 +14,14 @@
 namespace torchmoe::nn {
 namespace {
 
+Assistance checked(const Assistance& settings) {
+  settings.check();
+  return settings;
+}
+
 /// The settings with the thresholds that were left open.
 Assistance with_thresholds(Assistance settings, int64_t least_experts) {
+  check_at_least("Assistance", "least_experts", least_experts, 1);
   const double most =
       static_cast<double>(settings.backup().size()) / static_cast<double>(least_experts);
   const auto given = settings.threshold();
@@ -28,9 +34,9 @@ Assistance with_thresholds(Assistance settings, int64_t least_experts) {
   }
   TORCH_CHECK_VALUE(lower > 0 && lower <= threshold,
                     "Assistance: lower_threshold must be in (0, threshold] = (0, ",
-                    threshold,
+                    shown(threshold),
                     "], got ",
-                    lower);
+                    shown(lower));
   return settings.threshold(threshold).lower_threshold(lower);
 }
 
@@ -38,18 +44,19 @@ Assistance with_thresholds(Assistance settings, int64_t least_experts) {
 
 void Assistance::check() const {
   check_backup_table("Assistance", backup_);
-  const auto num_experts = static_cast<double>(backup_.size());
-  TORCH_CHECK_VALUE(!threshold_ || (*threshold_ > 0 && *threshold_ < num_experts),
-                    "Assistance: threshold must be in (0, ",
-                    num_experts,
-                    "), up to the load of an expert that gets every slot, got ",
-                    *threshold_);
+  if (threshold_) {
+    TORCH_CHECK_VALUE(*threshold_ > 0 && *threshold_ < static_cast<double>(backup_.size()),
+                      "Assistance: threshold must be in (0, ",
+                      backup_.size(),
+                      "), up to the load of an expert that gets every slot, got ",
+                      shown(*threshold_));
+  }
   check_at_least("Assistance", "patience", patience_, 1);
   with_thresholds(*this, 1);
 }
 
 AssistanceStateImpl::AssistanceStateImpl(const Assistance& settings, int64_t least_experts)
-    : settings_(with_thresholds(settings, least_experts)),
+    : settings_(with_thresholds(checked(settings), least_experts)),
       table_(at::tensor(settings.backup(), at::kLong)) {
   reset();
 }

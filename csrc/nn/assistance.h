@@ -50,7 +50,7 @@ struct Assistance {
 class AssistanceStateImpl : public Remembering<AssistanceStateImpl> {
  public:
   /// least_experts is how many experts every token has at least, from which thresholds that were left
-  /// open follow.
+  /// open follow. Throws c10::ValueError where a setting is out of range.
   AssistanceStateImpl(const Assistance& settings, int64_t least_experts);
 
   void reset() override;

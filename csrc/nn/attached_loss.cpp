@@ -1,8 +1,10 @@
 #include "nn/attached_loss.h"
 
 #include <cmath>
+#include <ostream>
 #include <utility>
 
+#include "nn/detail/checks.h"
 #include "ops/attach_loss.h"
 
 namespace torchmoe::nn {
@@ -20,13 +22,17 @@ void WithAttachedLossImpl::reset() {
 
 void WithAttachedLossImpl::set_scale(double scale) {
   TORCH_CHECK_VALUE(
-      std::isfinite(scale), "WithAttachedLoss: scale must be a finite number, got ", scale);
+      std::isfinite(scale), "WithAttachedLoss: scale must be a finite number, got ", shown(scale));
   scale_ = scale;
 }
 
+void WithAttachedLossImpl::pretty_print(std::ostream& stream) const {
+  stream << "torchmoe::nn::WithAttachedLoss(scale=" << shown(scale_) << ")";
+}
+
 at::Tensor WithAttachedLossImpl::forward(const at::Tensor& x,
-                                         const std::optional<at::Tensor>& token_mask,
-                                         const std::optional<at::Tensor>& earlier_counts) {
+                                         const at::Tensor& token_mask,
+                                         const at::Tensor& earlier_counts) {
   const auto output = moe->forward(x, token_mask, earlier_counts);
   if (on_output) {
     on_output(output);

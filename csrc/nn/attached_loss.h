@@ -2,7 +2,7 @@
 #pragma once
 
 #include <functional>
-#include <optional>
+#include <iosfwd>
 
 #include <ATen/core/Tensor.h>
 #include <torch/nn/cloneable.h>
@@ -30,11 +30,12 @@ class WithAttachedLossImpl : public torch::nn::Cloneable<WithAttachedLossImpl> {
   explicit WithAttachedLossImpl(MoE layer, double scale = 1.0);
 
   void reset() override;
+  void pretty_print(std::ostream& stream) const override;
 
   /// x [..., H] -> the hidden states; arguments as for `MoEImpl::forward`.
   at::Tensor forward(const at::Tensor& x,
-                     const std::optional<at::Tensor>& token_mask = std::nullopt,
-                     const std::optional<at::Tensor>& earlier_counts = std::nullopt);
+                     const at::Tensor& token_mask = {},
+                     const at::Tensor& earlier_counts = {});
 
   double scale() const { return scale_; }
   void set_scale(double scale);
@@ -45,8 +46,8 @@ class WithAttachedLossImpl : public torch::nn::Cloneable<WithAttachedLossImpl> {
   std::function<void(const MoEOutput& output)> on_output;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())},
-                           {2, torch::nn::AnyValue(std::optional<at::Tensor>())})
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())},
+                           {2, torch::nn::AnyValue(at::Tensor())})
 
  private:
   double scale_;

@@ -19,6 +19,10 @@ CapacityFactor factor_of(const Capacity& capacity, bool training) {
              : CapacityFactor(*capacity.eval_factor(), "Capacity", "eval_factor");
 }
 
+void check_usage(const at::Tensor& usage) {
+  TORCH_CHECK_TYPE(usage.defined(), "Capacity: usage must be a tensor, got None");
+}
+
 /// For a number or a tensor.
 template <typename NumTokens>
 auto slots_of_each(const Capacity& capacity,
@@ -46,16 +50,16 @@ void Capacity::check() const {
   }
   const bool wants_backup = choose<Overflow>(owner, overflow_) == Overflow::backup;
   choose<Normalized>(owner, normalize_);
-  if (backup_) {
-    check_backup_table(owner, *backup_);
+  if (!backup_.empty()) {
+    check_backup_table(owner, backup_);
   }
-  TORCH_CHECK_VALUE(backup_.has_value() == wants_backup,
+  TORCH_CHECK_VALUE(backup_.empty() != wants_backup,
                     "Capacity: backup must be ",
                     wants_backup ? "given" : "None",
                     " with overflow \"",
                     overflow_,
                     "\", got ",
-                    backup_ ? listed(*backup_) : "None");
+                    backup_.empty() ? "None" : listed(backup_));
   TORCH_CHECK_VALUE(!dynamic_ || choose<Rounding>(owner, rounding_) == Rounding::up,
                     "Capacity: rounding must be \"up\" with dynamic=True, got \"",
                     rounding_,
@@ -80,6 +84,7 @@ at::Tensor Capacity::slots(const at::Tensor& like,
                            bool training,
                            const at::Tensor& usage) const {
   if (dynamic_) {
+    check_usage(usage);
     return dynamic_capacity(usage, num_tokens * top_k, factor_of(*this, training))
         .clamp_min(minimum_)
         .clamp_max(num_tokens);
@@ -96,6 +101,7 @@ at::Tensor Capacity::slots(const at::Tensor& like,
                            bool training,
                            const at::Tensor& usage) const {
   if (dynamic_) {
+    check_usage(usage);
     return at::minimum(
         dynamic_capacity(usage, num_tokens * top_k, factor_of(*this, training)).clamp_min(minimum_),
         num_tokens);

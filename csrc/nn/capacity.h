@@ -21,7 +21,7 @@ namespace torchmoe::nn {
 ///     Capacity(1.25).priority("random")                    random dropping
 ///     Capacity(1.25).priority("weight")                    the least weights are dropped
 ///     Capacity(1).overflow("next_best")                    nobody is dropped while there is room
-///     Capacity(1).overflow("backup").backup({{1, 2, 0}})   what expert i cannot take goes to backup[i]
+///     Capacity(1).overflow("backup").backup({1, 2, 0})     what expert i cannot take goes to backup[i]
 ///     Capacity(1).dynamic(true)                            more room where the load has been high
 ///
 /// The layer that takes it checks it (c10::ValueError): values out of range, words that are not known,
@@ -48,8 +48,8 @@ struct Capacity {
   /// nullopt: as `order` says. "random": in training by a draw for every slot, from torch's default
   /// generator. "weight": the larger combine weight first (V-MoE, arXiv 2106.05974).
   TORCH_ARG(std::optional<std::string>, priority) = std::nullopt;
-  /// With overflow "backup": for each expert another one.
-  TORCH_ARG(std::optional<std::vector<int64_t>>, backup) = std::nullopt;
+  /// With overflow "backup": for each expert another one; else empty.
+  TORCH_ARG(std::vector<int64_t>, backup) = {};
   /// "up", or "down" for the floor of the formula.
   TORCH_ARG(std::string, rounding) = "up";
   /// The capacity of each expert is that of `dynamic_capacity` with the router's `usage`.

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <sstream>
 #include <typeinfo>
+#include <utility>
 
 #include <ATen/ops/arange.h>
-#include <c10/util/Type.h>
 
 #include "common/vocabulary.h"
 #include "nn/detail/checks.h"
@@ -37,7 +37,7 @@ void check_defined_for(const Estimator& estimator,
                     " must be ",
                     listed.str(),
                     " for the estimator ",
-                    estimator.name(),
+                    class_name(typeid(estimator)),
                     ", ",
                     estimator.traits().refusal,
                     ", got \"",
@@ -61,6 +61,12 @@ void Estimator::bind(const EstimatorBinding& layer) {
   TORCH_CHECK_VALUE(!layer_ || *layer_ == layer,
                     "MoE: gate.estimator must be an instance of its own for a layer of another "
                     "kind, got one bound to another");
+  for (const auto& [argument, value] : {std::pair{"num_experts", layer.num_experts},
+                                        {"top_k", layer.top_k},
+                                        {"gate.num_groups", layer.num_groups},
+                                        {"gate.top_groups", layer.top_groups}}) {
+    check_at_least("MoE", argument, value, 1);
+  }
   const auto told = traits();
   check_defined_for(*this, "score_function", layer.score_function, told.score_functions);
   if (layer.normalize) {
@@ -68,7 +74,7 @@ void Estimator::bind(const EstimatorBinding& layer) {
   }
   TORCH_CHECK_VALUE(layer.num_groups == 1 || told.takes_groups,
                     "MoE: gate.num_groups must be 1 for the estimator ",
-                    name(),
+                    class_name(typeid(*this)),
                     ", ",
                     told.refusal,
                     ", got ",
@@ -98,27 +104,9 @@ const EstimatorBinding& Estimator::layer() const {
   return *layer_;
 }
 
-int64_t Estimator::top_k() const {
-  return layer().top_k;
-}
-
-int64_t Estimator::num_experts() const {
-  return layer().num_experts;
-}
-
-const std::string& Estimator::score_function() const {
-  return layer().score_function;
-}
-
 const std::string& Estimator::normalize() const {
   layer();
   return normalize_;
-}
-
-std::string Estimator::name() const {
-  const auto full = c10::demangle(typeid(*this).name());
-  const auto last = full.rfind("::");
-  return last == std::string::npos ? full : full.substr(last + 2);
 }
 
 at::Tensor Estimator::select(const at::Tensor& logits,

@@ -120,16 +120,17 @@ class Estimator {
                    const std::optional<at::Tensor>& token_mask = std::nullopt) const;
 
   /// Tells the estimator about the layer it belongs to; the layer calls it once. Throws
-  /// c10::ValueError where the estimator is not defined for that gate, or belongs to a layer of
-  /// another kind already.
+  /// c10::ValueError where a size is out of range, the estimator is not defined for that gate, or
+  /// belongs to a layer of another kind already.
   void bind(const EstimatorBinding& layer);
 
-  int64_t top_k() const;
-  int64_t num_experts() const;
-  const std::string& score_function() const;
+  int64_t top_k() const { return layer().top_k; }
+  int64_t num_experts() const { return layer().num_experts; }
+  int64_t hidden_size() const { return layer().hidden_size; }
+  int64_t num_groups() const { return layer().num_groups; }
+  int64_t top_groups() const { return layer().top_groups; }
+  const std::string& score_function() const { return layer().score_function; }
   const std::string& normalize() const;
-  /// Its class, for messages.
-  std::string name() const;
 
  private:
   const EstimatorBinding& layer() const;

@@ -17,6 +17,7 @@
 
 #include "common/checks.h"
 #include "common/vocabulary.h"
+#include "nn/detail/checks.h"
 
 namespace torchmoe {
 namespace {
@@ -122,7 +123,7 @@ CapacityFactor::CapacityFactor(double factor, std::string_view op, std::string_v
                     ": ",
                     argument,
                     " must be a finite number >= 0, got ",
-                    factor);
+                    nn::shown(factor));
   std::tie(numerator_, denominator_) = nearest_fraction(factor);
 }
 

@@ -28,13 +28,13 @@ void ExpertsImpl::reset() {
   const int64_t hidden = options_.hidden_size();
   const int64_t inner = options_.intermediate_size();
   const int64_t rows_in = gated ? 2 * inner : inner;
-  w_in = register_parameter(name_in, at::empty({experts, rows_in, hidden}));
+  w_in = register_parameter(name_in, at::empty({experts, rows_in, hidden}), learns(w_in));
   if (options_.bias()) {
-    b_in = register_parameter(name_in + "_bias", at::empty({experts, rows_in}));
+    b_in = register_parameter(name_in + "_bias", at::empty({experts, rows_in}), learns(b_in));
   }
-  w_out = register_parameter("down_proj", at::empty({experts, hidden, inner}));
+  w_out = register_parameter("down_proj", at::empty({experts, hidden, inner}), learns(w_out));
   if (options_.bias()) {
-    b_out = register_parameter("down_proj_bias", at::empty({experts, hidden}));
+    b_out = register_parameter("down_proj_bias", at::empty({experts, hidden}), learns(b_out));
   }
   reset_parameters();
 }

@@ -14,6 +14,7 @@
 
 namespace torchmoe::nn {
 
+/// What experts are built from.
 struct ExpertsOptions {
   ExpertsOptions(int64_t hidden_size, int64_t intermediate_size, int64_t num_experts)
       : hidden_size_(hidden_size),
@@ -30,9 +31,9 @@ struct ExpertsOptions {
   TORCH_ARG(bool, bias) = false;
 };
 
-/// In the layout of Hugging Face Transformers v5: parameters `gate_up_proj` [E, 2I, H] (gate rows first; `up_proj` [E, I, H] for a plain
-/// activation), `down_proj` [E, H, I] and, on request, `gate_up_proj_bias` or `up_proj_bias` and
-/// `down_proj_bias`.
+/// In the layout of Hugging Face Transformers v5: parameters `gate_up_proj` [E, 2I, H] (gate rows
+/// first; `up_proj` [E, I, H] for a plain activation), `down_proj` [E, H, I] and, on request,
+/// `gate_up_proj_bias` or `up_proj_bias` and `down_proj_bias`. As members they have the ops' names.
 class ExpertsImpl : public torch::nn::Cloneable<ExpertsImpl> {
  public:
   ExpertsImpl(int64_t hidden_size, int64_t intermediate_size, int64_t num_experts)

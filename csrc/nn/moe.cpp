@@ -1,12 +1,14 @@
 #include "nn/moe.h"
 
 #include <ostream>
+#include <typeinfo>
 #include <utility>
 
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include "common/checks.h"
+#include "common/tensors.h"
 #include "common/vocabulary.h"
 #include "nn/detail/accounting.h"
 #include "nn/detail/by_expert.h"
@@ -37,6 +39,14 @@ void check_options(const MoEOptions& options) {
 void check_made_for(const char* argument, const char* name, int64_t expected, int64_t actual) {
   TORCH_CHECK_VALUE(
       actual == expected, "MoE: ", argument, " must have ", name, " ", expected, ", got ", actual);
+}
+
+std::optional<TokenFunction> shared_experts_of(const MoEOptions& options) {
+  const auto& given = options.shared_experts();
+  if (given && std::holds_alternative<SharedExpertsOptions>(*given)) {
+    return SharedExperts(std::get<SharedExpertsOptions>(*given));
+  }
+  return given ? std::optional(std::get<TokenFunction>(*given)) : std::nullopt;
 }
 
 TokenFunction router_of(const MoEOptions& options) {
@@ -85,8 +95,9 @@ std::shared_ptr<torch::nn::Module> as_module(const std::shared_ptr<Estimator>& e
 }
 
 /// x [..., H] and its mask [...] as tokens [T, H], 0 where none counts, and a mask [T].
-std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
-    const at::Tensor& x, const std::optional<at::Tensor>& token_mask, int64_t hidden_size) {
+std::pair<at::Tensor, std::optional<at::Tensor>> flatten(const at::Tensor& x,
+                                                         const at::Tensor& token_mask,
+                                                         int64_t hidden_size) {
   check_defined("MoE", "x", x);
   TORCH_CHECK(x.dim() >= 1 && x.size(-1) == hidden_size,
               "MoE: x must be [..., hidden_size] = [..., ",
@@ -94,11 +105,11 @@ std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
               "], got shape ",
               x.sizes());
   const auto tokens = x.reshape({-1, hidden_size});
-  if (!token_mask) {
+  if (!token_mask.defined()) {
     return {tokens, std::nullopt};
   }
-  check_token_mask(*token_mask, x);
-  const auto mask = token_mask->reshape(-1);
+  check_token_mask(token_mask, x);
+  const auto mask = token_mask.reshape(-1);
   // Attention leaves NaN at positions that see nothing; 0 * NaN would carry it into the router's
   // gradient.
   return {tokens.masked_fill(mask.logical_not().unsqueeze(-1), 0), mask};
@@ -106,7 +117,8 @@ std::pair<at::Tensor, std::optional<at::Tensor>> flatten(
 
 /// The logits of each token, float32 or wider.
 RouterOutput route(const TokenFunction& router, const at::Tensor& tokens, int64_t num_experts) {
-  auto* own = router.as<RouterImpl>();
+  // A class derived from it may override forward alone.
+  auto* own = router.exactly<RouterImpl>();
   auto routed = own != nullptr ? own->score(tokens) : RouterOutput{router(tokens)};
   check_output("router",
                routed.logits,
@@ -127,7 +139,7 @@ MoEImpl::MoEImpl(const MoEOptions& options) : options_(options) {
   check_options(options);
   router_ = router_of(options);
   experts_ = experts_of(options);
-  shared_experts_ = options.shared_experts();
+  shared_experts_ = shared_experts_of(options);
   const int64_t num_experts = options.num_experts();
   if (const auto* own = router_->as<RouterImpl>()) {
     check_made_for("router", "num_experts", num_experts, own->options().num_experts());
@@ -154,10 +166,19 @@ MoEImpl::MoEImpl(const MoEOptions& options) : options_(options) {
                     .top_groups = gate.top_groups()});
   reminder_ = std::make_shared<UpdateReminder>();
   reset();
+  const auto usage = usage_of(*router_);
+  TORCH_CHECK_VALUE(!usage.defined() || usage.sizes() == at::IntArrayRef(num_experts),
+                    "MoE: router must have usage of shape [",
+                    num_experts,
+                    "], got ",
+                    usage.defined() ? usage.sizes() : at::IntArrayRef());
   take(options.balance(), options.capacity());
 }
 
 void MoEImpl::reset() {
+  TORCH_CHECK(children().empty(),
+              "MoE: reset must be called by the layer's constructor or clone(), which has no parts "
+              "yet, got a layer; reset_parameters() draws parameters anew");
   if (std::exchange(has_parts_, true)) {
     router_ = router_->clone();
     experts_ = experts_->clone();
@@ -168,6 +189,7 @@ void MoEImpl::reset() {
       estimator_ = std::dynamic_pointer_cast<Estimator>(module->clone());
     }
   }
+  hold_own_parts();
   // In the order of the Python layer, in which parameters are listed and saved.
   const auto add = [&](const std::string& name, const std::shared_ptr<torch::nn::Module>& module) {
     if (module) {
@@ -191,11 +213,32 @@ void MoEImpl::reset() {
   }
 }
 
+void MoEImpl::hold_own_parts() {
+  if (options_.router() && std::holds_alternative<TokenFunction>(*options_.router())) {
+    options_.router(*router_);
+  }
+  if (options_.experts()) {
+    options_.experts(*experts_);
+  }
+  const auto& shared = options_.shared_experts();
+  if (shared && std::holds_alternative<TokenFunction>(*shared)) {
+    options_.shared_experts(*shared_experts_);
+  }
+  if (std::holds_alternative<std::shared_ptr<Estimator>>(options_.gate().estimator())) {
+    options_.gate().estimator(estimator_);
+  }
+}
+
 void MoEImpl::take(const Balance& balance, const std::optional<Capacity>& capacity) {
   check_pairs(*this, balance, capacity);
   options_.balance(balance).capacity(capacity);
-  const bool has_backup = capacity && capacity->backup();
-  backup_ = has_backup ? at::tensor(*capacity->backup(), at::kLong) : at::Tensor();
+  backup_ = at::Tensor();
+  if (capacity && !capacity->backup().empty()) {
+    const auto parameters = this->parameters();
+    const auto device = parameters.empty() ? at::Device(at::kCPU) : parameters[0].device();
+    backup_ = at::tensor(capacity->backup(), at::kLong).to(device);
+  }
+  update_reader_ = update_reader(*this);
 }
 
 void MoEImpl::set_balance(const Balance& balance) {
@@ -246,26 +289,30 @@ void MoEImpl::pretty_print(std::ostream& stream) const {
   stream << "torchmoe::nn::MoE(hidden_size=" << options_.hidden_size()
          << ", num_experts=" << options_.num_experts() << ", top_k=" << options_.top_k()
          << ", score_function=" << estimator_->score_function()
-         << ", normalize=" << estimator_->normalize() << ", estimator=" << estimator_->name();
+         << ", normalize=" << estimator_->normalize()
+         << ", estimator=" << class_name(typeid(*estimator_));
+  if (estimator_->num_groups() > 1) {
+    stream << ", num_groups=" << estimator_->num_groups()
+           << ", top_groups=" << estimator_->top_groups();
+  }
   if (const auto& capacity = options_.capacity()) {
     stream << ", capacity=" << *capacity;
   }
   stream << ", balance=" << options_.balance();
   if (options_.routed_scaling_factor() != 1) {
-    stream << ", routed_scaling_factor=" << options_.routed_scaling_factor();
+    stream << ", routed_scaling_factor=" << shown(options_.routed_scaling_factor());
   }
   stream << ")";
 }
 
 MoEOutput MoEImpl::forward(const at::Tensor& x,
-                           const std::optional<at::Tensor>& token_mask,
-                           const std::optional<at::Tensor>& earlier_counts) {
+                           const at::Tensor& token_mask,
+                           const at::Tensor& earlier_counts) {
   const auto [tokens, mask] = flatten(x, token_mask, options_.hidden_size());  // [T, H], [T]
   // How many tokens count: a tensor, so that nothing is read back; without a mask it is a shape.
   const auto counted = mask ? std::optional(mask->sum()) : std::nullopt;
   if (is_training() && at::GradMode::is_enabled()) {
-    const auto readers = update_readers(*this);
-    reminder_->count(readers.empty() ? "" : readers[0]);
+    reminder_->count(update_reader_);
   }
 
   // 1. Logits: one per token and expert.
@@ -304,7 +351,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x,
                            mask,
                            counted,
                            x.sizes().slice(0, x.dim() - 1),
-                           earlier_counts);
+                           if_defined(earlier_counts));
   return {y.reshape(x.sizes()),
           accounted.aux_loss,
           {.logits = logits,
@@ -324,6 +371,10 @@ void MoEImpl::update(const Routing& routing) {
 void MoEImpl::update(at::ArrayRef<Routing> routings) {
   TORCH_CHECK_VALUE(!routings.empty(),
                     "MoE: routing must hold at least one Routing, got an empty list");
+  for (const auto& routing : routings) {
+    TORCH_CHECK_TYPE(routing.tokens_per_expert.defined(),
+                     "MoE: routing must be what forward returned, got an empty Routing");
+  }
   const torch::NoGradGuard no_grad;
   reminder_->stop();
   auto* tracking = router_->as<UsageTracking>();

@@ -33,13 +33,15 @@ class UpdateReminder;
 
 /// The linear router of these options, or one of your own.
 using RouterChoice = std::variant<RouterOptions, TokenFunction>;
+/// Shared experts of these options, or a module or function of your own.
+using SharedExpertsChoice = std::variant<SharedExpertsOptions, TokenFunction>;
 
 /// What a layer is built from.
 ///
 ///     MoEOptions(512, 1024, /*num_experts=*/8, /*top_k=*/2).capacity(Capacity(1.25))
 ///
-/// Options that hold a module or an estimator serve one layer: a second layer made of the same options
-/// would share it.
+/// Options that hold a module or an estimator, and not the options of one, serve one layer: a second
+/// layer made of them would share it.
 struct MoEOptions {
   MoEOptions(int64_t hidden_size,
              std::optional<int64_t> intermediate_size,
@@ -68,8 +70,8 @@ struct MoEOptions {
   TORCH_ARG(Balance, balance);
   /// Gives experts under sustained load a backup in one more slot.
   TORCH_ARG(std::optional<Assistance>, assistance) = std::nullopt;
-  /// x [T, H] -> [T, H], added for every token: `SharedExperts`, or a module or function of your own.
-  TORCH_ARG(std::optional<TokenFunction>, shared_experts) = std::nullopt;
+  /// x [T, H] -> [T, H], added for every token.
+  TORCH_ARG(std::optional<SharedExpertsChoice>, shared_experts) = std::nullopt;
   /// Multiplies the routed experts' output, not the shared ones'.
   TORCH_ARG(double, routed_scaling_factor) = 1.0;
   /// nullopt is RouterOptions(hidden_size, num_experts), which keeps usage where something reads it. A
@@ -78,9 +80,9 @@ struct MoEOptions {
   TORCH_ARG(std::optional<RouterChoice>, router) = std::nullopt;
   /// Replaces the experts by a module or function, called as experts(x, indices, weights) -> y [T, H].
   TORCH_ARG(std::optional<ExpertFunction>, experts) = std::nullopt;
-  /// Sums a tensor over the processes that hold this layer, in place: for `MoEImpl::update`, and in
-  /// forward for fraction_from "global_batch". Empty where there is one process.
-  TORCH_ARG(std::function<void(at::Tensor&)>, all_reduce) = {};
+  /// The sum of a tensor of integers over the processes that hold this layer: for `MoEImpl::update`,
+  /// and in forward for fraction_from "global_batch". Empty where there is one process.
+  TORCH_ARG(std::function<at::Tensor(const at::Tensor& mine)>, all_reduce) = {};
 };
 
 /// Routes each token to top_k of num_experts feed-forward networks and adds up their outputs.
@@ -113,7 +115,7 @@ class MoEImpl : public Remembering<MoEImpl> {
   /// x [..., H] in the dtype of the parameters -> hidden_states in x's shape: routed_scaling_factor
   /// times the routed experts' output plus that of the shared ones.
   ///
-  /// token_mask has x's leading dimensions, bool, true where a token counts. A masked token gets y = 0,
+  /// Where one of the others is undefined there is none. token_mask has x's leading dimensions, bool, true where a token counts. A masked token gets y = 0,
   /// no gradient, and no place in counts, capacity and losses; what x holds there, NaN included, does
   /// not matter.
   ///
@@ -125,8 +127,8 @@ class MoEImpl : public Remembering<MoEImpl> {
   /// Throws c10::Error where a shape or dtype does not fit, and c10::ValueError where the gate's exact
   /// gradient is zero everywhere (top_k = 1 with normalize "topk", or normalize "uniform").
   MoEOutput forward(const at::Tensor& x,
-                    const std::optional<at::Tensor>& token_mask = std::nullopt,
-                    const std::optional<at::Tensor>& earlier_counts = std::nullopt);
+                    const at::Tensor& token_mask = {},
+                    const at::Tensor& earlier_counts = {});
 
   /// Moves by one step what the layer remembers: the router's usage, then who is assisted; the
   /// selection bias. Call it once per optimizer step, with the routing of that step or with those of
@@ -135,6 +137,7 @@ class MoEImpl : public Remembering<MoEImpl> {
   void update(const Routing& routing);
   void update(at::ArrayRef<Routing> routings);
 
+  /// What the layer has now, parts of your own included.
   const MoEOptions& options() const { return options_; }
   /// Settings are replaced whole, and checked as when the layer was made.
   void set_balance(const Balance& balance);
@@ -153,12 +156,13 @@ class MoEImpl : public Remembering<MoEImpl> {
   at::Tensor selection_bias;
 
  protected:
-  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(std::optional<at::Tensor>())},
-                           {2, torch::nn::AnyValue(std::optional<at::Tensor>())})
+  FORWARD_HAS_DEFAULT_ARGS({1, torch::nn::AnyValue(at::Tensor())},
+                           {2, torch::nn::AnyValue(at::Tensor())})
 
   void follow(at::Device device) override;
 
  private:
+  void hold_own_parts();
   void take(const Balance& balance, const std::optional<Capacity>& capacity);
 
   MoEOptions options_;
@@ -168,6 +172,7 @@ class MoEImpl : public Remembering<MoEImpl> {
   std::shared_ptr<Estimator> estimator_;
   at::Tensor backup_;       // Capacity::backup where it is read, undefined without one
   bool has_parts_ = false;  // whether reset finds the parts of the layer that this one is a copy of
+  std::string update_reader_;  // what reads something that update moves, empty where nothing does
   std::shared_ptr<UpdateReminder> reminder_;  // of which copies share one
 };
 TORCH_MODULE(MoE);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <map>
+#include <memory>
+#include <optional>
 #include <set>
 #include <string>
 
@@ -13,7 +15,8 @@ namespace torchmoe::nn {
 /// Base of modules with buffers that stay float32 or wider: a 16-bit running average stops moving,
 /// as its steps are smaller than half a unit in the last place. `to` and `clone` leave them wide.
 ///
-///     struct MyRouterImpl : torchmoe::nn::Remembering<MyRouterImpl> {
+///     struct AverageImpl : torchmoe::nn::Remembering<AverageImpl> {
+///       AverageImpl() { reset(); }
 ///       void reset() override { average = register_wide_buffer("average", torch::zeros({8})); }
 ///       torch::Tensor average;
 ///     };
@@ -21,6 +24,15 @@ template <typename Derived>
 class Remembering : public torch::nn::Cloneable<Derived> {
  public:
   using torch::nn::Cloneable<Derived>::Cloneable;
+
+  std::shared_ptr<torch::nn::Module> clone(
+      const std::optional<at::Device>& device = std::nullopt) const override {
+    const auto copy = torch::nn::Cloneable<Derived>::clone(device);
+    if (device) {
+      std::dynamic_pointer_cast<Remembering>(copy)->follow(*device);
+    }
+    return copy;
+  }
 
   void to(at::Device device, at::ScalarType dtype, bool non_blocking = false) override {
     keep_wide([&] { torch::nn::Module::to(device, dtype, non_blocking); });

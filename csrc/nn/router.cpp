@@ -37,9 +37,10 @@ void RouterImpl::set_logit_noise(double level) {
 
 void RouterImpl::reset() {
   const int64_t experts = options_.num_experts();
-  weight = register_parameter("weight", at::empty({experts, options_.hidden_size()}));
+  weight =
+      register_parameter("weight", at::empty({experts, options_.hidden_size()}), learns(weight));
   if (options_.bias()) {
-    bias = register_parameter("bias", at::empty({experts}));
+    bias = register_parameter("bias", at::empty({experts}), learns(bias));
   }
   if (options_.usage_scaling() || options_.track_usage()) {
     usage = register_wide_buffer("usage", at::empty({experts}));

@@ -14,6 +14,7 @@
 
 namespace torchmoe::nn {
 
+/// What a router is built from.
 struct RouterOptions {
   RouterOptions(int64_t hidden_size, int64_t num_experts)
       : hidden_size_(hidden_size), num_experts_(num_experts) {}

@@ -1,5 +1,7 @@
 #include "nn/shared_experts.h"
 
+#include <ostream>
+
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
@@ -21,6 +23,10 @@ void SharedExpertsImpl::reset() {
 
 void SharedExpertsImpl::reset_parameters() {
   experts->reset_parameters();
+}
+
+void SharedExpertsImpl::pretty_print(std::ostream& stream) const {
+  stream << "torchmoe::nn::SharedExperts()";
 }
 
 at::Tensor SharedExpertsImpl::forward(const at::Tensor& x) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iosfwd>
 #include <string>
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +14,7 @@
 
 namespace torchmoe::nn {
 
+/// What shared experts are built from.
 struct SharedExpertsOptions {
   SharedExpertsOptions(int64_t hidden_size, int64_t intermediate_size)
       : hidden_size_(hidden_size), intermediate_size_(intermediate_size) {}
@@ -35,6 +37,7 @@ class SharedExpertsImpl : public torch::nn::Cloneable<SharedExpertsImpl> {
 
   void reset() override;
   void reset_parameters();
+  void pretty_print(std::ostream& stream) const override;
 
   /// x [T, H] in the dtype of the parameters -> [T, H] in the dtype of x (under autocast, in its).
   at::Tensor forward(const at::Tensor& x);

@@ -13,11 +13,11 @@ void UsageTracking::update(const at::Tensor& tokens_per_expert, const at::Tensor
   if (!usage.defined()) {
     return;
   }
-  constexpr auto owner = "Router";
+  const auto owner = class_name(typeid(*this));
   TORCH_CHECK_VALUE(usage_decay >= 0 && usage_decay < 1,
                     owner,
                     ": usage_decay must be in [0, 1), got ",
-                    usage_decay);
+                    shown(usage_decay));
   check_counts(owner, "tokens_per_expert", tokens_per_expert, usage.size(0), usage.device());
   const torch::NoGradGuard no_grad;
   const auto share = tokens_per_expert.to(usage.scalar_type()) / num_slots.clamp_min(1);

@@ -239,7 +239,12 @@ inline void second_derivatives_are_right_or_refused(const Subject& subject, cons
   }
   const auto selected = subject.selection(x);
   std::array<Gradients, 2> sides;
-  const double step = std::sqrt(subject.eps() * 1e-2);
+  // Everything moves together: without the norm, the more numbers, the farther.
+  double squares = 1;
+  for (const auto& direction : directions) {
+    squares += direction.square().sum().item<double>();
+  }
+  const double step = std::sqrt(subject.eps() * 1e-2 / squares);
   for (size_t side = 0; side < 2; ++side) {
     const double signed_step = side == 0 ? step : -step;
     std::vector<std::unique_ptr<Restored>> restored;

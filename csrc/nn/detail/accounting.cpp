@@ -98,7 +98,16 @@ at::Tensor load_balancing_loss_of(const MoEImpl& layer,
 at::Tensor over_processes(const MoEImpl& layer, const at::Tensor& counts) {
   auto summed = counts.detach().clone();
   if (const auto& all_reduce = layer.options().all_reduce()) {
-    all_reduce(summed);
+    summed = all_reduce(summed);
+    TORCH_CHECK(
+        summed.defined() && summed.sizes() == counts.sizes() &&
+            summed.scalar_type() == counts.scalar_type(),
+        "MoE: all_reduce must return a sum of shape ",
+        counts.sizes(),
+        " and type ",
+        counts.scalar_type(),
+        ", got ",
+        summed.defined() ? c10::str(summed.scalar_type(), " of shape ", summed.sizes()) : "None");
   }
   return summed;
 }

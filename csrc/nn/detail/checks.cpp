@@ -1,12 +1,39 @@
 #include "nn/detail/checks.h"
 
+#include <array>
+#include <charconv>
+#include <cmath>
 #include <sstream>
 
 #include <ATen/ops/isfinite.h>
+#include <c10/util/Type.h>
 
 #include "ops/limit_capacity.h"
 
 namespace torchmoe::nn {
+
+std::string shown(double number) {
+  if (!std::isfinite(number)) {
+    return std::isnan(number) ? "nan" : number > 0 ? "inf" : "-inf";
+  }
+  const double size = std::abs(number);
+  const bool is_plain = size == 0 || (size >= 1e-4 && size < 1e16);
+  const auto format = is_plain ? std::chars_format::fixed : std::chars_format::scientific;
+  std::array<char, 32> digits{};  // the fewest that tell it from every other number
+  const auto end = std::to_chars(digits.begin(), digits.end(), number, format).ptr;
+  const std::string text(digits.begin(), end);
+  return is_plain && text.find('.') == std::string::npos ? text + ".0" : text;
+}
+
+std::string class_name(const std::type_info& type) {
+  std::string name = c10::demangle(type.name());
+  name = name.substr(0, name.find('<'));
+  if (const auto last = name.rfind("::"); last != std::string::npos) {
+    name = name.substr(last + 2);
+  }
+  const std::string suffix = "Impl";
+  return name.ends_with(suffix) ? name.substr(0, name.size() - suffix.size()) : name;
+}
 
 void check_backup_table(std::string_view owner, const std::vector<int64_t>& backup) {
   TORCH_CHECK_VALUE(backup.size() >= 2,
@@ -28,7 +55,7 @@ void check_output(std::string_view part,
                    shape.empty() ? "" : "a tensor ",
                    layout,
                    shape.empty() ? " as a tensor" : "",
-                   ", got an undefined tensor");
+                   ", got None");
   if (output.sizes() != shape) {
     std::ostringstream sizes;
     sizes << layout;
@@ -57,8 +84,7 @@ void check_counts(std::string_view owner,
                   int64_t num_experts,
                   const at::Device& device,
                   bool whole) {
-  TORCH_CHECK_TYPE(
-      counts.defined(), owner, ": ", argument, " must be a tensor, got an undefined one");
+  TORCH_CHECK_TYPE(counts.defined(), owner, ": ", argument, " must be a tensor, got None");
   const bool is_counting = at::isIntegralType(counts.scalar_type(), /*includeBool=*/false) ||
                            (!whole && counts.is_floating_point());
   TORCH_CHECK(is_counting && counts.sizes() == at::IntArrayRef(num_experts),
@@ -88,13 +114,11 @@ void check_counts(std::string_view owner,
                       ": ",
                       argument,
                       " must be finite and >= 0, got ",
-                      counts.masked_select(wrong)[0].item<double>());
+                      counts.masked_select(wrong)[0].item());
   }
 }
 
 void check_token_mask(const at::Tensor& token_mask, const at::Tensor& x) {
-  TORCH_CHECK_TYPE(token_mask.defined(),
-                   "MoE: token_mask must be a tensor or None, got an undefined tensor");
   const auto leading = x.sizes().slice(0, x.dim() - 1);
   TORCH_CHECK(token_mask.scalar_type() == at::kBool && token_mask.sizes() == leading,
               "MoE: token_mask must be bool of shape ",

@@ -2,8 +2,10 @@
 
 #include <functional>
 #include <sstream>
+#include <typeinfo>
 
 #include "common/vocabulary.h"
+#include "nn/detail/checks.h"
 
 namespace torchmoe::nn {
 namespace {
@@ -18,9 +20,7 @@ struct Parts {
   std::vector<std::string> readers() const {
     return usage_readers(balance, capacity, has_assistance());
   }
-  size_t backup_entries() const {
-    return capacity && capacity->backup() ? capacity->backup()->size() : 0;
-  }
+  size_t backup_entries() const { return capacity ? capacity->backup().size() : 0; }
   int64_t num_experts() const { return layer.options().num_experts(); }
   int64_t sure_experts() const { return least_experts(layer.estimator()); }
   double most_load() const {
@@ -44,22 +44,8 @@ std::string text(const Pieces&... pieces) {
   return stream.str();
 }
 
-/// The class of a part as its user wrote it, without namespaces and Impl.
-std::string name_of(const TokenFunction& part) {
-  const auto module = part.module();
-  if (!module) {
-    return "a function";
-  }
-  std::string name = module->name();
-  if (const auto last = name.rfind("::"); last != std::string::npos) {
-    name = name.substr(last + 2);
-  }
-  const std::string suffix = "Impl";
-  return name.ends_with(suffix) ? name.substr(0, name.size() - suffix.size()) : name;
-}
-
 std::string rate(const Parts& p) {
-  return text(p.balance.selection_bias_rate());
+  return shown(p.balance.selection_bias_rate());
 }
 
 std::string assistance(const Parts& p) {
@@ -74,7 +60,10 @@ const std::vector<Pair>& pairs() {
        [](const Parts& p) {
          return text("keep usage for ", p.readers()[0], ", as Router(track_usage=True) does");
        },
-       [](const Parts& p) { return name_of(p.layer.router()) + " without"; }},
+       [](const Parts& p) {
+         const auto module = p.layer.router().module();
+         return (module ? class_name(typeid(*module)) : "a function") + " without";
+       }},
       // --- the estimator, and what it has no formula for
       {"balance.selection_bias_rate",
        [](const Parts& p) {
@@ -82,7 +71,10 @@ const std::vector<Pair>& pairs() {
        },
        [](const Parts& p) {
          const auto& estimator = p.layer.estimator();
-         return text("be 0 for the estimator ", estimator.name(), ", ", estimator.traits().refusal);
+         return text("be 0 for the estimator ",
+                     class_name(typeid(estimator)),
+                     ", ",
+                     estimator.traits().refusal);
        },
        rate},
       {"balance.selection_bias_rate",
@@ -115,10 +107,10 @@ const std::vector<Pair>& pairs() {
        },
        [](const Parts& p) {
          return text("be below num_experts / top_k = ",
-                     p.most_load(),
+                     shown(p.most_load()),
                      ", the load of an expert that every token chooses");
        },
-       [](const Parts& p) { return text(p.layer.assistance->threshold()); }},
+       [](const Parts& p) { return shown(p.layer.assistance->threshold()); }},
       {"gate.normalize",
        [](const Parts& p) {
          const auto& estimator = p.layer.estimator();
@@ -159,17 +151,18 @@ std::vector<std::string> usage_readers(const Balance& balance,
   return readers;
 }
 
-std::vector<std::string> update_readers(const MoEImpl& layer) {
-  auto readers = usage_readers(
-      layer.options().balance(), layer.options().capacity(), !layer.assistance.is_empty());
+std::string update_reader(const MoEImpl& layer) {
+  const auto& options = layer.options();
+  const auto readers =
+      usage_readers(options.balance(), options.capacity(), !layer.assistance.is_empty());
+  if (!readers.empty()) {
+    return readers[0];
+  }
   if (layer.selection_bias.defined()) {
-    readers.emplace_back("a selection bias");
+    return "a selection bias";
   }
   const auto* tracking = layer.router().as<UsageTracking>();
-  if (tracking != nullptr && tracking->usage_scaling()) {
-    readers.emplace_back("usage_scaling");
-  }
-  return readers;
+  return tracking != nullptr && tracking->usage_scaling() ? "usage_scaling" : "";
 }
 
 int64_t least_experts(const Estimator& estimator) {

@@ -17,8 +17,9 @@ std::vector<std::string> usage_readers(const Balance& balance,
                                        const std::optional<Capacity>& capacity,
                                        bool has_assistance);
 
-/// What of a layer reads something that `MoEImpl::update` moves.
-std::vector<std::string> update_readers(const MoEImpl& layer);
+/// What of a layer reads something that `MoEImpl::update` moves, the first of them; empty where nothing
+/// does.
+std::string update_reader(const MoEImpl& layer);
 
 /// How many experts every token is sure to get.
 int64_t least_experts(const Estimator& estimator);

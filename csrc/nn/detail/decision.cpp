@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <vector>
 
 #include <ATen/ops/rand.h>
 #include <ATen/ops/where.h>
@@ -35,6 +36,14 @@ at::Tensor select(MoEImpl& layer,
               ", got one on ",
               chosen.device());
   return chosen;
+}
+
+bool router_learns(const MoEImpl& layer) {
+  const auto& module = layer.router().module();
+  const auto parameters = module ? module->parameters() : std::vector<at::Tensor>();
+  return std::any_of(parameters.begin(), parameters.end(), [](const auto& parameter) {
+    return parameter.requires_grad();
+  });
 }
 
 /// What decides who is served first, undefined where the order alone does.
@@ -116,15 +125,8 @@ Choice decide(MoEImpl& layer,
 
 at::Tensor weigh(MoEImpl& layer, const at::Tensor& logits, const at::Tensor& ids) {
   auto& estimator = layer.estimator();
-  bool learns = false;
-  if (const auto module = layer.router().module()) {
-    const auto parameters = module->parameters();
-    learns = std::any_of(parameters.begin(), parameters.end(), [](const auto& parameter) {
-      return parameter.requires_grad();
-    });
-  }
-  const bool is_constant = !learns && estimator.has_constant_weights(ids.size(1));
-  auto weights = estimator.weigh(is_constant ? logits.detach() : logits, ids);
+  const bool is_given = estimator.has_constant_weights(ids.size(1)) && !router_learns(layer);
+  auto weights = estimator.weigh(is_given ? logits.detach() : logits, ids);
   check_output("gate.estimator.weigh", weights, ids.sizes(), "[num_tokens, top_k]", ids.device());
   return weights;
 }

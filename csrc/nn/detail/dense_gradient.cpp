@@ -92,7 +92,7 @@ at::Tensor attach_dense_gradient_of(const ExpertFunction& experts,
                                     const at::Tensor& y,
                                     const at::Tensor& probs,
                                     const at::Tensor& x) {
-  if (const auto* stacked = experts.as<ExpertsImpl>()) {
+  if (const auto* stacked = experts.exactly<ExpertsImpl>()) {
     return attach_dense_gradient(y, probs, x, stacked->weights(), stacked->options().activation());
   }
   return DenseGradient::apply(y,

@@ -34,7 +34,7 @@ class Shown {
   std::ostream& end() { return stream_ << ')'; }
 
  private:
-  void put(double value) { stream_ << value; }
+  void put(double value) { stream_ << shown(value); }
   void put(int64_t value) { stream_ << value; }
   void put(bool value) { stream_ << (value ? "True" : "False"); }
   void put(const std::string& value) { stream_ << '\'' << value << '\''; }
@@ -42,7 +42,7 @@ class Shown {
   void put(const std::vector<std::pair<std::string, double>>& pairs) {
     const char* separator = "[";
     for (const auto& [name, value] : pairs) {
-      stream_ << separator << "('" << name << "', " << value << ')';
+      stream_ << separator << "('" << name << "', " << shown(value) << ')';
       separator = ", ";
     }
     stream_ << ']';

@@ -61,3 +61,11 @@ TEST_CASE("an expert under load is assisted, and no longer", "[nn]") {
   CHECK(share(0.29).select(0, 0).item<double>() == 1);  // between the thresholds
   CHECK(share(0.26).sum().item<double>() == 0);
 }
+
+TEST_CASE("assistance checks its settings by itself too", "[nn]") {
+  using torchmoe::nn::AssistanceState;
+  CHECK_THROWS_WITH(AssistanceState(Assistance({1, 0}).patience(0), 1),
+                    contains("Assistance: patience must be >= 1, got 0"));
+  CHECK_THROWS_WITH(AssistanceState(Assistance({1, 0}), 0),
+                    contains("Assistance: least_experts must be >= 1, got 0"));
+}

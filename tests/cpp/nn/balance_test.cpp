@@ -44,21 +44,33 @@ TEST_CASE("counts of all processes move every one alike", "[nn]") {
   MoE moe(sizes()
               .balance(Balance(0).selection_bias_rate(0.5))
               .router(RouterOptions(6, 4).track_usage(true))
-              .all_reduce([&](Tensor& counts) { counts.add_(other); }));
+              .all_reduce([&](const Tensor& counts) { return counts + other; }));
   moe->update(routing_of({6, 6, 6, 6}));
   CHECK(torch::allclose(moe->selection_bias, torch::tensor({0.5, -0.5, 0.5, 0.5})));
   CHECK(torch::allclose(
       usage_of(moe), 0.99 * 0.25 + 0.01 * torch::tensor({6, 30, 6, 6}) / 48, 1e-6, 1e-7));
 }
 
+TEST_CASE("what all_reduce returns is checked", "[nn]") {
+  MoE moe(sizes().balance(Balance(0).selection_bias_rate(0.5)).all_reduce([](const Tensor& counts) {
+    return counts.sum();
+  }));
+  CHECK_THROWS_WITH(
+      moe->update(routing_of({6, 6, 6, 6})),
+      contains("MoE: all_reduce must return a sum of shape [4] and type Long, got Long "
+               "of shape []"));
+}
+
 TEST_CASE("the fractions of a global batch are those of all processes", "[nn]") {
   const auto whole = tokens();
   const auto x = whole.narrow(0, 0, 8);
   MoE alone(sizes());
-  MoE moe(sizes().balance(Balance(0.01).fraction_from("global_batch")).all_reduce([&](Tensor& sum) {
-    const auto counts = alone(whole.narrow(0, 8, 4)).routing.tokens_per_expert;
-    sum.add_(torch::cat({counts, torch::tensor({4, 1})}));
-  }));
+  MoE moe(sizes()
+              .balance(Balance(0.01).fraction_from("global_batch"))
+              .all_reduce([&](const Tensor& mine) {
+                const auto counts = alone(whole.narrow(0, 8, 4)).routing.tokens_per_expert;
+                return mine + torch::cat({counts, torch::tensor({4, 1})});
+              }));
   {
     const torch::NoGradGuard no_grad;
     auto parameters = alone->parameters();
@@ -80,6 +92,6 @@ TEST_CASE("micro-batches with earlier counts have the last one's fractions of al
   const auto second = moe(tokens(0.5));
   const auto all = (first + second.routing.tokens_per_expert).to(torch::kFloat32) / 48;
   const auto expected = torchmoe::load_balancing_loss(second.routing.logits, all, "softmax");
-  CHECK(torch::equal(moe(tokens(0.5), std::nullopt, first).routing.losses.at("load_balancing_loss"),
+  CHECK(torch::equal(moe(tokens(0.5), Tensor(), first).routing.losses.at("load_balancing_loss"),
                      expected));
 }

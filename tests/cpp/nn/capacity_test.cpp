@@ -37,6 +37,8 @@ TEST_CASE("a dynamic Capacity follows usage", "[nn]") {
   const std::vector<int64_t> expected{12, 7, 7, 7};
   CHECK(entries(capacity.slots(like, 12, 4, 2, true, usage)) == expected);
   CHECK(entries(capacity.slots(like, torch::tensor(12), 4, 2, true, usage)) == expected);
+  CHECK_THROWS_WITH(capacity.slots(like, 12, 4, 2, true),
+                    contains("Capacity: usage must be a tensor, got None"));
 }
 
 TEST_CASE("dynamic_capacity gives more room where the load has been high", "[nn]") {

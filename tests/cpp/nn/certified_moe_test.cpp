@@ -38,7 +38,7 @@ Certificate certificate_of(MoE& moe,
                            bool may_exchange = true) {
   moe->to(torch::kFloat64);
   const auto forward = [&](const Tensor& x, const Tensor& mask) -> Tensors {
-    const auto out = moe->forward(x, mask.defined() ? std::optional(mask) : std::nullopt);
+    const auto out = moe->forward(x, mask);
     return {out.hidden_states, out.aux_loss};
   };
   const auto selection = [&](const Tensor& x) { return moe->forward(x).routing.indices; };

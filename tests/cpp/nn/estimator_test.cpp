@@ -166,6 +166,13 @@ TEST_CASE("an estimator says what it is not defined for", "[nn]") {
   CHECK(first->estimator().normalize() == "none");
   CHECK_THROWS_WITH(MoE(MoEOptions(6, 5, 4, 1).gate(Gate().estimator(one))),
                     contains("MoE: gate.estimator must be an instance of its own"));
+  CHECK_THROWS_WITH(Estimator().bind({.top_k = 2,
+                                      .num_experts = 4,
+                                      .hidden_size = 6,
+                                      .score_function = "softmax",
+                                      .normalize = std::nullopt,
+                                      .num_groups = 0}),
+                    contains("MoE: gate.num_groups must be >= 1, got 0"));
   CHECK_THROWS_WITH(Estimator().top_k(), contains("Estimator: the layer must be told by bind"));
 }
 

@@ -1,4 +1,5 @@
 // MoE as a torch module: names, copies, archives, printing, refusals.
+#include <functional>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -93,9 +94,9 @@ TEST_CASE("MoE works where a module of unknown type is called", "[nn]") {
   torch::nn::AnyModule any(moe);
   const auto expected = moe(tokens()).hidden_states;
   CHECK(torch::equal(any.forward<MoEOutput>(tokens()).hidden_states, expected));
-  const std::optional<Tensor> mask = torch::ones({7}, torch::kBool);
+  const Tensor mask = torch::ones({7}, torch::kBool);
   CHECK(torch::equal(any.forward<MoEOutput>(tokens(), mask).hidden_states, expected));
-  const std::optional<Tensor> counts = torch::ones({4}, torch::kLong);
+  const Tensor counts = torch::ones({4}, torch::kLong);
   CHECK(torch::equal(any.forward<MoEOutput>(tokens(), mask, counts).hidden_states, expected));
 }
 
@@ -122,7 +123,7 @@ TEST_CASE("MoE prints what it is made of", "[nn]") {
   text << MoE(sizes().capacity(Capacity(1.25).eval_factor(2.0).overflow("next_best")));
   CHECK(text.str() ==
         "torchmoe::nn::MoE(hidden_size=6, num_experts=4, top_k=2, score_function=softmax, "
-        "normalize=topk, estimator=Exact, capacity=Capacity(factor=1.25, eval_factor=2, "
+        "normalize=topk, estimator=Exact, capacity=Capacity(factor=1.25, eval_factor=2.0, "
         "overflow='next_best'), balance=Balance())(\n"
         "  (router): torchmoe::nn::Router(hidden_size=6, num_experts=4)\n"
         "  (experts): torchmoe::nn::Experts(hidden_size=6, intermediate_size=5, num_experts=4, "
@@ -131,10 +132,10 @@ TEST_CASE("MoE prints what it is made of", "[nn]") {
   std::ostringstream more;
   const auto zero = [](const torchmoe::nn::LossInputs& inputs) { return inputs.logits.sum() * 0; };
   more << Balance(0.5).fraction_from("history").losses({{"energy", zero, 0.25}}) << ' '
-       << Capacity(1).overflow("backup").backup({{1, 2, 3, 0}}).dynamic(true);
+       << Capacity(1).overflow("backup").backup({1, 2, 3, 0}).dynamic(true);
   CHECK(more.str() ==
         "Balance(weight=0.5, losses=[('energy', 0.25)], fraction_from='history') "
-        "Capacity(factor=1, overflow='backup', backup=(1, 2, 3, 0), dynamic=True)");
+        "Capacity(factor=1.0, overflow='backup', backup=(1, 2, 3, 0), dynamic=True)");
   std::ostringstream all;
   all << MoE(sizes()
                  .balance(Balance().selection_bias_rate(0.001))
@@ -171,14 +172,27 @@ TEST_CASE("MoE refuses what no layer can be", "[nn]") {
           "MoE: experts must have num_experts 4, got 3");
   refuses(sizes().experts(torchmoe::nn::Experts(5, 5, 4)),
           "MoE: experts must have hidden_size 6, got 5");
+  using Function = std::function<Tensor(const Tensor&)>;
+  CHECK_THROWS_WITH(sizes().router(Function()), contains("MoE: a part must be a module or"));
+  CHECK_THROWS_WITH(sizes().router(std::shared_ptr<torch::nn::LinearImpl>()),
+                    contains("MoE: a part must be a module or a function, got an empty one"));
+  CHECK_THROWS_WITH(sizes().router(torch::nn::Linear(nullptr)),
+                    contains("MoE: a part must be a module or a function, got an empty one"));
   CHECK_THROWS_WITH(sizes().experts(torch::nn::AnyModule()),
-                    contains("MoE: a part must be a module or a function, got an empty AnyModule"));
+                    contains("MoE: a part must be a module or a function, got an empty one"));
+}
+
+TEST_CASE("a layer resets what it draws, and its parts once", "[nn]") {
+  MoE moe(sizes());
+  const auto router = moe->router().module();
+  CHECK_THROWS_WITH(moe->reset(), contains("reset_parameters() draws parameters anew"));
+  CHECK(moe->router().module() == router);
 }
 
 TEST_CASE("MoE checks settings that are replaced, and keeps the old ones", "[nn]") {
   MoE moe(sizes());
   CHECK_THROWS_WITH(moe->set_capacity(Capacity(-1)),
-                    contains("Capacity: factor must be a finite number >= 0, got -1"));
+                    contains("Capacity: factor must be a finite number >= 0, got -1.0"));
   CHECK_THROWS_WITH(moe->set_capacity(Capacity(1).dynamic(true)),
                     contains("MoE: router must keep usage for a dynamic capacity"));
   CHECK_THROWS_WITH(
@@ -194,7 +208,7 @@ TEST_CASE("MoE checks settings that are replaced, and keeps the old ones", "[nn]
   moe->set_routed_scaling_factor(2);
   const auto after = moe(tokens());
   CHECK(after.routing.kept_per_expert.max().item<int64_t>() == 1);
-  CHECK(torch::equal(after.aux_loss, 50 * before.aux_loss));
+  CHECK(torch::allclose(after.aux_loss, 50 * before.aux_loss));
   moe->set_capacity(std::nullopt);
   CHECK(torch::equal(moe(tokens()).hidden_states, 2 * before.hidden_states));
 }
@@ -209,7 +223,7 @@ TEST_CASE("MoE refuses input that does not fit", "[nn]") {
   CHECK_THROWS_WITH(moe(torch::ones({3, 6}), torch::ones({3})),
                     contains("MoE: token_mask must be bool of shape [3], got "));
   CHECK_THROWS_WITH(moe(Tensor()), contains("MoE: x must be a tensor, got None"));
-  const auto with_counts = [&](const Tensor& counts) { moe(tokens(), std::nullopt, counts); };
+  const auto with_counts = [&](const Tensor& counts) { moe(tokens(), Tensor(), counts); };
   CHECK_THROWS_WITH(
       with_counts(torch::ones({4})),
       contains("MoE: earlier_counts must be integers [num_experts] = [4], got Float"));
@@ -217,4 +231,6 @@ TEST_CASE("MoE refuses input that does not fit", "[nn]") {
                     contains("MoE: earlier_counts must be finite and >= 0, got -1"));
   CHECK_THROWS_WITH(moe->update(at::ArrayRef<torchmoe::nn::Routing>()),
                     contains("MoE: routing must hold at least one Routing, got an empty list"));
+  CHECK_THROWS_WITH(moe->update(torchmoe::nn::Routing()),
+                    contains("MoE: routing must be what forward returned, got an empty Routing"));
 }

@@ -64,7 +64,7 @@ TEST_CASE("MoE weighs rerouted slots as what they are now", "[nn]") {
     CAPTURE(overflow);
     auto capacity = Capacity(0.7).overflow(overflow);  // 5 places of 4 experts, 24 slots
     if (overflow == "backup") {
-      capacity.backup({{1, 2, 3, 0}});
+      capacity.backup({1, 2, 3, 0});
     }
     auto moe = make(sizes().capacity(capacity));
     torch::NoGradGuard no_grad;
@@ -147,13 +147,13 @@ TEST_CASE("a masked token has no part in anything", "[nn]") {
   const auto mask = mask_of({true, false, true, true, false, true});
   auto x = wave({6, kHidden});
   x.index_put_({mask.logical_not()}, std::nan(""));
-  const auto with_gradients = [&](const Tensor& input, const std::optional<Tensor>& token_mask) {
+  const auto with_gradients = [&](const Tensor& input, const Tensor& token_mask) {
     moe->zero_grad();
     auto output = moe(input, token_mask);
     (output.hidden_states.sum() + output.aux_loss).backward();
     return output;
   };
-  const auto alone = with_gradients(x.index({mask}), std::nullopt);
+  const auto alone = with_gradients(x.index({mask}), Tensor());
   std::vector<Tensor> expected;
   for (const auto& parameter : moe->parameters()) {
     expected.push_back(parameter.grad().clone());

@@ -255,33 +255,32 @@ void run(const Fields& request, const std::string& prefix, Results& results) {
   const bool adds_earlier = config.get<bool>("earlier_counts");
 
   torch::manual_seed(seed);
-  const auto pass =
-      [&](const Fields& batch, const std::string& name, const std::optional<Tensor>& earlier) {
-        const auto x = batch.get<Tensor>("x").detach().requires_grad_();
-        const auto mask = batch.find<Tensor>("token_mask");
-        const auto grad = batch.get<Tensor>("grad");
-        if (attaches) {
-          attached(x, mask, earlier).backward(grad);
-        } else {
-          seen = moe(x, mask, earlier);
-          torch::autograd::backward({seen->hidden_states, seen->aux_loss}, {grad, Tensor()});
-        }
-        put_output(results, name, *seen);
-        results.put(name + "gradients.x", x.grad());
-        return seen->routing;
-      };
+  const auto pass = [&](const Fields& batch, const std::string& name, const Tensor& earlier) {
+    const auto x = batch.get<Tensor>("x").detach().requires_grad_();
+    const auto mask = batch.find<Tensor>("token_mask").value_or(Tensor());
+    const auto grad = batch.get<Tensor>("grad");
+    if (attaches) {
+      attached(x, mask, earlier).backward(grad);
+    } else {
+      seen = moe(x, mask, earlier);
+      torch::autograd::backward({seen->hidden_states, seen->aux_loss}, {grad, Tensor()});
+    }
+    put_output(results, name, *seen);
+    results.put(name + "gradients.x", x.grad());
+    return seen->routing;
+  };
   size_t s = 0;
   for (const auto& step : request.at("steps").toListRef()) {
     const auto place = prefix + "step" + std::to_string(s++) + ".";
     std::vector<nn::Routing> routings;
-    std::optional<Tensor> earlier;
+    Tensor earlier;
     moe->zero_grad();
     for (const auto& batch : step.toListRef()) {
       const auto name = place + "batch" + std::to_string(routings.size()) + ".";
       routings.push_back(pass(Fields(batch), name, earlier));
       if (adds_earlier) {
         const auto& counts = routings.back().tokens_per_expert;
-        earlier = earlier ? *earlier + counts : counts;
+        earlier = earlier.defined() ? earlier + counts : counts;
       }
     }
     const torch::NoGradGuard no_grad;

@@ -82,6 +82,80 @@ TEST_CASE("a router is a module of any type or a function", "[nn]") {
   CHECK(router->inner->weight.grad().abs().max().item<double>() > 0);
 }
 
+TEST_CASE("a Sequential is a part too", "[nn]") {
+  torch::nn::Sequential router(torch::nn::Linear(6, 8), torch::nn::Tanh(), torch::nn::Linear(8, 4));
+  MoE moe(sizes().router(router).shared_experts(torch::nn::Sequential(torch::nn::Linear(6, 6))));
+  CHECK(torch::equal(moe(tokens()).routing.logits, router->forward(tokens())));
+  CHECK(moe->named_parameters().contains("router.0.weight"));
+  CHECK(moe->named_parameters().contains("shared_experts.0.bias"));
+  MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
+  CHECK(torch::equal(copy(tokens()).hidden_states, moe(tokens()).hidden_states));
+  CHECK(copy->router().module() != moe->router().module());
+}
+
+TEST_CASE("a class derived from the layer's own is called by its own forward", "[nn]") {
+  struct HalvedImpl : torchmoe::nn::RouterImpl {
+    using RouterImpl::RouterImpl;
+    Tensor forward(const Tensor& x) { return RouterImpl::forward(x) / 2; }
+  };
+  const auto router = std::make_shared<HalvedImpl>(6, 4);
+  MoE moe(sizes().router(router));
+  CHECK(torch::equal(moe(tokens()).routing.logits, router->forward(tokens())));
+
+  struct TenfoldImpl : torchmoe::nn::ExpertsImpl {
+    using ExpertsImpl::ExpertsImpl;
+    Tensor forward(const Tensor& x, const Tensor& indices, const Tensor& weights) {
+      return 10 * ExpertsImpl::forward(x, indices, weights);
+    }
+  };
+  const auto gradient = [&](const torchmoe::nn::ExpertFunction& experts) {
+    MoE dense(sizes().router(router).experts(experts).gate(
+        torchmoe::nn::Gate().estimator("straight_through_dense")));
+    dense->zero_grad();
+    dense(tokens()).hidden_states.sum().backward();
+    return router->weight.grad().clone();
+  };
+  const auto experts = std::make_shared<TenfoldImpl>(6, 5, 4);
+  const auto plain = [&](const Tensor& x, const Tensor& indices, const Tensor& weights) {
+    return experts->ExpertsImpl::forward(x, indices, weights);
+  };
+  CHECK(torch::allclose(gradient(experts), 10 * gradient(plain), 1e-4, 1e-6));
+}
+
+TEST_CASE("options of parts make parts of each layer's own", "[nn]") {
+  const auto options = sizes()
+                           .shared_experts(torchmoe::nn::SharedExpertsOptions(6, 3))
+                           .router(torchmoe::nn::RouterOptions(6, 4).bias(true));
+  MoE first(options);
+  MoE second(options);
+  CHECK(first->router().module() != second->router().module());
+  CHECK(first->shared_experts()->module() != second->shared_experts()->module());
+  CHECK(first->named_parameters().contains("shared_experts.experts.gate_up_proj"));
+}
+
+TEST_CASE("a copy's options hold its own parts", "[nn]") {
+  MoE moe(sizes().router(DeepRouter()).experts(Matrices()));
+  MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
+  const auto held = [](const MoE& layer) {
+    return std::get<TokenFunction>(*layer->options().router()).module();
+  };
+  CHECK(held(moe) == moe->router().module());
+  CHECK(held(copy) == copy->router().module());
+  CHECK(copy->options().experts()->module() == copy->experts().module());
+  CHECK(held(copy) != held(moe));
+}
+
+TEST_CASE("a copy of a frozen part is frozen", "[nn]") {
+  MoE moe(MoEOptions(6, 5, 4, 1).gate(torchmoe::nn::Gate().normalize("topk")));
+  for (auto& parameter : moe->router().module()->parameters()) {
+    parameter.set_requires_grad(false);
+  }
+  MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
+  CHECK_FALSE(copy->router().module()->parameters()[0].requires_grad());
+  CHECK(copy->experts().module()->parameters()[0].requires_grad());
+  CHECK(torch::equal(copy(tokens()).hidden_states, moe(tokens()).hidden_states));
+}
+
 TEST_CASE("what a part returns is checked", "[nn]") {
   const auto refuses = [](MoEOptions options, const std::string& message) {
     MoE moe(options);
@@ -95,7 +169,7 @@ TEST_CASE("what a part returns is checked", "[nn]") {
   refuses(sizes().router(returning(torch::zeros({7, 4}, torch::kLong))),
           "MoE: router must return floating numbers, got Long");
   refuses(sizes().router(returning(Tensor())),
-          "MoE: router must return a tensor [num_tokens, num_experts], got an undefined tensor");
+          "MoE: router must return a tensor [num_tokens, num_experts], got None");
   refuses(sizes().shared_experts(returning(torch::zeros({7, 4}))),
           "MoE: shared_experts must return [num_tokens, hidden_size] = [7, 6], got shape [7, 4]");
   refuses(sizes().experts(

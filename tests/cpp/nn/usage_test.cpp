@@ -75,7 +75,7 @@ TEST_CASE("update moves usage towards the shares of the step", "[nn]") {
   CHECK(torch::equal(usage_of(moe), before));
   moe->router().as<RouterImpl>()->usage_decay = 1;
   CHECK_THROWS_WITH(moe->update(routing_of({1, 1, 1, 1})),
-                    contains("Router: usage_decay must be in [0, 1), got 1"));
+                    contains("Router: usage_decay must be in [0, 1), got 1.0"));
 }
 
 TEST_CASE("a router of one's own keeps usage", "[nn]") {
@@ -86,6 +86,10 @@ TEST_CASE("a router of one's own keeps usage", "[nn]") {
   const auto& usage = moe->router().as<CountingRouterImpl>()->usage;
   CHECK(torch::allclose(usage, 0.99 * 0.25 + 0.01 * share));
   CHECK(torch::equal(moe->named_buffers()["router.usage"], usage));
+  CountingRouter other;
+  other->usage.set_data(torch::full({5}, 0.2));
+  CHECK_THROWS_WITH(MoE(sizes().router(other)),
+                    contains("MoE: router must have usage of shape [4], got [5]"));
   CHECK_THROWS_WITH(MoE(sizes().router(DeepRouter()).capacity(Capacity(1).dynamic(true))),
                     contains("MoE: router must keep usage for a dynamic capacity, as "
                              "Router(track_usage=True) does, got DeepRouter without"));
