@@ -7,7 +7,7 @@
 //   selection bias, groups, usage, dynamic capacity        yes                 yes
 //   router, experts, shared experts of one's own           module or function  module
 //   exact, straight_through, straight_through_dense        by name             by name
-//   an estimator of one's own                              three methods       also name, statistics
+//   an estimator of one's own                              three methods       also by name
 //   default_vector, sparsemixer, gumbel_straight_through   -                   by name
 //   further losses                                         functions           names and functions
 //   several processes                                      all_reduce          process_group

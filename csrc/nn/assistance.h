@@ -20,10 +20,10 @@ namespace torchmoe::nn {
 ///     usage_i > threshold / E for `patience` updates in a row   backup[i] begins to assist i
 ///     usage_i < lower_threshold / E                             it stops
 ///
-/// While expert i is assisted, each token routed to i gets one more slot, with backup[i]: weighed like
-/// any other and served by capacity like any other, as its last choice. Where several of a token's
-/// choices are assisted the best of them decides whose backup it is; where the token has that expert
-/// already, the slot stays empty. There are always top_k + 1 columns.
+/// While expert i is assisted, each token routed to i gets one more slot, with backup[i]: weighed
+/// like any other and served by capacity like any other, as its last choice. Where several of a
+/// token's choices are assisted the best of them decides whose backup it is; where the token has
+/// that expert already, the slot stays empty. There are always top_k + 1 columns.
 ///
 /// The state changes in `MoEImpl::update` only, from the router's `usage`, the running share of the
 /// router's own choices. The layer that takes it checks it (c10::ValueError).
@@ -49,8 +49,8 @@ struct Assistance {
 /// Who is assisted: the submodule `assistance` of a layer that was given an `Assistance`.
 class AssistanceStateImpl : public Remembering<AssistanceStateImpl> {
  public:
-  /// least_experts is how many experts every token has at least, from which thresholds that were left
-  /// open follow. Throws c10::ValueError where a setting is out of range.
+  /// least_experts is how many experts every token has at least, from which thresholds that were
+  /// left open follow. Throws c10::ValueError where a setting is out of range.
   AssistanceStateImpl(const Assistance& settings, int64_t least_experts);
 
   void reset() override;
@@ -62,9 +62,9 @@ class AssistanceStateImpl : public Remembering<AssistanceStateImpl> {
   /// column -1 where nobody assists.
   at::Tensor forward(const at::Tensor& selected);
 
-  /// Begins and ends assistance; `MoEImpl::update` calls it once per optimizer step. usage [E], after
-  /// its own update; num_slots an integer scalar, the slots of the step, where there is none nothing
-  /// changes.
+  /// Begins and ends assistance; `MoEImpl::update` calls it once per optimizer step. usage [E],
+  /// after its own update; num_slots an integer scalar, the slots of the step, where there is none
+  /// nothing changes.
   void update(const at::Tensor& usage, const at::Tensor& num_slots);
 
   /// With the thresholds that were left open.

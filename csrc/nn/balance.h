@@ -38,7 +38,7 @@ struct LossTerm {
 ///     Balance(0.001)                                            a weaker load-balancing loss
 ///     Balance(0)                                                none
 ///     Balance().z_loss_weight(0.001)                            and a router z-loss (ST-MoE)
-///     Balance(0).selection_bias_rate(0.001)                     balance without a loss (DeepSeek-V3)
+///     Balance(0).selection_bias_rate(0.001)                     balance without a loss
 ///     Balance().fraction_from("history")                        the same for any micro-batches
 ///     Balance().losses({{"mean_logit", mean_logit, 0.01}})      a further term, a function
 ///
@@ -52,18 +52,19 @@ struct Balance {
   TORCH_ARG(double, z_loss_weight) = 0.0;
   /// Further terms of aux_loss.
   TORCH_ARG(std::vector<LossTerm>, losses) = {};
-  /// Where the fractions of load_balancing_loss come from, each expert's share of the slots. "batch":
-  /// the tokens of this call. "sequence": each sequence on its own, the losses averaged (the last
-  /// leading dimension of x is the sequence; DeepSeek-V3, arXiv 2412.19437, equation 17).
+  /// Where the fractions of load_balancing_loss come from, each expert's share of the slots.
+  /// "batch": the tokens of this call. "sequence": each sequence on its own, the losses averaged
+  /// (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv 2412.19437, equation 17).
   /// "global_batch": the calls of all processes, summed by MoEOptions::all_reduce in forward, in
-  /// training mode only, which every process must reach; with n_r counted tokens here, n in all and W
-  /// processes, the term is n_r W / n times the process's own, so that the mean over the processes is
-  /// that of one batch (Qiu et al., arXiv 2501.11873). "history": the router's `usage`. With "history"
-  /// and, for equal numbers of sequences, "sequence", accumulating the gradients of micro-batches gives
-  /// exactly that of one batch; see `MoEImpl::forward` about earlier_counts for the others.
+  /// training mode only, which every process must reach; with n_r counted tokens here, n in all and
+  /// W processes, the term is n_r W / n times the process's own, so that the mean over the
+  /// processes is that of one batch (Qiu et al., arXiv 2501.11873). "history": the router's
+  /// `usage`. With "history" and, for equal numbers of sequences, "sequence", accumulating the
+  /// gradients of micro-batches gives exactly that of one batch; see `MoEImpl::forward` about
+  /// earlier_counts for the others.
   TORCH_ARG(std::string, fraction_from) = "batch";
-  /// "all" choices of a token count in the fractions, or the "first" only (GShard, arXiv 2006.16668).
-  /// History knows all choices only.
+  /// "all" choices of a token count in the fractions, or the "first" only (GShard, arXiv
+  /// 2006.16668). History knows all choices only.
   TORCH_ARG(std::string, fraction_choices) = "all";
   /// Above 0 the layer has a selection bias that `MoEImpl::update` moves by this much against the
   /// load, see `update_selection_bias`.

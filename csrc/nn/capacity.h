@@ -13,19 +13,19 @@
 
 namespace torchmoe::nn {
 
-/// Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts), in the integers
-/// of `expert_capacity`. One line each:
+/// Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts), in the
+/// integers of `expert_capacity`. One line each:
 ///
 ///     Capacity(1.25)                                       all first choices, then all second ones
 ///     Capacity(1.25).order("token")                        token by token
 ///     Capacity(1.25).priority("random")                    random dropping
 ///     Capacity(1.25).priority("weight")                    the least weights are dropped
 ///     Capacity(1).overflow("next_best")                    nobody is dropped while there is room
-///     Capacity(1).overflow("backup").backup({1, 2, 0})     what expert i cannot take goes to backup[i]
+///     Capacity(1).overflow("backup").backup({1, 2, 0})     expert i's overflow goes to backup[i]
 ///     Capacity(1).dynamic(true)                            more room where the load has been high
 ///
-/// The layer that takes it checks it (c10::ValueError): values out of range, words that are not known,
-/// and settings that do not go together.
+/// The layer that takes it checks it (c10::ValueError): values out of range, words that are not
+/// known, and settings that do not go together.
 struct Capacity {
   /* implicit */ Capacity(double factor) : factor_(factor) {}
 
@@ -43,7 +43,8 @@ struct Capacity {
   /// `limit_capacity`. The weights of rerouted slots are those of their new experts.
   TORCH_ARG(std::string, overflow) = "drop";
   /// "before_drop": weights are formed before slots are dropped, so that a token that loses a slot
-  /// keeps the other's weight and its router a gradient. "after_drop": over the slots that are left.
+  /// keeps the other's weight and its router a gradient. "after_drop": over the slots that are
+  /// left.
   TORCH_ARG(std::string, normalize) = "before_drop";
   /// nullopt: as `order` says. "random": in training by a draw for every slot, from torch's default
   /// generator. "weight": the larger combine weight first (V-MoE, arXiv 2106.05974).

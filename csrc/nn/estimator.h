@@ -59,9 +59,9 @@ struct EstimatorBinding {
 ///     };
 ///     MoE moe(MoEOptions(64, 128, 8, 2).gate(Gate().estimator(std::make_shared<Temperature>())));
 ///
-/// One with parameters, buffers or a training mode derives from torch::nn::Cloneable<Own> as well; the
-/// layer then registers it as its submodule `estimator` and clones it. Without, copies of a layer
-/// share it.
+/// One with parameters, buffers or a training mode derives from torch::nn::Cloneable<Own> as well;
+/// the layer then registers it as its submodule `estimator` and clones it. Without, copies of a
+/// layer share it.
 class Estimator {
  public:
   Estimator() = default;
@@ -75,9 +75,9 @@ class Estimator {
 
   /// Chooses the experts.
   ///
-  /// logits [T, E]; selection_bias [E], see `rank`; token_mask [T] bool, a token where it is false must
-  /// get -1 in every slot -> indices [T, K] int64, best first, -1 = not routed. One that samples draws
-  /// from torch's default generator.
+  /// logits [T, E]; selection_bias [E], see `rank`; token_mask [T] bool, a token where it is false
+  /// must get -1 in every slot -> indices [T, K] int64, best first, -1 = not routed. One that
+  /// samples draws from torch's default generator.
   virtual at::Tensor select(const at::Tensor& logits,
                             const std::optional<at::Tensor>& selection_bias,
                             const std::optional<at::Tensor>& token_mask);
@@ -90,9 +90,9 @@ class Estimator {
 
   /// The layer's output from its experts.
   ///
-  /// x [T, H]; logits [T, E]; indices [T, K] as routed, -1 = not routed; weights [T, K]; experts as in
-  /// experts(x, indices, weights) -> y [T, H]; token_mask [T] bool -> y [T, H]. A masked token must get
-  /// y = 0 and give the router no gradient.
+  /// x [T, H]; logits [T, E]; indices [T, K] as routed, -1 = not routed; weights [T, K]; experts as
+  /// in experts(x, indices, weights) -> y [T, H]; token_mask [T] bool -> y [T, H]. A masked token
+  /// must get y = 0 and give the router no gradient.
   virtual at::Tensor combine(const at::Tensor& x,
                              const at::Tensor& logits,
                              const at::Tensor& indices,
@@ -105,12 +105,12 @@ class Estimator {
   virtual bool has_constant_weights(int64_t columns) const;
 
   /// What the experts are ranked by, here and where a layer reroutes a slot: the logits; with a
-  /// selection bias or groups of experts score_function(logits), plus the bias, and -inf for experts
-  /// outside the token's groups. [T, E], without a gradient.
+  /// selection bias or groups of experts score_function(logits), plus the bias, and -inf for
+  /// experts outside the token's groups. [T, E], without a gradient.
   at::Tensor rank(const at::Tensor& logits, const std::optional<at::Tensor>& selection_bias) const;
 
-  /// What decides between experts that `rank` equally, [T, E]: the logits, from which scores that have
-  /// underflowed were formed; nullopt where the logits themselves rank.
+  /// What decides between experts that `rank` equally, [T, E]: the logits, from which scores that
+  /// have underflowed were formed; nullopt where the logits themselves rank.
   std::optional<at::Tensor> tie_break(const at::Tensor& logits,
                                       const std::optional<at::Tensor>& selection_bias) const;
 
@@ -143,21 +143,21 @@ class Estimator {
 class Exact : public Estimator {};
 
 /// Selection and normalisation count as the identity (Bengio et al., arXiv 1308.3432): with g_j =
-/// dL/dw_j, dL/dp_i is the sum of g_j over the slots j with i_j = i, 0 for the other experts. The router
-/// learns also where the weights themselves do not move: at top_k = 1 with normalize "topk", and with
-/// "uniform".
+/// dL/dw_j, dL/dp_i is the sum of g_j over the slots j with i_j = i, 0 for the other experts. The
+/// router learns also where the weights themselves do not move: at top_k = 1 with normalize "topk",
+/// and with "uniform".
 class StraightThrough : public Estimator {
  public:
   EstimatorTraits traits() const override;
 };
 
 /// The router learns from every expert, those that a token did not choose included: dL/dp_i =
-/// <dL/dy, E_i(x)> for all E experts, selection, capacity and normalisation counting as the identity
-/// (DenseMixer, Yao et al., https://openreview.net/forum?id=4HGIIekCx3).
+/// <dL/dy, E_i(x)> for all E experts, selection, capacity and normalisation counting as the
+/// identity (DenseMixer, Yao et al., https://openreview.net/forum?id=4HGIIekCx3).
 ///
 /// The forward pass costs what it costs without; the backward pass computes every expert once for
-/// every token. With `Experts` one op does it in pieces of 128 tokens (`attach_dense_gradient`); other
-/// experts are called once each, in the backward pass.
+/// every token. With `Experts` one op does it in pieces of 128 tokens (`attach_dense_gradient`);
+/// other experts are called once each, in the backward pass.
 class StraightThroughDense : public StraightThrough {
  public:
   at::Tensor combine(const at::Tensor& x,

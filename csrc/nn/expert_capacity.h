@@ -28,8 +28,8 @@ class CapacityFactor {
   int64_t denominator_;
 };
 
-/// ceil(capacity_factor * top_k * num_tokens / num_experts), with rounding "down" the floor; then at
-/// least min_capacity, at most num_tokens; 0 for no tokens. In integers throughout.
+/// ceil(capacity_factor * top_k * num_tokens / num_experts), with rounding "down" the floor; then
+/// at least min_capacity, at most num_tokens; 0 for no tokens. In integers throughout.
 int64_t expert_capacity(int64_t num_tokens,
                         int64_t num_experts,
                         int64_t top_k,
@@ -54,9 +54,9 @@ at::Tensor expert_capacity(const at::Tensor& num_tokens,
 /// load that asks for room is the batch's, the load in the factor is history (`RouterImpl::usage`):
 /// with the batch's in both places no expert could ask for more than it may take.
 ///
-/// usage [E] floating, of which only the proportions matter; an entry that is not above the mean, NaN
-/// included, counts as the mean. num_slots is top_k times the number of counted tokens, a number or
-/// an integer scalar on usage's device -> [E] int64 there: nothing is read back.
+/// usage [E] floating, of which only the proportions matter; an entry that is not above the mean,
+/// NaN included, counts as the mean. num_slots is top_k times the number of counted tokens, a
+/// number or an integer scalar on usage's device -> [E] int64 there: nothing is read back.
 at::Tensor dynamic_capacity(const at::Tensor& usage,
                             int64_t num_slots,
                             const CapacityFactor& factor = 1.0);

@@ -46,8 +46,8 @@ class ExpertsImpl : public torch::nn::Cloneable<ExpertsImpl> {
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  /// x [T, H] in the dtype of the parameters, indices [T, K] int64, weights [T, K] -> y [T, H] in the
-  /// dtype of x (under autocast, in its); an id outside [0, E) adds nothing.
+  /// x [T, H] in the dtype of the parameters, indices [T, K] int64, weights [T, K] -> y [T, H] in
+  /// the dtype of x (under autocast, in its); an id outside [0, E) adds nothing.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weights);
 
   const ExpertsOptions& options() const { return options_; }

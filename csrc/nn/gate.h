@@ -13,11 +13,12 @@ namespace torchmoe::nn {
 
 class Estimator;
 
-/// A gradient estimator: "exact", "straight_through" or "straight_through_dense", or one of your own.
+/// A gradient estimator: "exact", "straight_through" or "straight_through_dense", or one of your
+/// own.
 using EstimatorChoice = std::variant<std::string, std::shared_ptr<Estimator>>;
 
-/// The gate rule of a layer; the formulas are those of `gate_weights`. The layer that takes it checks
-/// it (c10::ValueError).
+/// The gate rule of a layer; the formulas are those of `gate_weights`. The layer that takes it
+/// checks it (c10::ValueError).
 struct Gate {
   /// "softmax" or "sigmoid".
   TORCH_ARG(std::string, score_function) = "softmax";
@@ -26,8 +27,8 @@ struct Gate {
   TORCH_ARG(std::optional<std::string>, normalize) = std::nullopt;
   /// A name, or an estimator of your own; give each layer an instance of its own.
   TORCH_ARG(EstimatorChoice, estimator) = "exact";
-  /// Divides the experts into this many groups of neighbours. Above 1 a token's experts come from its
-  /// `top_groups` best groups only, where a group's score is the sum of its two best experts'
+  /// Divides the experts into this many groups of neighbours. Above 1 a token's experts come from
+  /// its `top_groups` best groups only, where a group's score is the sum of its two best experts'
   /// score_function(logits) + selection bias (DeepSeek-V3, arXiv 2412.19437).
   TORCH_ARG(int64_t, num_groups) = 1;
   /// How many groups a token chooses from.

@@ -218,7 +218,7 @@ void MoEImpl::hold_own_parts() {
     options_.router(*router_);
   }
   if (options_.experts()) {
-    options_.experts(*experts_);
+    options_.experts(experts_);
   }
   const auto& shared = options_.shared_experts();
   if (shared && std::holds_alternative<TokenFunction>(*shared)) {

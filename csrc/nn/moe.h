@@ -40,8 +40,8 @@ using SharedExpertsChoice = std::variant<SharedExpertsOptions, TokenFunction>;
 ///
 ///     MoEOptions(512, 1024, /*num_experts=*/8, /*top_k=*/2).capacity(Capacity(1.25))
 ///
-/// Options that hold a module or an estimator, and not the options of one, serve one layer: a second
-/// layer made of them would share it.
+/// Options that hold a module or an estimator, and not the options of one, serve one layer: a
+/// second layer made of them would share it.
 struct MoEOptions {
   MoEOptions(int64_t hidden_size,
              std::optional<int64_t> intermediate_size,
@@ -74,14 +74,16 @@ struct MoEOptions {
   TORCH_ARG(std::optional<SharedExpertsChoice>, shared_experts) = std::nullopt;
   /// Multiplies the routed experts' output, not the shared ones'.
   TORCH_ARG(double, routed_scaling_factor) = 1.0;
-  /// nullopt is RouterOptions(hidden_size, num_experts), which keeps usage where something reads it. A
-  /// module or function of your own maps x [T, H] to logits [T, E]; one that keeps usage derives from
-  /// `UsageTracking`.
+  /// nullopt is RouterOptions(hidden_size, num_experts), which keeps usage where something reads
+  /// it. A module or function of your own maps x [T, H] to logits [T, E]; one that keeps usage
+  /// derives from `UsageTracking`.
   TORCH_ARG(std::optional<RouterChoice>, router) = std::nullopt;
-  /// Replaces the experts by a module or function, called as experts(x, indices, weights) -> y [T, H].
+  /// Replaces the experts by a module or function, called as experts(x, indices, weights) -> y [T,
+  /// H].
   TORCH_ARG(std::optional<ExpertFunction>, experts) = std::nullopt;
-  /// The sum of a tensor of integers over the processes that hold this layer: for `MoEImpl::update`,
-  /// and in forward for fraction_from "global_batch". Empty where there is one process.
+  /// The sum of a tensor of integers over the processes that hold this layer: for
+  /// `MoEImpl::update`, and in forward for fraction_from "global_batch". Empty where there is one
+  /// process.
   TORCH_ARG(std::function<at::Tensor(const at::Tensor& mine)>, all_reduce) = {};
 };
 
@@ -95,10 +97,10 @@ struct MoEOptions {
 ///     optimizer.step();
 ///     moe->update(output.routing);
 ///
-/// Submodules `router`, `experts`, and `shared_experts`, `assistance` and `estimator` where there are
-/// such modules; the buffer `selection_bias`. Names, shapes and values are those of the Python layer,
-/// so that state dicts go both ways (torchmoe/serialize/state_dict.h). `to` keeps the buffers that move
-/// in small steps in float32 or wider.
+/// Submodules `router`, `experts`, and `shared_experts`, `assistance` and `estimator` where there
+/// are such modules; the buffer `selection_bias`. Names, shapes and values are those of the Python
+/// layer, so that state dicts go both ways (torchmoe/serialize/state_dict.h). `to` keeps the
+/// buffers that move in small steps in float32 or wider.
 class MoEImpl : public Remembering<MoEImpl> {
  public:
   MoEImpl(int64_t hidden_size, int64_t intermediate_size, int64_t num_experts, int64_t top_k)
@@ -115,24 +117,24 @@ class MoEImpl : public Remembering<MoEImpl> {
   /// x [..., H] in the dtype of the parameters -> hidden_states in x's shape: routed_scaling_factor
   /// times the routed experts' output plus that of the shared ones.
   ///
-  /// Where one of the others is undefined there is none. token_mask has x's leading dimensions, bool, true where a token counts. A masked token gets y = 0,
-  /// no gradient, and no place in counts, capacity and losses; what x holds there, NaN included, does
-  /// not matter.
+  /// Where one of the others is undefined there is none. token_mask has x's leading dimensions,
+  /// bool, true where a token counts. A masked token gets y = 0, no gradient, and no place in
+  /// counts, capacity and losses; what x holds there, NaN included, does not matter.
   ///
   /// earlier_counts [E] integers, the counts of earlier micro-batches of the same optimizer step in
   /// this process: the sum of their routings' tokens_per_expert (with fraction_choices "first", of
-  /// their first choices). They are added to this call's before the fractions of load_balancing_loss
-  /// are formed. With fraction_from "batch" and "global_batch" only.
+  /// their first choices). They are added to this call's before the fractions of
+  /// load_balancing_loss are formed. With fraction_from "batch" and "global_batch" only.
   ///
-  /// Throws c10::Error where a shape or dtype does not fit, and c10::ValueError where the gate's exact
-  /// gradient is zero everywhere (top_k = 1 with normalize "topk", or normalize "uniform").
+  /// Throws c10::Error where a shape or dtype does not fit, and c10::ValueError where the gate's
+  /// exact gradient is zero everywhere (top_k = 1 with normalize "topk", or normalize "uniform").
   MoEOutput forward(const at::Tensor& x,
                     const at::Tensor& token_mask = {},
                     const at::Tensor& earlier_counts = {});
 
   /// Moves by one step what the layer remembers: the router's usage, then who is assisted; the
-  /// selection bias. Call it once per optimizer step, with the routing of that step or with those of
-  /// all its micro-batches, whose counts are summed, and over the processes too where there is
+  /// selection bias. Call it once per optimizer step, with the routing of that step or with those
+  /// of all its micro-batches, whose counts are summed, and over the processes too where there is
   /// all_reduce, so that every process must call.
   void update(const Routing& routing);
   void update(at::ArrayRef<Routing> routings);
@@ -151,8 +153,8 @@ class MoEImpl : public Remembering<MoEImpl> {
   Estimator& estimator() const { return *estimator_; }
 
   AssistanceState assistance{nullptr};
-  /// [E] buffer, float32 or wider, undefined without Balance::selection_bias_rate: experts are ranked by
-  /// score_function(logits) + selection_bias. It never enters the weights.
+  /// [E] buffer, float32 or wider, undefined without Balance::selection_bias_rate: experts are
+  /// ranked by score_function(logits) + selection_bias. It never enters the weights.
   at::Tensor selection_bias;
 
  protected:

@@ -17,10 +17,10 @@
 namespace torchmoe::nn {
 
 /// A module whose `forward` takes tensors and returns one, or any function that does. A module is
-/// registered by the layer that takes it, which so learns, saves, moves and clones it; it must derive
-/// from torch::nn::Cloneable for the last. Copies of a Replaceable share the module, as copies of
-/// torch's module holders do: give each layer one of its own. One that is null or empty is refused
-/// (c10::ValueError).
+/// registered by the layer that takes it, which so learns, saves, moves and clones it; it must
+/// derive from torch::nn::Cloneable for the last. Copies of a Replaceable share the module, as
+/// copies of torch's module holders do: give each layer one of its own. One that is null or empty
+/// is refused (c10::ValueError).
 ///
 ///     options.router(Router(64, 8))                                     // a module
 ///     options.router(torch::nn::AnyModule(MyRouter(64, 8)))             // the same, of any type

@@ -23,14 +23,14 @@ struct RouterOptions {
   TORCH_ARG(int64_t, num_experts);
   /// Adds a learned bias to the logits.
   TORCH_ARG(bool, bias) = false;
-  /// In training the router sees x * u with u uniform in [1 - input_jitter, 1 + input_jitter] (Switch
-  /// Transformer, arXiv 2101.03961); the experts see x.
+  /// In training the router sees x * u with u uniform in [1 - input_jitter, 1 + input_jitter]
+  /// (Switch Transformer, arXiv 2101.03961); the experts see x.
   TORCH_ARG(double, input_jitter) = 0.0;
   /// In training a normal draw of this standard deviation is added to the logits (after Shazeer et
   /// al., arXiv 1701.06538), which so rank, weigh and enter the losses.
   TORCH_ARG(double, logit_noise) = 0.0;
-  /// Multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that experts in frequent
-  /// use learn to attract tokens more slowly. It needs `usage`.
+  /// Multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that experts in
+  /// frequent use learn to attract tokens more slowly. It needs `usage`.
   TORCH_ARG(bool, usage_scaling) = false;
   /// Keeps `usage`, which `MoEImpl::update` moves, for whatever reads it: a dynamic capacity,
   /// assistance, or the balancing loss with fractions from history.

@@ -9,9 +9,10 @@
 
 namespace torchmoe::nn {
 
-/// What the layer decided and how it accounts for it; T counts the flattened tokens. With assistance
-/// there are K + 1 columns instead of K, the last one for the slots that it adds. Logits, weights and
-/// losses are the graph's own tensors, not detached: a loss of your own may be formed from them.
+/// What the layer decided and how it accounts for it; T counts the flattened tokens. With
+/// assistance there are K + 1 columns instead of K, the last one for the slots that it adds.
+/// Logits, weights and losses are the graph's own tensors, not detached: a loss of your own may be
+/// formed from them.
 struct Routing {
   at::Tensor logits;    ///< [T, E], float32 or wider; of no meaning where token_mask is false
   at::Tensor weights;   ///< [T, K]; the weight of a dropped slot is ignored

@@ -14,9 +14,9 @@ namespace torchmoe {
 /// see it. `centred` takes the mean of the step's moves out of them, so that the mean of the bias
 /// stays what it is.
 ///
-/// bias [E] floating; tokens_per_expert [E], slots per expert of one step, over all micro-batches and
-/// processes; rate a finite number >= 0 -> the new bias [E] in the dtype of bias; without a counted
-/// token a copy of it.
+/// bias [E] floating; tokens_per_expert [E], slots per expert of one step, over all micro-batches
+/// and processes; rate a finite number >= 0 -> the new bias [E] in the dtype of bias; without a
+/// counted token a copy of it.
 at::Tensor update_selection_bias(const at::Tensor& bias,
                                  const at::Tensor& tokens_per_expert,
                                  double rate,

@@ -26,8 +26,8 @@ struct SharedExpertsOptions {
   TORCH_ARG(bool, bias) = false;
 };
 
-/// A feed-forward network like one expert of `Experts`, for MoEOptions::shared_experts. Several shared
-/// experts are one as wide as they are together (DeepSeekMoE, arXiv 2401.06066).
+/// A feed-forward network like one expert of `Experts`, for MoEOptions::shared_experts. Several
+/// shared experts are one as wide as they are together (DeepSeekMoE, arXiv 2401.06066).
 class SharedExpertsImpl : public torch::nn::Cloneable<SharedExpertsImpl> {
  public:
   SharedExpertsImpl(int64_t hidden_size, int64_t intermediate_size)

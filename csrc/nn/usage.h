@@ -32,10 +32,10 @@ class UsageTracking {
   ///
   ///     usage <- usage_decay * usage + (1 - usage_decay) * tokens_per_expert / num_slots
   ///
-  /// tokens_per_expert [E] numbers >= 0, summed over micro-batches and processes; num_slots an integer
-  /// scalar, their sum. Changes nothing where no usage is kept, or when no token was counted. Throws
-  /// c10::Error where the counts have another shape or device, c10::ValueError where one is negative
-  /// or usage_decay out of range.
+  /// tokens_per_expert [E] numbers >= 0, summed over micro-batches and processes; num_slots an
+  /// integer scalar, their sum. Changes nothing where no usage is kept, or when no token was
+  /// counted. Throws c10::Error where the counts have another shape or device, c10::ValueError
+  /// where one is negative or usage_decay out of range.
   void update(const at::Tensor& tokens_per_expert, const at::Tensor& num_slots);
 
   /// The weight [E, ...], its gradient in row i times 1 - usage_i where usage_scaling is set.

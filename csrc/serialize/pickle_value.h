@@ -1,5 +1,6 @@
-// What the program of a pickle computes with. Texts lie in the program and containers in its reader:
-// values are small, and freed without recursion, however deep or cyclic a crafted program nests them.
+// What the program of a pickle computes with. Texts lie in the program and containers in its
+// reader: values are small, and freed without recursion, however deep or cyclic a crafted program
+// nests them.
 #pragma once
 
 #include <array>

@@ -16,8 +16,8 @@ namespace torchmoe {
 
 namespace {
 
-// In the order in which the safetensors library lays tensors out, the last ones first: sizes fall, so
-// that every tensor begins at a multiple of its size.
+// In the order in which the safetensors library lays tensors out, the last ones first: sizes fall,
+// so that every tensor begins at a multiple of its size.
 constexpr std::array<std::pair<std::string_view, at::ScalarType>, 10> safetensors_dtypes = {{
     {"BOOL", at::kBool},
     {"U8", at::kByte},

@@ -54,8 +54,8 @@ class Archive {
   size_t left_ = 0;
 };
 
-// A storage has one dtype in a file. A tensor that sees one as another dtype, or sees one that is no
-// whole number of its entries, is written with a storage of its own.
+// A storage has one dtype in a file. A tensor that sees one as another dtype, or sees one that is
+// no whole number of its entries, is written with a storage of its own.
 StateDict with_storages_of_one_dtype(const StateDict& state) {
   std::unordered_map<const void*, at::ScalarType> dtypes;
   StateDict result;

@@ -1,5 +1,5 @@
-// The format of Python's torch.save: a zip of the pickle data.pkl and, as data/N, the bytes of every
-// storage.
+// The format of Python's torch.save: a zip of the pickle data.pkl and, as data/N, the bytes of
+// every storage.
 #pragma once
 
 #include <istream>

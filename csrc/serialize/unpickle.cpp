@@ -346,8 +346,8 @@ class PickleReader {
     return values;
   }
 
-  // The arguments are storage, offset, sizes, strides, requires_grad, hooks, and metadata only where
-  // the entries are to be negated.
+  // The arguments are storage, offset, sizes, strides, requires_grad, hooks, and metadata only
+  // where the entries are to be negated.
   static at::Tensor tensor(const Value& arguments) {
     TORCH_CHECK_VALUE(arguments.as<Tuple>().items->size() == 6,
                       "its pickle has a tensor with metadata");

@@ -16,8 +16,8 @@ namespace torchmoe::testing {
 
 // A layer of experts: T tokens of H numbers each in, T of H out.
 struct Layer {
-  // y [T, H] for x [T, H], both float64, then any losses, which are scalars. token_mask is [T] bool,
-  // false where a token does not count, and undefined where all do. It draws nothing.
+  // y [T, H] for x [T, H], both float64, then any losses, which are scalars. token_mask is [T]
+  // bool, false where a token does not count, and undefined where all do. It draws nothing.
   std::function<Tensors(const at::Tensor& x, const at::Tensor& token_mask)> forward;
   // What forward reads and learns: float64 leaves, by name, as
   // `module->named_parameters().pairs()` has them. They are moved in place and put back.

@@ -19,8 +19,8 @@
 
 namespace torchmoe::testing::detail {
 
-// A law by name. `holds` throws a Fault where it does not; `not_asked` has the reason why a layer is
-// not asked, if there is one.
+// A law by name. `holds` throws a Fault where it does not; `not_asked` has the reason why a layer
+// is not asked, if there is one.
 struct Law {
   std::string name, formula, usually;
   void (*holds)(const Subject&, const at::Tensor& x);

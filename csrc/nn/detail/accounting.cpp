@@ -15,8 +15,8 @@ namespace torchmoe::nn {
 namespace {
 
 /// Counts of all processes, and this one's part in a mean over the tokens of all: with n_r tokens
-/// here, n in all and W processes n_r W / n, which is exactly 1 where they are equal, and 0 without a
-/// token.
+/// here, n in all and W processes n_r W / n, which is exactly 1 where they are equal, and 0 without
+/// a token.
 std::pair<at::Tensor, at::Tensor> counts_and_part(const MoEImpl& layer,
                                                   const at::Tensor& counts,
                                                   const std::optional<at::Tensor>& counted,

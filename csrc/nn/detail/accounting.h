@@ -20,8 +20,8 @@ struct Account {
   std::map<std::string, at::Tensor> losses;  ///< the terms by name, unweighted
 };
 
-/// Counts the slots and forms the losses. `leading` are the leading dimensions of the layer's input;
-/// the others are as for `decide` and `MoEImpl::forward`.
+/// Counts the slots and forms the losses. `leading` are the leading dimensions of the layer's
+/// input; the others are as for `decide` and `MoEImpl::forward`.
 Account account(const MoEImpl& layer,
                 const RouterOutput& routed,
                 const Choice& choice,

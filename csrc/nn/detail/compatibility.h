@@ -17,15 +17,15 @@ std::vector<std::string> usage_readers(const Balance& balance,
                                        const std::optional<Capacity>& capacity,
                                        bool has_assistance);
 
-/// What of a layer reads something that `MoEImpl::update` moves, the first of them; empty where nothing
-/// does.
+/// What of a layer reads something that `MoEImpl::update` moves, the first of them; empty where
+/// nothing does.
 std::string update_reader(const MoEImpl& layer);
 
 /// How many experts every token is sure to get.
 int64_t least_experts(const Estimator& estimator);
 
-/// Throws c10::ValueError for the first pair of the layer's parts, with these settings, that does not
-/// go together.
+/// Throws c10::ValueError for the first pair of the layer's parts, with these settings, that does
+/// not go together.
 void check_pairs(const MoEImpl& layer,
                  const Balance& balance,
                  const std::optional<Capacity>& capacity);

@@ -87,8 +87,8 @@ Choice decide(MoEImpl& layer,
   }
   const auto& capacity = *layer.options().capacity();
   auto& estimator = layer.estimator();
-  // The layer's own weights where nothing is rerouted: an estimator that draws would give other ones a
-  // second time.
+  // The layer's own weights where nothing is rerouted: an estimator that draws would give other
+  // ones a second time.
   std::optional<at::Tensor> weights;
   if (capacity.priority() &&
       choose<Priority>("Capacity", *capacity.priority()) == Priority::weight) {

@@ -17,8 +17,8 @@ struct Choice {
   at::Tensor indices;                 ///< [T, K']: as routed
   at::Tensor weighed;                 ///< [T, K']: those that weights are formed for
   std::optional<at::Tensor> weights;  ///< [T, K']: of `weighed`, where they had to be known before
-  bool
-      is_kept;  ///< whether every chosen slot is routed as it was chosen, so that counts are the same
+  /// Whether every chosen slot is routed as it was chosen, so that counts are the same.
+  bool is_kept;
 };
 
 /// Selection, assistance and capacity. `counted` is how many tokens count, where there is a mask;
@@ -30,8 +30,8 @@ Choice decide(MoEImpl& layer,
               const at::Tensor& backup);
 
 /// The weights of the slots. Constant ones would leave a router that could learn untrained, which
-/// gate_weights refuses where the logits want a gradient. They may want one for the sake of x alone: to
-/// a router that is frozen a gradient of zero is no loss.
+/// gate_weights refuses where the logits want a gradient. They may want one for the sake of x
+/// alone: to a router that is frozen a gradient of zero is no loss.
 at::Tensor weigh(MoEImpl& layer, const at::Tensor& logits, const at::Tensor& ids);
 
 }  // namespace torchmoe::nn
