@@ -3,38 +3,13 @@
 #include <vector>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Assistance;
 using torchmoe::nn::Capacity;
 using torchmoe::nn::MoE;
-using torchmoe::nn::MoEOptions;
-using torchmoe::nn::RouterImpl;
-using torchmoe::nn::Routing;
-
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens(double phase = 0) {
-  return wave({12, 6}, phase, 1, torch::kFloat32);
-}
-
-Routing routing_of(const std::vector<int64_t>& counts) {
-  Routing routing;
-  routing.tokens_per_expert = torch::tensor(counts, torch::kLong);
-  return routing;
-}
-
-const Tensor& usage_of(const MoE& moe) {
-  return moe->router().as<RouterImpl>()->usage;
-}
-
-}  // namespace
 
 TEST_CASE("an expert under load is assisted, and no longer", "[nn]") {
   MoE moe(

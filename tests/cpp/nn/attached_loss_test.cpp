@@ -4,25 +4,12 @@
 #include <vector>
 
 #include "catch2.h"
-#include "support.h"
+#include "nn/layers.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
 using torchmoe::nn::MoE;
-using torchmoe::nn::MoEOptions;
 using torchmoe::nn::WithAttachedLoss;
-
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens() {
-  return wave({7, 6}, 0, 1, torch::kFloat32);
-}
-
-}  // namespace
 
 TEST_CASE("a layer in a Sequential carries its loss", "[nn]") {
   MoE moe(sizes().balance(Balance(0.5)));
@@ -33,20 +20,20 @@ TEST_CASE("a layer in a Sequential carries its loss", "[nn]") {
   };
   torch::nn::Sequential model(attached);
   const auto grad = wave({7, 6}, 1, 1, torch::kFloat32);
-  torch::autograd::backward({model->forward(tokens())}, {grad});
+  torch::autograd::backward({model->forward(tokens(7))}, {grad});
   CHECK(seen == 14);
   std::vector<Tensor> expected;
   for (const auto& parameter : moe->parameters()) {
     expected.push_back(parameter.grad().clone());
   }
   moe->zero_grad();
-  const auto output = moe(tokens());
+  const auto output = moe(tokens(7));
   torch::autograd::backward({output.hidden_states, output.aux_loss}, {grad, torch::tensor(0.25)});
   for (size_t i = 0; i < expected.size(); ++i) {
     CHECK(torch::allclose(moe->parameters()[i].grad(), expected[i]));
   }
   torch::nn::Sequential copy(std::dynamic_pointer_cast<torch::nn::SequentialImpl>(model->clone()));
-  CHECK(torch::equal(copy->forward(tokens()), model->forward(tokens())));
+  CHECK(torch::equal(copy->forward(tokens(7)), model->forward(tokens(7))));
   CHECK(seen == 28);
   CHECK_THROWS_WITH(attached->set_scale(INFINITY),
                     contains("WithAttachedLoss: scale must be a finite number, got inf"));

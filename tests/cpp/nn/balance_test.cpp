@@ -4,39 +4,14 @@
 #include <vector>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
 #include "ops/load_balancing_loss.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
 using torchmoe::nn::MoE;
-using torchmoe::nn::MoEOptions;
-using torchmoe::nn::RouterImpl;
 using torchmoe::nn::RouterOptions;
-using torchmoe::nn::Routing;
-
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens(double phase = 0) {
-  return wave({12, 6}, phase, 1, torch::kFloat32);
-}
-
-Routing routing_of(const std::vector<int64_t>& counts) {
-  Routing routing;
-  routing.tokens_per_expert = torch::tensor(counts, torch::kLong);
-  return routing;
-}
-
-const Tensor& usage_of(const MoE& moe) {
-  return moe->router().as<RouterImpl>()->usage;
-}
-
-}  // namespace
 
 TEST_CASE("counts of all processes move every one alike", "[nn]") {
   // Two processes that wait for nobody: the other's counts are known.
@@ -88,10 +63,10 @@ TEST_CASE("the fractions of a global batch are those of all processes", "[nn]") 
 
 TEST_CASE("micro-batches with earlier counts have the last one's fractions of all", "[nn]") {
   MoE moe(sizes());
-  const auto first = moe(tokens(0)).routing.tokens_per_expert;
-  const auto second = moe(tokens(0.5));
+  const auto first = moe(tokens(12, 0)).routing.tokens_per_expert;
+  const auto second = moe(tokens(12, 0.5));
   const auto all = (first + second.routing.tokens_per_expert).to(torch::kFloat32) / 48;
   const auto expected = torchmoe::load_balancing_loss(second.routing.logits, all, "softmax");
-  CHECK(torch::equal(moe(tokens(0.5), Tensor(), first).routing.losses.at("load_balancing_loss"),
+  CHECK(torch::equal(moe(tokens(12, 0.5), Tensor(), first).routing.losses.at("load_balancing_loss"),
                      expected));
 }

@@ -5,9 +5,9 @@
 #include <string>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
 #include "ops/gate_weights.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
@@ -21,31 +21,6 @@ using torchmoe::nn::MoEOptions;
 using torchmoe::nn::RouterImpl;
 
 namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens() {
-  return wave({7, 6}, 0, 1, torch::kFloat32);
-}
-
-// Experts that are matrices.
-struct MatricesImpl : torch::nn::Cloneable<MatricesImpl> {
-  MatricesImpl() { reset(); }
-  void reset() override {
-    matrices = register_parameter("matrices", wave({4, 6, 6}, 0, 1, torch::kFloat32));
-  }
-  Tensor forward(const Tensor& x, const Tensor& indices, const Tensor& weights) {
-    const auto all = torch::einsum("th,eoh->teo", {x, matrices});
-    const auto used = torch::zeros({x.size(0), 5}, weights.options())
-                          .scatter_add(1, torch::where(indices.ge(0), indices, 4), weights);
-    return torch::einsum("te,teo->to", {used.narrow(1, 0, 4).to(x.scalar_type()), all});
-  }
-
-  Tensor matrices;
-};
-TORCH_MODULE(Matrices);
 
 // An estimator with a parameter of its own.
 struct LearnedTemperature : torch::nn::Cloneable<LearnedTemperature>, Estimator {
@@ -76,17 +51,17 @@ TEST_CASE("experts of one's own, with every estimator", "[nn]") {
     CAPTURE(estimator);
     Matrices matrices;
     MoE moe(MoEOptions(6, std::nullopt, 4, 2).experts(matrices).gate(Gate().estimator(estimator)));
-    const auto output = moe(tokens());
+    const auto output = moe(tokens(7));
     const auto grad = wave({7, 6}, 1, 1, torch::kFloat32);
     torch::autograd::backward({output.hidden_states}, {grad});
     CHECK(matrices->matrices.grad().abs().max().item<double>() > 0);
     if (estimator == "straight_through_dense") {
       // dL/dp_i = <dL/dy, E_i(x)> for every expert.
       const torch::NoGradGuard no_grad;
-      const auto of_probs = torch::einsum("to,th,eoh->te", {grad, tokens(), matrices->matrices});
+      const auto of_probs = torch::einsum("to,th,eoh->te", {grad, tokens(7), matrices->matrices});
       const auto p = output.routing.logits.softmax(1);
       const auto of_logits = p * (of_probs - (p * of_probs).sum(1, true));
-      const auto expected = of_logits.t().matmul(tokens());
+      const auto expected = of_logits.t().matmul(tokens(7));
       CHECK(torch::allclose(moe->router().as<RouterImpl>()->weight.grad(), expected, 1e-4, 1e-5));
     }
   }
@@ -104,7 +79,7 @@ TEST_CASE("the dense gradient of any experts is that of the op", "[nn]") {
                  })));
   const auto gradient = [&](MoE& moe) {
     stacked->zero_grad();
-    const auto output = moe(tokens()).hidden_states;
+    const auto output = moe(tokens(7)).hidden_states;
     output.square().sum().backward();
     return stacked->router().as<RouterImpl>()->weight.grad().clone();
   };
@@ -113,7 +88,7 @@ TEST_CASE("the dense gradient of any experts is that of the op", "[nn]") {
   // And its own derivative, by the router's weight.
   const auto second = [&](MoE& moe) {
     const auto weight = stacked->router().as<RouterImpl>()->weight;
-    const auto loss = moe(tokens()).hidden_states.square().sum();
+    const auto loss = moe(tokens(7)).hidden_states.square().sum();
     const auto first = torch::autograd::grad({loss}, {weight}, {}, true, /*create_graph=*/true)[0];
     return torch::autograd::grad({first.square().sum()}, {weight})[0];
   };
@@ -126,17 +101,20 @@ TEST_CASE("an estimator with parameters is a part of the layer", "[nn]") {
   const auto estimator = std::make_shared<LearnedTemperature>();
   MoE moe(sizes().gate(Gate().estimator(estimator).normalize("none")));
   CHECK(moe->named_parameters().contains("estimator.temperature"));
-  moe(tokens()).hidden_states.sum().backward();
+  moe(tokens(7)).hidden_states.sum().backward();
   CHECK(estimator->temperature.grad().abs().item<double>() > 0);
   MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
   {
     const torch::NoGradGuard no_grad;
     estimator->temperature.fill_(4);
   }
-  CHECK_FALSE(torch::equal(copy(tokens()).routing.weights, moe(tokens()).routing.weights));
-  const auto weights = torchmoe::gate_weights(
-      moe(tokens()).routing.logits / 4, moe(tokens()).routing.indices, "softmax", "none", "exact");
-  CHECK(torch::equal(moe(tokens()).routing.weights, weights));
+  CHECK_FALSE(torch::equal(copy(tokens(7)).routing.weights, moe(tokens(7)).routing.weights));
+  const auto weights = torchmoe::gate_weights(moe(tokens(7)).routing.logits / 4,
+                                              moe(tokens(7)).routing.indices,
+                                              "softmax",
+                                              "none",
+                                              "exact");
+  CHECK(torch::equal(moe(tokens(7)).routing.weights, weights));
 }
 
 TEST_CASE("an estimator says what it is not defined for", "[nn]") {

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
@@ -18,18 +18,6 @@ using torchmoe::nn::MoEImpl;
 using torchmoe::nn::MoEOptions;
 using torchmoe::nn::MoEOutput;
 using torchmoe::nn::RouterOptions;
-
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens() {
-  return wave({7, 6}, 0, 1, torch::kFloat32);
-}
-
-}  // namespace
 
 TEST_CASE("MoE names its parameters", "[nn]") {
   const auto keys = [](const MoEOptions& options) {
@@ -50,7 +38,7 @@ TEST_CASE("MoE clones deeply", "[nn]") {
   MoE moe(sizes().bias(true).capacity(Capacity(0.5)));
   moe->to(torch::kFloat64);
   moe->eval();
-  const auto x = tokens().to(torch::kFloat64);
+  const auto x = tokens(7).to(torch::kFloat64);
   MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
   const auto before = moe(x).hidden_states;
   CHECK_FALSE(copy->is_training());
@@ -72,32 +60,32 @@ TEST_CASE("MoE goes through an archive", "[nn]") {
     MoE loaded(sizes().bias(bias));
     std::stringstream stream;
     torch::save(saved, stream);
-    CHECK_FALSE(torch::equal(loaded(tokens()).hidden_states, saved(tokens()).hidden_states));
+    CHECK_FALSE(torch::equal(loaded(tokens(7)).hidden_states, saved(tokens(7)).hidden_states));
     torch::load(loaded, stream);
-    CHECK(torch::equal(loaded(tokens()).hidden_states, saved(tokens()).hidden_states));
+    CHECK(torch::equal(loaded(tokens(7)).hidden_states, saved(tokens(7)).hidden_states));
   }
 }
 
 TEST_CASE("MoE draws the same parameters from the same seed", "[nn]") {
   torch::manual_seed(1);
   MoE moe(sizes().bias(true));
-  const auto first = moe(tokens()).hidden_states;
+  const auto first = moe(tokens(7)).hidden_states;
   torch::manual_seed(1);
   moe->reset_parameters();
-  CHECK(torch::equal(moe(tokens()).hidden_states, first));
+  CHECK(torch::equal(moe(tokens(7)).hidden_states, first));
   moe->reset_parameters();
-  CHECK_FALSE(torch::equal(moe(tokens()).hidden_states, first));
+  CHECK_FALSE(torch::equal(moe(tokens(7)).hidden_states, first));
 }
 
 TEST_CASE("MoE works where a module of unknown type is called", "[nn]") {
   MoE moe(sizes());
   torch::nn::AnyModule any(moe);
-  const auto expected = moe(tokens()).hidden_states;
-  CHECK(torch::equal(any.forward<MoEOutput>(tokens()).hidden_states, expected));
+  const auto expected = moe(tokens(7)).hidden_states;
+  CHECK(torch::equal(any.forward<MoEOutput>(tokens(7)).hidden_states, expected));
   const Tensor mask = torch::ones({7}, torch::kBool);
-  CHECK(torch::equal(any.forward<MoEOutput>(tokens(), mask).hidden_states, expected));
+  CHECK(torch::equal(any.forward<MoEOutput>(tokens(7), mask).hidden_states, expected));
   const Tensor counts = torch::ones({4}, torch::kLong);
-  CHECK(torch::equal(any.forward<MoEOutput>(tokens(), mask, counts).hidden_states, expected));
+  CHECK(torch::equal(any.forward<MoEOutput>(tokens(7), mask, counts).hidden_states, expected));
 }
 
 TEST_CASE("MoE learns with an optimizer of LibTorch", "[nn]") {
@@ -105,7 +93,7 @@ TEST_CASE("MoE learns with an optimizer of LibTorch", "[nn]") {
   torch::optim::SGD optimizer(moe->parameters(), 0.1);
   const auto step = [&] {
     optimizer.zero_grad();
-    const auto output = moe(tokens());
+    const auto output = moe(tokens(7));
     const auto loss = (output.hidden_states - 1).square().mean() + output.aux_loss;
     loss.backward();
     optimizer.step();
@@ -202,15 +190,15 @@ TEST_CASE("MoE checks settings that are replaced, and keeps the old ones", "[nn]
   CHECK_THROWS_WITH(moe->set_routed_scaling_factor(-1),
                     contains("MoE: routed_scaling_factor must"));
   CHECK_FALSE(moe->options().capacity());
-  const auto before = moe(tokens());
+  const auto before = moe(tokens(7));
   moe->set_capacity(Capacity(0.25));
   moe->set_balance(Balance(0.5));
   moe->set_routed_scaling_factor(2);
-  const auto after = moe(tokens());
+  const auto after = moe(tokens(7));
   CHECK(after.routing.kept_per_expert.max().item<int64_t>() == 1);
   CHECK(torch::allclose(after.aux_loss, 50 * before.aux_loss));
   moe->set_capacity(std::nullopt);
-  CHECK(torch::equal(moe(tokens()).hidden_states, 2 * before.hidden_states));
+  CHECK(torch::equal(moe(tokens(7)).hidden_states, 2 * before.hidden_states));
 }
 
 TEST_CASE("MoE refuses input that does not fit", "[nn]") {
@@ -223,7 +211,7 @@ TEST_CASE("MoE refuses input that does not fit", "[nn]") {
   CHECK_THROWS_WITH(moe(torch::ones({3, 6}), torch::ones({3})),
                     contains("MoE: token_mask must be bool of shape [3], got "));
   CHECK_THROWS_WITH(moe(Tensor()), contains("MoE: x must be a tensor, got None"));
-  const auto with_counts = [&](const Tensor& counts) { moe(tokens(), Tensor(), counts); };
+  const auto with_counts = [&](const Tensor& counts) { moe(tokens(7), Tensor(), counts); };
   CHECK_THROWS_WITH(
       with_counts(torch::ones({4})),
       contains("MoE: earlier_counts must be integers [num_experts] = [4], got Float"));

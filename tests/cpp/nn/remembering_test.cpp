@@ -6,33 +6,20 @@
 #include <utility>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
 using torchmoe::nn::MoE;
 using torchmoe::nn::MoEImpl;
-using torchmoe::nn::MoEOptions;
 using torchmoe::nn::RouterImpl;
-
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens() {
-  return wave({7, 6}, 0, 1, torch::kFloat32);
-}
-
-}  // namespace
 
 TEST_CASE("buffers that move in small steps stay wide", "[nn]") {
   MoE moe(sizes()
               .balance(Balance().selection_bias_rate(0.5).fraction_from("history"))
               .assistance(torchmoe::nn::Assistance({1, 2, 3, 0})));
-  moe->update(moe(tokens()).routing);
+  moe->update(moe(tokens(7)).routing);
   const auto bias = moe->selection_bias.clone();
   moe->to(torch::kBFloat16);
   for (const auto& buffer : moe->named_buffers()) {
@@ -68,12 +55,12 @@ TEST_CASE("an archive has what the layer remembers", "[nn]") {
                    .assistance(torchmoe::nn::Assistance({1, 2, 3, 0}).patience(1)));
   };
   auto saved = make();
-  saved->update(saved(tokens()).routing);
+  saved->update(saved(tokens(7)).routing);
   std::stringstream stream;
   torch::save(saved, stream);
   auto loaded = make();
   torch::load(loaded, stream);
-  CHECK(torch::equal(loaded(tokens()).hidden_states, saved(tokens()).hidden_states));
+  CHECK(torch::equal(loaded(tokens(7)).hidden_states, saved(tokens(7)).hidden_states));
   CHECK(torch::equal(loaded->selection_bias, saved->selection_bias));
   CHECK(torch::equal(loaded->router().as<RouterImpl>()->usage,
                      saved->router().as<RouterImpl>()->usage));

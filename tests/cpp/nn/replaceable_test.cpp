@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
@@ -20,76 +20,34 @@ using torchmoe::nn::MoEOptions;
 using torchmoe::nn::SharedExperts;
 using torchmoe::nn::TokenFunction;
 
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens() {
-  return wave({7, 6}, 0, 1, torch::kFloat32);
-}
-
-// A router of two layers.
-struct DeepRouterImpl : torch::nn::Cloneable<DeepRouterImpl> {
-  DeepRouterImpl() { reset(); }
-  void reset() override {
-    inner = register_module("inner", torch::nn::Linear(6, 8));
-    outer = register_module("outer", torch::nn::Linear(8, 4));
-  }
-  Tensor forward(const Tensor& x) { return outer(torch::tanh(inner(x))); }
-
-  torch::nn::Linear inner{nullptr}, outer{nullptr};
-};
-TORCH_MODULE(DeepRouter);
-
-// Experts that are matrices.
-struct MatricesImpl : torch::nn::Cloneable<MatricesImpl> {
-  MatricesImpl() { reset(); }
-  void reset() override {
-    matrices = register_parameter("matrices", wave({4, 6, 6}, 0, 1, torch::kFloat32));
-  }
-  Tensor forward(const Tensor& x, const Tensor& indices, const Tensor& weights) {
-    const auto all = torch::einsum("th,eoh->teo", {x, matrices});
-    const auto used = torch::zeros({x.size(0), 5}, weights.options())
-                          .scatter_add(1, torch::where(indices.ge(0), indices, 4), weights);
-    return torch::einsum("te,teo->to", {used.narrow(1, 0, 4).to(x.scalar_type()), all});
-  }
-
-  Tensor matrices;
-};
-TORCH_MODULE(Matrices);
-
-}  // namespace
-
 TEST_CASE("a router is a module of any type or a function", "[nn]") {
   DeepRouter router;
-  const auto expected = router->forward(tokens());
+  const auto expected = router->forward(tokens(7));
   MoE typed(sizes().router(router));
   MoE any(sizes().router(torch::nn::AnyModule(router)));
   MoE shared(sizes().router(router.ptr()));
   MoE function(sizes().router([&](const Tensor& x) { return router(x); }));
   for (auto& moe : {typed, any, shared, function}) {
     auto layer = moe;
-    CHECK(torch::equal(layer(tokens()).routing.logits, expected));
+    CHECK(torch::equal(layer(tokens(7)).routing.logits, expected));
   }
   CHECK(typed->named_parameters().contains("router.inner.weight"));
   CHECK(typed->router().as<torchmoe::nn::RouterImpl>() == nullptr);
   CHECK(typed->router().module() == router.ptr());
   CHECK_FALSE(function->named_parameters().contains("router.inner.weight"));
   CHECK_FALSE(function->router().module());
-  typed(tokens()).hidden_states.sum().backward();
+  typed(tokens(7)).hidden_states.sum().backward();
   CHECK(router->inner->weight.grad().abs().max().item<double>() > 0);
 }
 
 TEST_CASE("a Sequential is a part too", "[nn]") {
   torch::nn::Sequential router(torch::nn::Linear(6, 8), torch::nn::Tanh(), torch::nn::Linear(8, 4));
   MoE moe(sizes().router(router).shared_experts(torch::nn::Sequential(torch::nn::Linear(6, 6))));
-  CHECK(torch::equal(moe(tokens()).routing.logits, router->forward(tokens())));
+  CHECK(torch::equal(moe(tokens(7)).routing.logits, router->forward(tokens(7))));
   CHECK(moe->named_parameters().contains("router.0.weight"));
   CHECK(moe->named_parameters().contains("shared_experts.0.bias"));
   MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
-  CHECK(torch::equal(copy(tokens()).hidden_states, moe(tokens()).hidden_states));
+  CHECK(torch::equal(copy(tokens(7)).hidden_states, moe(tokens(7)).hidden_states));
   CHECK(copy->router().module() != moe->router().module());
 }
 
@@ -100,7 +58,7 @@ TEST_CASE("a class derived from the layer's own is called by its own forward", "
   };
   const auto router = std::make_shared<HalvedImpl>(6, 4);
   MoE moe(sizes().router(router));
-  CHECK(torch::equal(moe(tokens()).routing.logits, router->forward(tokens())));
+  CHECK(torch::equal(moe(tokens(7)).routing.logits, router->forward(tokens(7))));
 
   struct TenfoldImpl : torchmoe::nn::ExpertsImpl {
     using ExpertsImpl::ExpertsImpl;
@@ -112,7 +70,7 @@ TEST_CASE("a class derived from the layer's own is called by its own forward", "
     MoE dense(sizes().router(router).experts(experts).gate(
         torchmoe::nn::Gate().estimator("straight_through_dense")));
     dense->zero_grad();
-    dense(tokens()).hidden_states.sum().backward();
+    dense(tokens(7)).hidden_states.sum().backward();
     return router->weight.grad().clone();
   };
   const auto experts = std::make_shared<TenfoldImpl>(6, 5, 4);
@@ -153,13 +111,13 @@ TEST_CASE("a copy of a frozen part is frozen", "[nn]") {
   MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
   CHECK_FALSE(copy->router().module()->parameters()[0].requires_grad());
   CHECK(copy->experts().module()->parameters()[0].requires_grad());
-  CHECK(torch::equal(copy(tokens()).hidden_states, moe(tokens()).hidden_states));
+  CHECK(torch::equal(copy(tokens(7)).hidden_states, moe(tokens(7)).hidden_states));
 }
 
 TEST_CASE("what a part returns is checked", "[nn]") {
   const auto refuses = [](MoEOptions options, const std::string& message) {
     MoE moe(options);
-    CHECK_THROWS_WITH(moe(tokens()), contains(message));
+    CHECK_THROWS_WITH(moe(tokens(7)), contains(message));
   };
   const auto returning = [](const Tensor& value) {
     return TokenFunction([=](const Tensor&) { return value; });
@@ -196,14 +154,14 @@ TEST_CASE("copies of a layer own copies of its modules", "[nn]") {
               .experts(Matrices())
               .shared_experts(SharedExperts(6, 3))
               .balance(Balance().selection_bias_rate(0.5)));
-  moe->update(moe(tokens()).routing);
+  moe->update(moe(tokens(7)).routing);
   moe->eval();
   MoE copy(std::dynamic_pointer_cast<MoEImpl>(moe->clone()));
   CHECK_FALSE(copy->router().module()->is_training());
   CHECK(copy->named_parameters().keys() == moe->named_parameters().keys());
   CHECK(copy->named_buffers().keys() == moe->named_buffers().keys());
-  const auto before = moe(tokens());
-  CHECK(torch::equal(copy(tokens()).hidden_states, before.hidden_states));
+  const auto before = moe(tokens(7));
+  CHECK(torch::equal(copy(tokens(7)).hidden_states, before.hidden_states));
   {
     const torch::NoGradGuard no_grad;
     for (auto& parameter : copy->parameters()) {
@@ -211,19 +169,19 @@ TEST_CASE("copies of a layer own copies of its modules", "[nn]") {
     }
     copy->selection_bias.zero_();
   }
-  CHECK(torch::equal(copy(tokens()).hidden_states, torch::zeros_like(tokens())));
-  CHECK(torch::equal(moe(tokens()).hidden_states, before.hidden_states));
+  CHECK(torch::equal(copy(tokens(7)).hidden_states, torch::zeros_like(tokens(7))));
+  CHECK(torch::equal(moe(tokens(7)).hidden_states, before.hidden_states));
   CHECK(moe->selection_bias.abs().max().item<double>() == 0.5);
   // What the copy computes with is what it lists, and the other way round.
   copy->train();
-  copy(tokens()).aux_loss.backward();
+  copy(tokens(7)).aux_loss.backward();
   CHECK(copy->named_parameters()["router.outer.weight"].grad().defined());
   CHECK_FALSE(moe->named_parameters()["router.outer.weight"].grad().defined());
 }
 
 TEST_CASE("replicas of a layer train one", "[nn]") {
   MoE moe(sizes().bias(true));
-  const auto x = tokens();
+  const auto x = tokens(7);
   const auto grad = wave({7, 6}, 1, 1, torch::kFloat32);
   torch::autograd::backward({moe(x).hidden_states}, {grad});
   std::vector<Tensor> sums(moe->parameters().size());

@@ -1,25 +1,12 @@
 #include "nn/selection_bias.h"
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Balance;
 using torchmoe::nn::MoE;
-using torchmoe::nn::MoEOptions;
-
-namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens(double phase = 0) {
-  return wave({12, 6}, phase, 1, torch::kFloat32);
-}
-
-}  // namespace
 
 TEST_CASE("update moves the selection bias against the load", "[nn]") {
   using torchmoe::update_selection_bias;

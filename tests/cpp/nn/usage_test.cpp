@@ -3,38 +3,18 @@
 #include <vector>
 
 #include "catch2.h"
+#include "nn/layers.h"
 #include "nn/moe.h"
-#include "support.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own helpers
 using torchmoe::nn::Capacity;
 using torchmoe::nn::MoE;
-using torchmoe::nn::MoEOptions;
 using torchmoe::nn::Remembering;
 using torchmoe::nn::RouterImpl;
 using torchmoe::nn::RouterOptions;
-using torchmoe::nn::Routing;
 using torchmoe::nn::UsageTracking;
 
 namespace {
-
-MoEOptions sizes() {
-  return {6, 5, 4, 2};
-}
-
-Tensor tokens(double phase = 0) {
-  return wave({12, 6}, phase, 1, torch::kFloat32);
-}
-
-Routing routing_of(const std::vector<int64_t>& counts) {
-  Routing routing;
-  routing.tokens_per_expert = torch::tensor(counts, torch::kLong);
-  return routing;
-}
-
-const Tensor& usage_of(const MoE& moe) {
-  return moe->router().as<RouterImpl>()->usage;
-}
 
 // One that keeps usage.
 struct CountingRouterImpl : Remembering<CountingRouterImpl>, UsageTracking {
@@ -48,19 +28,6 @@ struct CountingRouterImpl : Remembering<CountingRouterImpl>, UsageTracking {
   Tensor weight;
 };
 TORCH_MODULE(CountingRouter);
-
-// A router of two layers.
-struct DeepRouterImpl : torch::nn::Cloneable<DeepRouterImpl> {
-  DeepRouterImpl() { reset(); }
-  void reset() override {
-    inner = register_module("inner", torch::nn::Linear(6, 8));
-    outer = register_module("outer", torch::nn::Linear(8, 4));
-  }
-  Tensor forward(const Tensor& x) { return outer(torch::tanh(inner(x))); }
-
-  torch::nn::Linear inner{nullptr}, outer{nullptr};
-};
-TORCH_MODULE(DeepRouter);
 
 }  // namespace
 
