@@ -91,16 +91,18 @@ TORCHMOE_VOCABULARY(LayerEstimator, "estimator", TORCHMOE_LAYER_ESTIMATORS)
 
 template <typename Enum>
 Enum choose(std::string_view op, std::string_view given) {
-  std::ostringstream allowed;
-  const char* separator = "";
   int place = 0;
   for (const auto& [name, doc] : Vocabulary<Enum>::kWords) {
     if (name == given) {
       return static_cast<Enum>(place);
     }
+    ++place;
+  }
+  std::ostringstream allowed;
+  const char* separator = "";
+  for (const auto& [name, doc] : Vocabulary<Enum>::kWords) {
     allowed << separator << '"' << name << '"';
     separator = ", ";
-    ++place;
   }
   C10_THROW_ERROR(ValueError,
                   c10::str(op,

@@ -5,6 +5,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/minimum.h>
 
+#include "common/checks.h"
 #include "common/vocabulary.h"
 #include "nn/detail/checks.h"
 #include "nn/detail/shown.h"
@@ -17,10 +18,6 @@ CapacityFactor factor_of(const Capacity& capacity, bool training) {
   return training || !capacity.eval_factor()
              ? CapacityFactor(capacity.factor(), "Capacity", "factor")
              : CapacityFactor(*capacity.eval_factor(), "Capacity", "eval_factor");
-}
-
-void check_usage(const at::Tensor& usage) {
-  TORCH_CHECK_TYPE(usage.defined(), "Capacity: usage must be a tensor, got None");
 }
 
 /// For a number or a tensor.
@@ -84,7 +81,7 @@ at::Tensor Capacity::slots(const at::Tensor& like,
                            bool training,
                            const at::Tensor& usage) const {
   if (dynamic_) {
-    check_usage(usage);
+    check_defined("Capacity", "usage", usage);
     return dynamic_capacity(usage, num_tokens * top_k, factor_of(*this, training))
         .clamp_min(minimum_)
         .clamp_max(num_tokens);
@@ -101,7 +98,7 @@ at::Tensor Capacity::slots(const at::Tensor& like,
                            bool training,
                            const at::Tensor& usage) const {
   if (dynamic_) {
-    check_usage(usage);
+    check_defined("Capacity", "usage", usage);
     return at::minimum(
         dynamic_capacity(usage, num_tokens * top_k, factor_of(*this, training)).clamp_min(minimum_),
         num_tokens);

@@ -76,7 +76,7 @@ struct Share {
 };
 
 void check_amount(const char* op, const char* argument, int64_t number) {
-  TORCH_CHECK_VALUE(number >= 0, op, ": ", argument, " must be >= 0, got ", number);
+  nn::check_at_least(op, argument, number, 0);
 }
 
 void check_amount(const char* op, const char* argument, const at::Tensor& number) {
@@ -106,7 +106,7 @@ Share checked_share(int64_t num_experts,
                     "], got ",
                     num_experts);
   check_top_k(op, top_k, num_experts);
-  TORCH_CHECK_VALUE(min_capacity >= 0, op, ": min_capacity must be >= 0, got ", min_capacity);
+  nn::check_at_least(op, "min_capacity", min_capacity, 0);
   const bool up = choose<Rounding>(op, rounding) == Rounding::up;
   // Where a token's share reaches a whole slot every token fits; below, its numerator is smaller
   // than its denominator.
@@ -118,12 +118,7 @@ Share checked_share(int64_t num_experts,
 }  // namespace
 
 CapacityFactor::CapacityFactor(double factor, std::string_view op, std::string_view argument) {
-  TORCH_CHECK_VALUE(std::isfinite(factor) && factor >= 0,
-                    op,
-                    ": ",
-                    argument,
-                    " must be a finite number >= 0, got ",
-                    nn::shown(factor));
+  nn::check_not_negative(op, argument, factor);
   std::tie(numerator_, denominator_) = nearest_fraction(factor);
 }
 

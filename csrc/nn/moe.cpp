@@ -171,7 +171,7 @@ MoEImpl::MoEImpl(const MoEOptions& options) : options_(options) {
                     "MoE: router must have usage of shape [",
                     num_experts,
                     "], got ",
-                    usage.defined() ? usage.sizes() : at::IntArrayRef());
+                    usage.sizes());
   take(options.balance(), options.capacity());
 }
 

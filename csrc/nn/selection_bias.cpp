@@ -3,6 +3,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/sign.h>
 
+#include "common/checks.h"
 #include "nn/detail/checks.h"
 
 namespace torchmoe {
@@ -13,7 +14,7 @@ at::Tensor update_selection_bias(const at::Tensor& bias,
                                  bool centred) {
   constexpr auto op = "update_selection_bias";
   nn::check_not_negative(op, "rate", rate);
-  TORCH_CHECK_TYPE(bias.defined(), op, ": bias must be a tensor, got an undefined one");
+  check_defined(op, "bias", bias);
   TORCH_CHECK(bias.dim() == 1 && bias.is_floating_point(),
               op,
               ": bias must be [num_experts] and floating, got ",

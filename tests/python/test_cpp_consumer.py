@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 import torchmoe
+from cpp_programs import build, needed_libraries, output_of
 
 pytestmark = pytest.mark.needs_build
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(torchmoe.__file__).resolve().parent
 LIBRARY = PACKAGE / "libtorchmoe.so"
-
-
-def output_of(*command: str | Path) -> str:
-    """What a command prints; a failing one shows its output in the report."""
-    environment = dict(os.environ, OMP_NUM_THREADS="2")
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command[0]} exited with {done.returncode}:\n{done.stdout}"
-    return done.stdout
-
-
-def build(source: Path, folder: Path) -> Path:
-    prefix = f"{torchmoe.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
-    output_of("cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}")
-    output_of("cmake", "--build", folder, "--parallel", "2")
-    return folder
-
-
-def needed_libraries(binary: Path) -> list[str]:
-    return re.findall(r"\(NEEDED\).*\[(.+)\]", output_of("readelf", "-d", binary))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from wheels import PATH, ROOT, make_wheel, run, unpack
+from cpp_programs import build, needed_libraries
+from wheels import PATH, ROOT, make_wheel, unpack
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -58,15 +59,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("example")
     wheel = make_wheel(tmp_path_factory.mktemp("wheel"))
     package = unpack(wheel, folder / "site-packages")
-    prefix = f"{torch.utils.cmake_prefix_path};{package / 'share' / 'cmake'}"
-    build = folder / "build"
-    run(
-        *("cmake", "-S", SOURCE, "-B", build, "-DCMAKE_BUILD_TYPE=Release"),
-        *(f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Werror"),
-    )
-    run("cmake", "--build", build, "--parallel", "2")
-    assert f"torchmoe_DIR:PATH={package}" in (build / "CMakeCache.txt").read_text()
-    return build / "train_lm"
+    arguments = "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS=-Werror"
+    built = build(SOURCE, folder / "build", *arguments, package=str(package / "share" / "cmake"))
+    assert f"torchmoe_DIR:PATH={package}" in (built / "CMakeCache.txt").read_text()
+    return built / "train_lm"
 
 
 @pytest.fixture(autouse=True)
@@ -225,7 +221,7 @@ def test_bits_are_bits_and_no_byte_is_seen_before_it_is_predicted(
 
 
 def test_needs_no_python(program: Path) -> None:
-    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "-d", program))
+    needed = needed_libraries(program)
     assert "libtorchmoe.so" in needed
     assert not [name for name in needed if "python" in name]
 

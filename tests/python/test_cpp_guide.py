@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_cpp_consumer import build, output_of
+from cpp_programs import build, output_of
 from torchmoe.nn import MoE
 
 pytestmark = [pytest.mark.needs_build, pytest.mark.slow]

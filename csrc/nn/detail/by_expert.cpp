@@ -5,15 +5,6 @@
 #include <ATen/ops/where.h>
 
 namespace torchmoe::nn {
-namespace {
-
-/// The ids with all that are outside [0, E) as E.
-at::Tensor or_beyond(const at::Tensor& indices, int64_t num_experts) {
-  const auto routed = indices.ge(0).logical_and_(indices.lt(num_experts));
-  return at::where(routed, indices, num_experts);
-}
-
-}  // namespace
 
 at::ScalarType wide_type(at::ScalarType dtype) {
   return at::promote_types(at::kFloat, dtype);
@@ -26,7 +17,8 @@ at::Tensor wide(const at::Tensor& values) {
 at::Tensor count(const at::Tensor& indices, int64_t num_experts) {
   auto sizes = indices.sizes().vec();
   sizes.back() = num_experts + 1;
-  const auto ids = or_beyond(indices, num_experts);
+  const auto routed = indices.ge(0).logical_and_(indices.lt(num_experts));
+  const auto ids = at::where(routed, indices, num_experts);
   return indices.new_zeros(sizes)
       .scatter_add_(-1, ids, at::ones_like(ids))
       .narrow(-1, 0, num_experts);
@@ -40,11 +32,7 @@ at::Tensor shares(const at::Tensor& counts, at::ScalarType dtype) {
 }
 
 at::Tensor named(const at::Tensor& indices, int64_t num_experts) {
-  const auto ids = or_beyond(indices, num_experts);
-  return indices.new_zeros({indices.size(0), num_experts + 1})
-      .scatter_add_(1, ids, at::ones_like(ids))
-      .narrow(1, 0, num_experts)
-      .gt(0);
+  return count(indices, num_experts).gt(0);
 }
 
 }  // namespace torchmoe::nn

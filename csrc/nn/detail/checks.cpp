@@ -8,6 +8,7 @@
 #include <ATen/ops/isfinite.h>
 #include <c10/util/Type.h>
 
+#include "common/checks.h"
 #include "ops/limit_capacity.h"
 
 namespace torchmoe::nn {
@@ -84,7 +85,7 @@ void check_counts(std::string_view owner,
                   int64_t num_experts,
                   const at::Device& device,
                   bool whole) {
-  TORCH_CHECK_TYPE(counts.defined(), owner, ": ", argument, " must be a tensor, got None");
+  check_defined(owner, argument, counts);
   const bool is_counting = at::isIntegralType(counts.scalar_type(), /*includeBool=*/false) ||
                            (!whole && counts.is_floating_point());
   TORCH_CHECK(is_counting && counts.sizes() == at::IntArrayRef(num_experts),
