@@ -71,7 +71,7 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs the CMake project into the package's folder."""
 
     def run(self) -> None:
-        """Installs beside the Python files: those of the source tree for an editable install."""
+        """Installs next to the Python files: those of the source tree for an editable install."""
         in_place = self.inplace or self.editable_mode
         package = (ROOT / "python" if in_place else Path(self.build_lib).resolve()) / "torchmoe"
         torch_cmake = torch_folder() / "share" / "cmake"
@@ -85,7 +85,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_PREFIX_PATH={torch_cmake}",
             "-DTORCHMOE_BUILD_PYTHON=ON",
-            # The wheel's layout: libraries beside the Python files, where the loader looks.
+            # The wheel's layout: libraries next to the Python files, where the loader looks.
             "-DCMAKE_INSTALL_LIBDIR=.",
             "-DCMAKE_INSTALL_INCLUDEDIR=include",
             "-UTORCHMOE_CUDA",  # of the last time

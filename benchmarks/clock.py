@@ -123,7 +123,7 @@ class Clock:
 
 
 def interleave(runs: Mapping[str, Run], rounds: int) -> dict[str, Times]:
-    """Every member in every round, but for those that take too long."""
+    """Every member in every round, except for those that take too long."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):

@@ -1,4 +1,4 @@
-"""What is timed beside what: the layer, its peers with the same parameters, and the dense bound.
+"""What is timed against what: the layer, its peers with the same parameters, and the dense bound.
 
 - torchmoe: `torchmoe.nn.MoE` from router to output;
 - Transformers: its Mixtral block with `grouped_mm` and with `eager` experts;
@@ -28,7 +28,7 @@ import torchmoe
 OURS, LOOP = "torchmoe", "plain torch loop"
 TRANSFORMERS = ("grouped_mm", "eager")  # the implementations of its experts
 
-# A peer adds the same numbers in another order, so a sum of n terms may differ by n * eps of the
+# A peer adds the same values in another order, so a sum of n terms may differ by n * eps of the
 # largest element; four such sums follow one another (router, W_in, W_out and their backward).
 AGREEMENT = 4
 

@@ -4,14 +4,14 @@ Run it as `python -m benchmarks.cuda_layer`. In one process, turn by turn:
 
 - torchmoe: `expert_mlp` alone and the whole `torchmoe.nn.MoE`, from router to output and losses;
 - peers: Transformers' `grouped_mm` experts and its whole Mixtral block, and what one would write
-  with `torch._grouped_mm`, each first shown to give expert_mlp's numbers;
+  with `torch._grouped_mm`, each first shown to give expert_mlp's results;
 - the bound: the six balanced `torch.bmm` of the same floating-point operations, 6 T K H I forward
   and 12 T K H I backward, alone and with the activation between them.
 
 Before each run the L2 cache is overwritten and the GPU waits for a millisecond, so that operands
 come from memory and launches, where there are few enough, are not what is measured. A share is the
 bound's time over the contender's, of the same rounds' medians. "saved" is what the forward pass
-leaves allocated beside its output. The routing ops' bytes are those of their inputs and outputs,
+leaves allocated besides its output. The routing ops' bytes are those of their inputs and outputs,
 each once, and their share is that of the bandwidth of a large copy.
 """
 
@@ -121,7 +121,7 @@ class Clock:
 
 
 def drawn(*shape: int, scale: float = 1.0) -> Tensor:
-    """Normal numbers that want a gradient."""
+    """Normal values that require a gradient."""
     tensor = torch.randn(shape, device=DEVICE, dtype=DTYPE) * scale
     return tensor.requires_grad_()
 
@@ -238,7 +238,7 @@ def of_the_layer(shape: Shape) -> tuple[list[Contender], dict[str, str]]:
 
 
 def check_agreement(peer: Contender, reference: Contender) -> None:
-    """Output and gradients, but for the weights', which a peer may round."""
+    """Output and gradients, except those of the weights, which a peer may round."""
 
     def results(contender: Contender) -> list[Tensor]:
         y = contender.forward()
@@ -257,7 +257,7 @@ def check_agreement(peer: Contender, reference: Contender) -> None:
 
 
 def saved_bytes(contender: Contender) -> int:
-    """What the forward pass leaves allocated beside its output."""
+    """What the forward pass leaves allocated in addition to its output."""
 
     def requested() -> int:
         gc.collect()

@@ -2,7 +2,7 @@
 
 Run it as `python -m benchmarks.derivatives`. One layer without its losses, and the time (the
 fastest of ten rounds in which they take turns), the products' floating-point operations and the
-peak memory of its first gradient, which kernels form, beside what compositions of ops form: the
+peak memory of its first gradient, which kernels form, next to what compositions of ops form: the
 gradient with a graph of itself, a Jacobian-vector product in forward mode, and a Hessian-vector
 product, reverse over reverse and forward over reverse.
 """

@@ -2,7 +2,7 @@
 
 Run it as `python -m benchmarks.estimators`. One layer takes every built-in estimator in turn: the
 time of a forward and backward pass (the fastest of ten rounds in which they take turns) and the
-most memory it holds beyond what it held before, beside `exact`. The third number is what the
+most memory it holds beyond what it held before, relative to `exact`. The third number is what the
 arithmetic alone would lead one to expect: the floating-point operations of the experts' products,
 with those that the estimator adds, over those of the layer.
 """

@@ -50,7 +50,7 @@ def clear(axes: Axes, grid: str = "y") -> None:
     axes.grid(axis="both" if grid == "both" else "y", color="0.9")
 
 
-# ---- the layer beside its peers
+# ---- the layer and its peers
 
 
 def layers(results: Sequence[Result]) -> Figure:
@@ -154,7 +154,7 @@ def products(shares: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
 
 
 def growth(curves: Mapping[str, tuple[Sequence[int], Sequence[float], bool]]) -> Figure:
-    """Time against size, beside growth in proportion to the work; what grows is logarithmic."""
+    """Time against size, next to growth in proportion to the work; both axes are logarithmic."""
     figure = new_figure(3.4)
     row = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (title, (sizes, seconds, grows)) in zip(row, curves.items(), strict=True):

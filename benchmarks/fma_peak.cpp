@@ -44,7 +44,7 @@ double rate_until(Clock::time_point deadline) {
     steps += kStepsBetweenLooks;
     end = Clock::now();
   } while (end < deadline);
-  // What nobody reads would not be computed.
+  // Without this use the compiler would drop the computation.
   volatile float sink = 0;
   for (const auto& sum : sums) {
     for (int lane = 0; lane < kLanes; ++lane) {

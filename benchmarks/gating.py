@@ -2,7 +2,7 @@
 
 Run it as `python -m benchmarks.gating`. One layer takes every router in turn, and then experts that
 talk: the time of a forward and backward pass (the fastest of ten rounds in which they take turns)
-and the most memory it holds beyond what it held before, beside the linear router's. The third
+and the most memory it holds beyond what it held before, next to the linear router's. The third
 number is what the arithmetic alone would lead one to expect: the floating-point operations of the
 layer's products, its experts', router's and communication's, over those with the linear router.
 """

@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures and prints a line for each import."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.import_time",
-        description="Times the import of torchmoe beside torch's own.",
+        description="Times the import of torchmoe next to torch's own.",
     )
     parser.add_argument("--rounds", type=int, default=10, help="of each; the fastest counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the numbers, too")

@@ -214,7 +214,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.moe_layer",
-        description="Times one MoE layer beside Transformers, a plain loop and torch.mm.",
+        description="Times one MoE layer next to Transformers, a plain loop and torch.mm.",
     )
     add_shape_option(parser, "four shapes, and two of few tokens forward only")
     parser.add_argument("--forward-only", action="store_true", help="inference only")

@@ -20,7 +20,7 @@ else()
     set_target_properties(torchmoe::${name} PROPERTIES IMPORTED_LOCATION "${TORCH_INSTALL_PREFIX}/lib/lib${name}.so")
     target_link_libraries(torchmoe::libtorch INTERFACE torchmoe::${name})
   endforeach()
-  # What torch_cpu itself needs, such as CUDA's runtime, the loader finds beside it.
+  # What torch_cpu itself needs, such as CUDA's runtime, the loader finds next to it.
   target_link_options(torchmoe::libtorch INTERFACE LINKER:--allow-shlib-undefined)
   target_include_directories(torchmoe::libtorch INTERFACE
     "${TORCH_INSTALL_PREFIX}/include"

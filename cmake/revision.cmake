@@ -1,5 +1,5 @@
 # TORCHMOE_GIT_REVISION: the commit being built, with "-dirty" when tracked files differ from it; "unknown" outside a checkout, as of
-# sources that lie in another project's repository.
+# sources inside another project's repository.
 set(TORCHMOE_GIT_REVISION unknown)
 execute_process(
   COMMAND git rev-parse --show-toplevel

@@ -31,7 +31,7 @@ foreach(_torchmoe_library c10 torch_cpu)
   if(NOT EXISTS "${TORCH_INSTALL_PREFIX}/lib/lib${_torchmoe_library}.so")
     set(TORCHMOE_PROBLEM "torch must have its shared libraries in ${TORCH_INSTALL_PREFIX}/lib, got no lib${_torchmoe_library}.so there: \
 put first on CMAKE_PREFIX_PATH a torch as pip installs it")
-    unset(Torch_DIR CACHE)  # so that the next run looks anew
+    unset(Torch_DIR CACHE)  # so that the next run looks again
     return()
   endif()
 endforeach()

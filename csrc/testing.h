@@ -1,32 +1,32 @@
-// Gradient checks from LibTorch alone, header only: finite differences against backward, and
-// certify, which asks a layer about more laws and stands below.
+// Gradient checks that need only LibTorch, header only: gradcheck compares finite differences with
+// backward; certify, at the end, tests further laws on a layer.
 //
-//   using torchmoe::testing::gradcheck;
-//   auto x = torch::randn({5, 3}, torch::dtype(torch::kFloat64).requires_grad(true));
+//     using torchmoe::testing::gradcheck;
+//     auto x = torch::randn({5, 3}, torch::dtype(torch::kFloat64).requires_grad(true));
 //
-//   gradcheck<MyFunction>({x, weight});                      // a torch::autograd::Function
-//   gradcheck([&](const auto& in) { return my_op(in[0], indices); }, {x});       // any callable
-//   gradgradcheck<MyFunction>({x, weight});                  // its second derivative
+//     gradcheck<MyFunction>({x, weight});                      // a torch::autograd::Function
+//     gradcheck([&](const auto& in) { return my_op(in[0], indices); }, {x});       // any callable
+//     gradgradcheck<MyFunction>({x, weight});                  // its second derivative
 //
-//   const auto result = gradcheck<MyFunction>({x, weight});
-//   if (!result.ok) std::cerr << result.message << "\n";     // nothing here prints
+//     const auto result = gradcheck<MyFunction>({x, weight});
+//     if (!result.ok) std::cerr << result.message << "\n";     // nothing here prints
 //
 // For an output o and an input x the check compares, entry by entry,
 //
-//   analytic[j, i] = (backward of the j-th unit vector)[i]              a backward per output entry
-//   numeric[j, i]  = (o(x + eps e_i)[j] - o(x - eps e_i)[j]) / (2 eps)    two forwards per x entry
+//     analytic[j, i] = (backward of the j-th unit vector)[i]            a backward per output entry
+//     numeric[j, i]  = (o(x + eps e_i)[j] - o(x - eps e_i)[j]) / (2 eps)  two forwards per x entry
 //
-// and asks for |analytic - numeric| <= atol + rtol |numeric|. It does so with each differentiable
+// and requires |analytic - numeric| <= atol + rtol |numeric|. It does so with each differentiable
 // input alone (the others constant) and with all of them together, because a backward that skips
-// what nobody asked for takes another path each time. Besides the values it asks that
+// gradients that are not needed takes another path each time. It also requires that
 //
 //   - forward and backward give the same bits twice, and forward also with gradients off;
-//   - forward passes that run in between leave no trace in the backward;
+//   - forward passes that run in between do not affect the backward;
 //   - neither inputs nor incoming gradients are written to;
 //   - an undefined incoming gradient counts as zero;
 //   - an incoming gradient may have any strides;
-//   - a discrete selection inside the function, where `selection` is given, is the same at every
-//     step: across a tie a finite difference means nothing, and the message names the token.
+//   - a discrete selection inside the function, if `selection` is given, is the same at every step:
+//     across a tie a finite difference is meaningless, and the message names the token.
 #pragma once
 
 #include <cstddef>
@@ -80,25 +80,26 @@ TensorFunction as_tensor_function(const Rest&... rest) {
 
 }  // namespace detail
 
-// Compares the gradients of `function` with finite differences at `inputs`.
-//
-//   inputs   what requires grad must be a float64 leaf of any shape and is differentiated; all
-//            else (ids, masks, an undefined tensor for an absent argument) is passed on as it is.
-//            They are copied, strides included, and never written to.
-//   outputs  any shapes. Integers are skipped, and so is an output that needs no gradient, unless
-//            none does: then all must be constant. The others must be float64.
-//
-// Returns the first fault found. Throws c10::Error when `inputs` breaks the contract above; what
-// the function itself throws passes through. Meant for a few hundred entries: it takes 2 forwards
-// per input entry, and a backward per output entry for each input alone and for all together.
+/// Compares the gradients of `function` with finite differences at `inputs`.
+///
+/// - inputs: a tensor that requires grad must be a float64 leaf of any shape and is differentiated;
+///   all others (ids, masks, an undefined tensor for an absent argument) are passed on unchanged.
+///   They are copied, strides included, and never written to.
+/// - outputs: any shapes. Integers are skipped, and so is an output that needs no gradient, unless
+///   none does: then all must be constant. The others must be float64.
+///
+/// Returns the first fault found. Throws c10::Error if `inputs` breaks the contract above;
+/// exceptions of the function itself are passed on. Meant for a few hundred entries: it takes 2
+/// forwards per input entry, and a backward per output entry for each input alone and for all
+/// together.
 inline GradcheckResult gradcheck(const TensorFunction& function,
                                  const Tensors& inputs,
                                  const GradcheckOptions& options = {}) {
   return detail::run_gradcheck("gradcheck", function, inputs, options, /*every_output=*/false);
 }
 
-// The same for Function::apply(inputs[0], inputs[1], ..., rest...): the tensors first, then what
-// is not to be differentiated (numbers, strings, flags).
+/// The same for Function::apply(inputs[0], inputs[1], ..., rest...): the tensors first, then the
+/// arguments that are not differentiated (numbers, strings, flags).
 template <typename Function, typename... Rest>
 GradcheckResult gradcheck(const Tensors& inputs,
                           const GradcheckOptions& options = {},
@@ -106,10 +107,10 @@ GradcheckResult gradcheck(const Tensors& inputs,
   return gradcheck(detail::as_tensor_function<Function>(rest...), inputs, options);
 }
 
-// The same for the gradient, as the function (inputs, incoming gradients) -> gradients of the
-// inputs: in a message `output` counts the inputs that require grad, and `input` counts on from the
-// inputs to the outputs' incoming gradients. A function that refuses double backward throws its own
-// message.
+/// The same for the gradient, as the function (inputs, incoming gradients) -> gradients of the
+/// inputs: in a message `output` counts the inputs that require grad, and `input` counts on from
+/// the inputs to the outputs' incoming gradients. A function that refuses double backward throws
+/// its own message.
 inline GradcheckResult gradgradcheck(const TensorFunction& function,
                                      const Tensors& inputs,
                                      const GradcheckOptions& options = {}) {
@@ -176,22 +177,23 @@ GradcheckResult gradgradcheck(const Tensors& inputs,
   return gradgradcheck(detail::as_tensor_function<Function>(rest...), inputs, options);
 }
 
-// Asks a layer about the laws of testing/laws.h, each with the tokens x [T, H] float64; one that
-// fails is asked again with the first token, the first two, and so on, for the smallest input. What
-// forward throws is a failure of the law that called it, except that double backward may be refused.
-//
-//   moe->to(at::kDouble);
-//   const auto certificate = certify(
-//       {.forward = [&](const auto& x, const auto& mask) -> Tensors {
-//          const auto out = moe->forward(x, mask);
-//          return {out.hidden_states, out.aux_loss};
-//        },
-//        .parameters = moe->named_parameters().pairs()},
-//       at::randn({9, 8}, at::kDouble));
-//   std::cout << certificate.to_string();
-//
-// Takes two forward passes for each number of x and the parameters: for small layers. Throws
-// c10::Error where x or the parameters are not float64.
+/// Tests the laws of testing/laws.h on a layer, each with the tokens x [T, H] float64. A law that
+/// fails is tested again with the first token, the first two, and so on, for the smallest input. An
+/// exception from forward is a failure of the law that called it, except that double backward may
+/// be refused.
+///
+///     moe->to(at::kDouble);
+///     const auto certificate = certify(
+///         {.forward = [&](const auto& x, const auto& mask) -> Tensors {
+///            const auto out = moe->forward(x, mask);
+///            return {out.hidden_states, out.aux_loss};
+///          },
+///          .parameters = moe->named_parameters().pairs()},
+///         at::randn({9, 8}, at::kDouble));
+///     std::cout << certificate.to_string();
+///
+/// Takes two forward passes for each element of x and of the parameters: for small layers. Throws
+/// c10::Error if x or the parameters are not float64.
 inline Certificate certify(const Layer& layer,
                            const at::Tensor& x,
                            const GradcheckOptions& options = {}) {

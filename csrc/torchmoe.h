@@ -1,21 +1,21 @@
 // Every op and module of torchmoe.
 //
-//   what                                                   C++                 Python
-//   ops and their gradients of every order                 torchmoe::NAME      torchmoe.ops
-//   layer, router, experts, shared experts, attached loss  torchmoe::nn        torchmoe.nn
-//   Gate, Capacity, Balance, Assistance                    option structs      same names, messages
-//   selection bias, groups, usage, dynamic capacity        yes                 yes
-//   router, experts, shared experts of one's own           module or function  module
-//   exact, straight_through, straight_through_dense        by name             by name
-//   an estimator of one's own                              three methods       also by name
-//   default_vector, sparsemixer, gumbel_straight_through   -                   by name
-//   further losses                                         functions           names and functions
-//   several processes                                      all_reduce          process_group
-//   other routers, router_input, ExpertList,               -                   yes
-//   expert communication
-//   replay, presets, monitoring, adapters, studies         -                   yes
-//   checks of gradients and layers                         testing.h           torchmoe.testing
-//   state dicts: safetensors, torch.save, both ways        serialize/          torch's own
+//     what                                                   C++                 Python
+//     ops and their gradients of every order                 torchmoe::NAME      torchmoe.ops
+//     layer, router, experts, shared experts, attached loss  torchmoe::nn        torchmoe.nn
+//     Gate, Capacity, Balance, Assistance                    option structs      same names, messages
+//     selection bias, groups, usage, dynamic capacity        yes                 yes
+//     custom router, experts, shared experts                 module or function  module
+//     exact, straight_through, straight_through_dense        by name             by name
+//     a custom estimator                                     three methods       also by name
+//     default_vector, sparsemixer, gumbel_straight_through   -                   by name
+//     further losses                                         functions           names and functions
+//     several processes                                      all_reduce          process_group
+//     other routers, router_input, ExpertList,               -                   yes
+//     expert communication
+//     replay, presets, monitoring, adapters, studies         -                   yes
+//     checks of gradients and layers                         testing.h           torchmoe.testing
+//     state dicts: safetensors, torch.save, both ways        serialize/          torch's own
 #pragma once
 
 #include "nn/assistance.h"

@@ -1,4 +1,4 @@
-"""How fast is the layer beside its peers and the dense bound?"""
+"""How fast is the layer compared with its peers and the dense bound?"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def section_layers(settings: Settings) -> Section:
     ]
     ends = [f"- {result.case}: {'; '.join(conclusions(result))}" for result in results]
     return Section(
-        "The layer beside its peers",
+        "The layer and its peers",
         "A training step (forward and backward, routing included), or inference where it says "
         "forward only, in float32. D is the time over that of dense `torch.mm` of the same FLOPs, "
         "U the share of the probed FMA peak, P the time of the better of Transformers' "

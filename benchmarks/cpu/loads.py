@@ -15,7 +15,7 @@ BALANCED = "balanced"
 
 
 class ExpertStep:
-    """A forward and backward pass of expert_mlp with the experts that it is told."""
+    """A forward and backward pass of expert_mlp with the given experts."""
 
     def __init__(self, indices: Tensor, hidden: int, inner: int, experts: int) -> None:
         """Draws tokens, weights and parameters."""

@@ -61,7 +61,7 @@ def cases() -> dict[str, ExpertStep]:
 
 
 def section_odd_sizes(settings: Settings) -> Section:
-    """The time of each, beside the plain loop's."""
+    """The time of each, next to the plain loop's."""
     torch.manual_seed(0)
     rows: list[list[str]] = []
     for name, ours in cases().items():
@@ -76,7 +76,7 @@ def section_odd_sizes(settings: Settings) -> Section:
         rows.append([name, f"{low[0]:.2f}", f"{low[1]:.2f}", f"{ratio:.2f}", f"{share:.3f}"])
     return Section(
         "Odd sizes",
-        f"`expert_mlp` forward and backward beside the plain torch loop on the same operands: "
+        f"`expert_mlp` forward and backward next to the plain torch loop on the same operands: "
         f"{ROWS} rows of {EXPERTS} balanced experts, then {FEW_EXPERTS} experts of H = I = "
         f"{FEW_SIZE} with hardly a row, where the time is that of the weights' gradients.",
         [table(["", "ms", "loop ms", "loop over ours", "U"], rows)],

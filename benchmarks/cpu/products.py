@@ -94,7 +94,7 @@ def section_products(settings: Settings) -> Section:
     return Section(
         "The six products of a step",
         "`grouped_linear` and its backward with one gradient asked for, on balanced experts, "
-        "beside one `torch.mm` over all rows, whose FLOPs are the same: fastest rounds, and their "
+        "next to one `torch.mm` over all rows, whose FLOPs are the same: fastest rounds, and their "
         "share of the FMA peak. N and T say whether a factor is read as it lies or transposed.",
         [table(header, rows, texts=2)],
         {"cpu_products.png": figures.products(shares)},

@@ -59,7 +59,7 @@ def section_threads(settings: Settings) -> Section:
     return Section(
         "Threads",
         "A step on 1, 2, 4 and so on threads, up to the number of cores, in one process: fastest "
-        "rounds and their speed-up over one thread, beside that of six dense `torch.mm` and of the "
+        "rounds and their speed-up over one thread, and that of six dense `torch.mm` and of the "
         "FMA peak, which is the machine's own.",
         [table(header, rows)],
     )

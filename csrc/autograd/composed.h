@@ -1,5 +1,5 @@
 // The derivatives of an op of one differentiable input with a kernel for the value and one for the
-// gradient: what lies beyond comes from a composition of differentiable ops that says the same.
+// gradient: higher derivatives come from a composition of differentiable ops with the same value.
 #pragma once
 
 #include <tuple>

@@ -25,12 +25,12 @@ namespace torchmoe {
 
 using torch::autograd::variable_list;
 
-/// What reaches a node on the way back.
+/// What reaches a node in the backward pass.
 struct Arriving {
-  /// The gradient of each output; that of an output which nothing depends on is undefined, but
-  /// never are all of them.
+  /// The gradient of each output, undefined for an output that nothing depends on; at least one is
+  /// defined.
   variable_list grads;
-  /// Whether somebody wants the gradient of each input.
+  /// Whether the gradient of each input is required.
   std::vector<bool> wanted;
 };
 
@@ -95,7 +95,7 @@ struct SavedFields<std::tuple<Fields...>> {
   }
 };
 
-/// The gradient as a node gives it: undefined where output_mask left it out.
+/// The gradient as a node returns it: undefined if output_mask left it out.
 inline at::Tensor gradient_if(bool wanted, const at::Tensor& gradient) {
   return wanted ? gradient : at::Tensor();
 }
@@ -235,8 +235,8 @@ auto make_node(const Given&... given) {
   }
 }
 
-/// Whether an op records a node: gradients are on and an input wants one. Records are asked field
-/// by field.
+/// Whether an op records a node: gradients are on and an input requires one. The fields of records
+/// count one by one.
 template <typename... Inputs>
 bool wants_gradient(const Inputs&... inputs) {
   return std::apply(
@@ -244,7 +244,7 @@ bool wants_gradient(const Inputs&... inputs) {
       std::tuple_cat(fields_of(inputs)...));
 }
 
-/// Records a node for fresh outputs of `op` where an input wants a gradient. `inputs` ties what
+/// Records a node for new outputs of `op` if an input requires a gradient. `inputs` ties what
 /// `backward` returns gradients for, in order; records among them count field by field.
 template <auto backward, typename... Inputs, typename... Saved>
 void record_node(const char* op,
@@ -264,7 +264,7 @@ void record_node(const char* op,
   }
 }
 
-/// What `op`, a lambda, gives where autograd does not see it.
+/// The result of `op`, a lambda, run below autograd.
 template <typename Op>
 auto below_autograd(const Op& op) {
   const at::AutoDispatchBelowADInplaceOrView guard;

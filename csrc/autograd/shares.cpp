@@ -29,7 +29,7 @@ at::Tensor log_of_sigmoid(const at::Tensor& logits) {
   return at::where(nowhere, kMinusInfinity, log);
 }
 
-/// The softmax, 0 where every number is -inf; torch's has NaN there, also in its derivatives.
+/// The softmax, 0 where every element is -inf; torch's has NaN there, also in its derivatives.
 at::Tensor softmax(const at::Tensor& numbers) {
   const auto nothing = at::all(numbers == kMinusInfinity, -1, /*keepdim=*/true);
   return at::where(nothing, 0.0, at::softmax(at::where(nothing, 0.0, numbers), -1));

@@ -14,7 +14,7 @@ namespace torchmoe {
 
 inline constexpr uint64_t kForwardLevel = 0;  // torch has no other
 
-/// Whether an input carries a tangent; records are asked field by field.
+/// Whether an input carries a tangent; the fields of records count one by one.
 template <typename... Inputs>
 bool has_tangent(const Inputs&... inputs) {
   return std::apply(
@@ -41,14 +41,14 @@ inline std::optional<at::Tensor> primal_of(const std::optional<at::Tensor>& dual
   return dual ? std::optional(primal_of(*dual)) : std::nullopt;
 }
 
-/// Gives a fresh result its tangent; nothing where that is undefined, which stands for zero.
+/// Gives a new result its tangent; does nothing if that is undefined, which means zero.
 inline void set_tangent(const at::Tensor& result, const at::Tensor& tangent) {
   if (tangent.defined()) {
     result._set_fw_grad(tangent, kForwardLevel, /*is_inplace_op=*/false);
   }
 }
 
-/// Adds a term of a product rule; a sum without terms is undefined, which stands for zero.
+/// Adds a term of a product rule; a sum without terms is undefined, which means zero.
 inline void add_term(at::Tensor& sum, const at::Tensor& term) {
   sum = sum.defined() ? at::add(sum, term) : term;
 }

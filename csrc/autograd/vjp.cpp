@@ -9,7 +9,7 @@ using torch::autograd::variable_list;
 
 namespace {
 
-/// A tensor to differentiate by: the same numbers and tangent, and part of the graph that `tensor`
+/// A tensor to differentiate by: the same elements and tangent, and part of the graph that `tensor`
 /// is part of. A detached one would lose both.
 at::Tensor variable_for(const at::Tensor& tensor) {
   auto variable = tensor.view_as(tensor);

@@ -12,8 +12,8 @@ namespace torchmoe {
 using Composition =
     std::function<torch::autograd::variable_list(const torch::autograd::variable_list&)>;
 
-/// The gradients of those inputs of `composition` that are wanted, for the gradients `arriving` at
-/// its outputs, of which some may be undefined; undefined where nothing depends on an input. They
+/// The required gradients of the inputs of `composition`, for the gradients `arriving` at its
+/// outputs, of which some may be undefined; undefined for an input that nothing depends on. They
 /// are differentiable themselves where gradients are on, and carry tangents where the inputs do.
 ///
 /// It runs the composition again, so that an op keeps nothing for it.

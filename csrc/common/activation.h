@@ -42,8 +42,8 @@ constexpr bool is_gated(Activation activation) {
   return kind_of(activation) == ActivationKind::gated;
 }
 
-/// The type of a formula's constants: the number's own, and a double where u is a tensor, for which
-/// torch's functions of the same names stand in (autograd/activate.cpp).
+/// The type of a formula's constants: the scalar's own, and a double where u is a tensor, for which
+/// torch's functions of the same names are used (autograd/activate.cpp).
 template <typename T>
 struct ConstantOf {
   using Type = T;
@@ -64,7 +64,7 @@ struct ValueAndSlope {
   T slope;
 };
 
-/// The formulas of a nonlinearity f: f(u), of a number or a tensor, and f(u) with f'(u), of a number.
+/// The formulas of a nonlinearity f: f(u) of a scalar or a tensor, and f(u) with f'(u) of a scalar.
 template <Nonlinearity f>
 struct Formula;
 

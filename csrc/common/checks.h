@@ -109,7 +109,7 @@ inline void check_same_device(std::string_view op,
               tensor.device());
 }
 
-/// How many experts a token may choose of those there are.
+/// Checks the number of experts per token against the number of experts.
 inline void check_top_k(std::string_view op, int64_t top_k, const c10::SymInt& num_experts) {
   TORCH_CHECK_VALUE(top_k >= 1 && num_experts >= top_k,
                     op,
@@ -119,7 +119,7 @@ inline void check_top_k(std::string_view op, int64_t top_k, const c10::SymInt& n
                     top_k);
 }
 
-/// What a backward op asks of the gradient that arrives, beside its shape: kernels read it in
+/// What a backward op requires of the incoming gradient, besides its shape: kernels read it in
 /// whatever floating type it has, where the op's own tensors are.
 inline void check_gradient(std::string_view op,
                            const at::Tensor& grad,

@@ -1,4 +1,4 @@
-// The types of tensors, as numbers of c10 and as types of the language.
+// The types of tensors, as c10's enumerators and as C++ types.
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
-// How the library's functions meet the dispatcher, which knows no records: functions and kernels take
-// them, schemas have their fields.
+// Connects the library's functions with the dispatcher, which knows no records: functions and
+// kernels take records, schemas have their fields.
 #pragma once
 
 #include <array>

@@ -1,4 +1,4 @@
-// The types of the numbers that tensors hold: the table from which the dispatch over a tensor's type,
+// The types of the elements of tensors: the table from which the dispatch over a tensor's type,
 // the check of it and the instances of kernels follow.
 #pragma once
 

@@ -6,9 +6,9 @@
 
 namespace torchmoe {
 
-/// An uninitialised tensor of `sizes` where a gradient is wanted, else one of shape [0]: an
-/// undefined tensor cannot pass through an autograd Function, and a gradient nobody asked for must
-/// cost nothing.
+/// An uninitialised tensor of `sizes` if a gradient is required, else one of shape [0]: an
+/// undefined tensor cannot pass through an autograd Function, and a gradient that is not required
+/// must cost nothing.
 inline at::Tensor empty_if(bool wanted,
                            c10::SymIntArrayRef sizes,
                            const at::TensorOptions& options) {

@@ -14,7 +14,7 @@ TORCHMOE_HOST_DEVICE bool ranks_before(T a, T b) {
   return a > b || (std::isnan(b) && !std::isnan(a));
 }
 
-/// A score with what decides between equal ones, such as the logit that it was formed from:
+/// A score and what decides between equal scores, such as the logit that it was formed from:
 /// probabilities that have underflowed, or that a bias has absorbed, are equal where logits are not.
 template <typename T>
 struct Ranked {

@@ -14,9 +14,9 @@ TORCHMOE_HOST_DEVICE T sigmoid(T u) {
   return T(1) / (T(1) + std::exp(-u));
 }
 
-/// What the logarithms of sigmoids are lowered by before the sigmoids are divided by their sum: the
-/// largest logit, where all lie so low that the sum underflows or is close to it, else 0. NaN and
-/// -inf, from which nothing can be taken away, give 0.
+/// The value subtracted from the logarithms of sigmoids before these are divided by their sum: the
+/// largest logit if all are so low that the sum underflows or nearly does, else 0. NaN and -inf,
+/// from which nothing can be subtracted, give 0.
 template <typename T>
 TORCHMOE_HOST_DEVICE T sigmoid_shift(T largest) {
   // float32 has room for another e^-56 below: a logit that far under the largest has no share.

@@ -1,4 +1,4 @@
-// How tensors are taken that may be absent, or whose strides and types vary.
+// Reads tensors that may be absent, or whose strides and types vary.
 #pragma once
 
 #include <optional>
@@ -21,7 +21,7 @@ inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& ten
   return tensor ? std::optional(tensor->contiguous()) : std::nullopt;
 }
 
-/// An absent tensor where modules and Functions keep it, which is an undefined one there.
+/// The form in which modules and Functions keep an optional tensor: undefined if it is absent.
 inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;
 }

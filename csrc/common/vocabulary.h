@@ -63,7 +63,7 @@ TORCHMOE_VOCABULARY(Normalized, "normalize", TORCHMOE_NORMALIZED)
   X(down, "the floor")
 TORCHMOE_VOCABULARY(Rounding, "rounding", TORCHMOE_ROUNDINGS)
 
-/// Whom a full expert serves first, where not as the order says.
+/// Which slots an expert serves first, if not by the order.
 #define TORCHMOE_PRIORITIES(X)                    \
   X(random, "a draw for every slot, in training") \
   X(weight, "the larger combine weight first")

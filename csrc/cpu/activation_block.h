@@ -14,7 +14,7 @@ namespace torchmoe::cpu {
 
 /// A product's gate and up columns become the pre-activation and the activation. `up` and what
 /// belongs to it are null for a plain activation, a bias where there is none, pre_gate and pre_up
-/// where nobody wants them.
+/// where they are not needed.
 template <typename T, typename Acc>
 struct ActivationBlock {
   int64_t rows;

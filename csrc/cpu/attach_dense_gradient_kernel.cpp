@@ -1,4 +1,4 @@
-// Every expert once for every token, and nothing kept of it but one number each.
+// Every expert once for every token, and nothing kept of it except one scalar each.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -13,8 +13,8 @@
 namespace torchmoe::cpu {
 
 /// at::empty, whose memory Linux may give in pages of 2 MB. The first touch of a page costs the
-/// kernel about a microsecond, whatever its size, and a step's gradients are memory that nobody has
-/// touched.
+/// kernel about a microsecond, whatever its size, and a step's gradients are memory that has not
+/// been touched yet.
 inline at::Tensor empty_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
   auto tensor = at::empty(sizes, options);
 #ifdef __linux__
@@ -31,7 +31,7 @@ inline at::Tensor empty_pages(at::IntArrayRef sizes, const at::TensorOptions& op
   return tensor;
 }
 
-/// The same for a result that somebody wants, else an empty tensor of shape [0].
+/// The same for a result that is required, else an empty tensor of shape [0].
 inline at::Tensor empty_pages_if(bool wanted,
                                  at::IntArrayRef sizes,
                                  const at::TensorOptions& options) {

@@ -48,7 +48,7 @@ ExpertMatrices<const T> matrices_of(const ExpertParameters& experts) {
           data_or_null<T>(experts.b_out)};
 }
 
-/// `offset` numbers further on, null where there is nothing.
+/// `offset` elements further on, null where there is nothing.
 template <typename T>
 T* advance(T* data, int64_t offset) {
   return data == nullptr ? nullptr : data + offset;

@@ -1,4 +1,4 @@
-// The experts' feed-forward networks. Tokens are gathered, weights packed and 16-bit numbers widened
+// The experts' feed-forward networks. Tokens are gathered, weights packed and 16-bit values widened
 // by the products as they read; the activation, forward and backward, works on a product's block
 // while it is in the cache.
 //
@@ -66,7 +66,7 @@ struct ExpertOrder {
   int64_t num_busy;
 };
 
-// Rows of what phases hand on lie this many numbers further apart than they are wide: apart by a
+// Rows of what phases hand on lie this many elements further apart than they are wide: apart by a
 // power of two they would share a few lines of the caches.
 constexpr int64_t kSpacing = 16;
 
@@ -82,14 +82,14 @@ ExpertRows rows_of(const cpu::Offsets& offsets, int64_t e) {
   return {offsets[e], {0, offsets[e + 1] - offsets[e]}};
 }
 
-/// What every expert's tasks share. `beside` is how many experts are worked on at a time.
+/// What every expert's tasks share. `beside` is how many experts are processed at the same time.
 struct Layer {
   Activation activation;
   Shape shape;
   int64_t beside;
 };
 
-/// One expert's tasks forward. pre [rows, P] is null where nobody wants the pre-activation; out is
+/// One expert's tasks forward. pre [rows, P] is null if the pre-activation is not needed; out is
 /// [rows, H].
 template <typename T, typename Acc>
 std::vector<cpu::Phase> forward_phases(const Layer& layer,
@@ -196,7 +196,7 @@ struct BackwardRows {
   const T* pre;        // [rows, P]
 };
 
-/// Where one expert's gradients go; null where nobody wants one.
+/// Where one expert's gradients are written; null if one is not required.
 template <typename T, typename Acc>
 struct ExpertGradients {
   ExpertMatrices<T> matrices;

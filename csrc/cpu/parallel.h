@@ -17,7 +17,7 @@
 
 namespace torchmoe::cpu {
 
-/// Numbers touched, in cheap element-wise work, that are worth a thread: torch's own grain.
+/// How many elements of cheap element-wise work are worth a thread: torch's own grain.
 constexpr int64_t kNumbersPerThread = 32768;
 
 /// Multiplications of matrix products that are worth sharing: some microseconds on one thread. A
@@ -42,7 +42,7 @@ void parallel_workers(bool is_shared, const Worker& worker) {
   });
 }
 
-/// Runs task(i) for i in [0, num_tasks), each of which touches about `numbers_per_task` numbers.
+/// Runs task(i) for i in [0, num_tasks), each of which touches about `numbers_per_task` elements.
 template <typename Task>
 void parallel_tasks(int64_t num_tasks, int64_t numbers_per_task, const Task& task) {
   std::atomic<int64_t> taken{0};
@@ -54,7 +54,7 @@ void parallel_tasks(int64_t num_tasks, int64_t numbers_per_task, const Task& tas
 }
 
 /// Runs body(begin, end) over pieces of [0, size): for loops whose items share no sum. A piece is
-/// worth starting a thread for when it touches kNumbersPerThread numbers.
+/// worth starting a thread for when it touches kNumbersPerThread elements.
 template <typename Body>
 void parallel_items(int64_t size, int64_t numbers_per_item, const Body& body) {
   const int64_t grain =

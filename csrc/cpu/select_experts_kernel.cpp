@@ -16,7 +16,7 @@ namespace {
 /// The top_k of one token's scores, best first, by insertion into a sorted list: linear in the
 /// number of experts for the small top_k of routing, since most scores fail the first comparison.
 /// Equal scores rank by expert id, which the ascending scan with a strict comparison gives for
-/// free. score_of(e) is a number, or a Ranked.
+/// free. score_of(e) is a scalar, or a Ranked.
 template <typename Score, typename ScoreOf>
 void select_row(
     const ScoreOf& score_of, int64_t num_experts, int64_t top_k, Score* best, int64_t* indices) {

@@ -17,7 +17,7 @@ struct TokenSums {
 
 /// The sums over the tokens with token_mask (null: all) of `width` terms each. add_terms(token,
 /// sums, scratch) adds a token's terms to its block's sums, in float64 whatever T is; scratch has
-/// room for `width` numbers.
+/// room for `width` elements.
 template <typename T, typename AddTerms>
 TokenSums sum_over_tokens(int64_t num_tokens,
                           const bool* token_mask,

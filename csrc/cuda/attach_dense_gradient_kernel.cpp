@@ -1,4 +1,4 @@
-// Every expert once for every token, and nothing kept of it but one number each: a plan in which
+// Every expert once for every token, and nothing kept of it except one scalar each: a plan in which
 // every token chooses every expert, taken through expert_mlp's own kernels a block of tokens at a
 // time.
 #include <ATen/ops/arange.h>

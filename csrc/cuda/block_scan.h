@@ -28,7 +28,7 @@ __device__ T block_inclusive_scan(T value, const Combine& combine) {
     return sum;
   };
   const T in_warp = scan_warp(value);
-  __syncthreads();  // whoever still reads an earlier scan's sums
+  __syncthreads();  // threads may still read an earlier scan's sums
   if (lane_id() == kWarpSize - 1) {
     of_warps[warp_in_block()] = in_warp;
   }
@@ -45,7 +45,7 @@ __device__ T block_inclusive_scan(T value, const Combine& combine) {
 template <typename T>
 __device__ T block_last(T value) {
   __shared__ T last;
-  __syncthreads();  // whoever still reads an earlier one
+  __syncthreads();  // threads may still read an earlier one
   if (threadIdx.x == blockDim.x - 1) {
     last = value;
   }

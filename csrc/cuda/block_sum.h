@@ -11,7 +11,7 @@ template <int threads, typename T>
 __device__ T block_sum(T value, int width) {
   __shared__ T sums[threads];
   const int thread = static_cast<int>(threadIdx.x);
-  __syncthreads();  // whoever still reads an earlier call's sums
+  __syncthreads();  // threads may still read an earlier call's sums
   sums[thread] = value;
   for (int distance = threads / 2; distance >= width; distance /= 2) {
     __syncthreads();

@@ -178,7 +178,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                            .hidden = hidden,
                                            .intermediate = intermediate});
     }
-    // 2. w_out and b_out: the weight sits in the activation for the one, beside the row for the
+    // 2. w_out and b_out: the weight is in the activation for the one, next to the row for the
     // other.
     if (wanted.w_out) {
       cuda::grouped_linear_grad_weight(stream,

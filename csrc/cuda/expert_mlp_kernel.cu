@@ -30,7 +30,7 @@ template <typename T, bool gated>
 constexpr int kTileActivations = gated ? Engine<T>::kColumns / 2 : Engine<T>::kColumns;
 
 /// Rounds a tile's pre-activations into `pre` and applies the activation to them while they are at
-/// hand. Of a gated expert the tile holds the gates beside the values they belong to.
+/// hand. For a gated expert the tile holds the gates next to the values they belong to.
 template <typename T, bool gated>
 struct Activate {
   Nonlinearity f;

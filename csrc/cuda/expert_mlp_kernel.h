@@ -1,4 +1,4 @@
-// The experts' feed-forward networks over rows in expert order: what lies beside the plain products
+// The experts' feed-forward networks over rows in expert order: what is added to the plain products
 // of gemm/grouped_product.h. Used by expert_mlp and attach_dense_gradient.
 #pragma once
 

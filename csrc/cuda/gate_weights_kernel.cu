@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kTokenThreads) gate_weights_kernel(GateSizes s
 ///
 ///     dL/dlogit_i = w_i * dlog q_i/dlogit_i * (sum of g_j over slots with i_j = i  -  n_i <w, g>)
 ///
-/// where n_i is how often q_i stands in that sum. A lane looks through the slots for its experts,
+/// where n_i is how often q_i occurs in that sum. A lane looks through the slots for its experts,
 /// so that each gradient has one writer and sums its slots in their order.
 template <typename T>
 __global__ void __launch_bounds__(kTokenThreads)

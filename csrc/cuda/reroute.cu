@@ -51,7 +51,7 @@
 // IT ENDS. Consider the first slot whose proposal is not what the rule gives, when everybody has
 // proposed. All before it propose what they take. So its proposal is turned down, and everything
 // that is not available to it shows in full_from and in its token's proposals: it now proposes what
-// the rule gives. Each round thus settles at least one slot more.
+// the rule gives. Each round therefore settles at least one more slot.
 //
 // That slot was wrong for one of two reasons. An expert had filled up at a slot of the chunk that
 // was itself not settled a round before: each expert fills once. Or it wanted what a slot of its
@@ -75,7 +75,7 @@ int slots_of_warp(int64_t top_k) {
 __device__ bool block_any(bool predicate) {
   __shared__ bool of_warps[kRerouteWarps];
   const bool of_warp = __any_sync(kAllLanes, predicate);
-  __syncthreads();  // whoever still reads an earlier call's
+  __syncthreads();  // threads may still read an earlier call's
   if (lane_id() == 0) {
     of_warps[warp_in_block()] = of_warp;
   }
@@ -187,11 +187,11 @@ __device__ int64_t next_proposal(
     best = first_of_warp(best);
     next = best.exists() ? best.expert : -1;
   }
-  __syncwarp();  // whoever still reads marks
+  __syncwarp();  // lanes may still read marks
   return next;
 }
 
-/// The slots of the warp that were turned down propose anew, one after the other, and so do those
+/// The slots of the warp that were turned down propose again, one after the other, and so do those
 /// that this turns down by (1).
 template <typename T>
 __device__ void propose(
@@ -249,7 +249,7 @@ __device__ void serve_chunk(const Rerouting<T>& r, const Chunk& chunk, int64_t& 
   bool is_turned_down = mine.wish >= 0 && mine.position >= r.scratch.full_from[mine.wish];
   for (;;) {
     propose(r, chunk, mine, is_turned_down, stamp);
-    __syncthreads();  // whoever still reads the last round's proposals
+    __syncthreads();  // threads may still read the last round's proposals
     if (mine.position >= 0) {
       chunk.rerouted_to[mine.position - chunk.begin] = mine.is_rerouted() ? mine.proposal : -1;
     }

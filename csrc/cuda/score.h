@@ -1,5 +1,5 @@
 // The score functions over one token's logits, a warp to a token: shared by gate_weights and the
-// router's losses. A logit's score is computed anew wherever it is needed, since a token may have
+// router's losses. A logit's score is computed again wherever it is needed, since a token may have
 // more experts than a warp has registers for.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Help for experts whose load has been high for long.
+// Help for experts whose load has been high for a long time.
 #pragma once
 
 #include <cstdint>
@@ -15,59 +15,59 @@
 
 namespace torchmoe::nn {
 
-/// A backup that joins an expert under sustained load, in a slot of its own beside the top_k.
+/// A backup for an expert under sustained load, in one extra slot in addition to the top_k.
 ///
 ///     usage_i > threshold / E for `patience` updates in a row   backup[i] begins to assist i
 ///     usage_i < lower_threshold / E                             it stops
 ///
-/// While expert i is assisted, each token routed to i gets one more slot, with backup[i]: weighed
-/// like any other and served by capacity like any other, as its last choice. Where several of a
-/// token's choices are assisted the best of them decides whose backup it is; where the token has
-/// that expert already, the slot stays empty. There are always top_k + 1 columns.
+/// While expert i is assisted, each token routed to i gets one extra slot, for backup[i]. This slot
+/// is weighted and subject to capacity like any other, as the token's last choice. If several of a
+/// token's choices are assisted, the backup of the best of them is used; if the token has chosen
+/// that backup already, the slot stays empty. There are always top_k + 1 columns.
 ///
 /// The state changes in `MoEImpl::update` only, from the router's `usage`, the running share of the
-/// router's own choices. The layer that takes it checks it (c10::ValueError).
+/// router's own choices. The layer checks the settings (c10::ValueError).
 struct Assistance {
   /* implicit */ Assistance(std::vector<int64_t> backup) : backup_(std::move(backup)) {}
 
-  /// For each expert another one.
+  /// Another expert for each expert.
   TORCH_ARG(std::vector<int64_t>, backup);
   /// In multiples of the even share 1 / E; below E / K, the load of an expert that every token
-  /// chooses. nullopt is 2, or halfway between 1 and E / K where that is at most 2.
+  /// chooses. nullopt is 2, or halfway between 1 and E / K if that is at most 2.
   TORCH_ARG(std::optional<double>, threshold) = std::nullopt;
-  /// The same; at most `threshold`. The gap keeps assistance from flickering. nullopt is 1.5, or
-  /// halfway between 1 and threshold where that is nullopt or below 1.5.
+  /// In the same unit; at most `threshold`. The gap prevents flickering. nullopt is 1.5, or halfway
+  /// between 1 and threshold if that is nullopt or below 1.5.
   TORCH_ARG(std::optional<double>, lower_threshold) = std::nullopt;
-  /// Updates in a row.
+  /// How many updates in a row usage must be above the threshold.
   TORCH_ARG(int64_t, patience) = 100;
 
  public:
-  /// Throws unless every setting is one, and they go together.
+  /// Throws unless every setting is valid and they are compatible.
   void check() const;
 };
 
-/// Who is assisted: the submodule `assistance` of a layer that was given an `Assistance`.
+/// Which experts are assisted: the submodule `assistance` of a layer with an `Assistance`.
 class AssistanceStateImpl : public Remembering<AssistanceStateImpl> {
  public:
-  /// least_experts is how many experts every token has at least, from which thresholds that were
-  /// left open follow. Throws c10::ValueError where a setting is out of range.
+  /// least_experts is the least number of experts that a token has; it determines thresholds that
+  /// were not set. Throws c10::ValueError if a setting is out of range.
   AssistanceStateImpl(const Assistance& settings, int64_t least_experts);
 
   void reset() override;
-  /// Nobody is assisted.
+  /// Resets the state: no expert is assisted.
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
   /// selected [T, K] int64, best first, an id outside [0, E) is not routed -> [T, K + 1], the last
-  /// column -1 where nobody assists.
+  /// column -1 for tokens without an assisted choice.
   at::Tensor forward(const at::Tensor& selected);
 
-  /// Begins and ends assistance; `MoEImpl::update` calls it once per optimizer step. usage [E],
-  /// after its own update; num_slots an integer scalar, the slots of the step, where there is none
-  /// nothing changes.
+  /// Begins and ends assistance; `MoEImpl::update` calls it once per optimizer step. usage [E] is
+  /// already updated for this step; num_slots is an integer scalar, the slots of the step; if it is
+  /// 0 nothing changes.
   void update(const at::Tensor& usage, const at::Tensor& num_slots);
 
-  /// With the thresholds that were left open.
+  /// Including the thresholds that were not set.
   const Assistance& settings() const { return settings_; }
   double threshold() const { return *settings_.threshold(); }
   double lower_threshold() const { return *settings_.lower_threshold(); }
@@ -86,7 +86,7 @@ class AssistanceStateImpl : public Remembering<AssistanceStateImpl> {
 };
 TORCH_MODULE(AssistanceState);
 
-/// As Python shows it.
+/// In the form that Python prints.
 std::ostream& operator<<(std::ostream& stream, const Assistance& assistance);
 
 }  // namespace torchmoe::nn

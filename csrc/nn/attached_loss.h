@@ -1,4 +1,4 @@
-// The layer for places that pass on one tensor.
+// The layer for models that pass on a single tensor.
 #pragma once
 
 #include <functional>
@@ -14,8 +14,8 @@
 namespace torchmoe::nn {
 
 /// A layer that returns only its hidden states, with its auxiliary loss attached to their graph
-/// (see `attach_loss`): for torch::nn::Sequential. The parameters get the gradients that adding
-/// aux_loss to the task loss would give them.
+/// (see `attach_loss`): for torch::nn::Sequential. The parameters get the same gradients as if
+/// aux_loss were added to the task loss.
 ///
 ///     WithAttachedLoss layer(MoE(64, 128, 8, 2));
 ///     layer->on_output = [&](const MoEOutput& output) { routings.push_back(output.routing); };
@@ -24,9 +24,9 @@ namespace torchmoe::nn {
 ///     layer->moe->update(routings);
 class WithAttachedLossImpl : public torch::nn::Cloneable<WithAttachedLossImpl> {
  public:
-  /// `scale` is the gradient that the auxiliary loss receives: the task loss's own factor, where it
-  /// has one, such as 1 / steps for gradient accumulation by division. Throws c10::ValueError where
-  /// it is not finite.
+  /// `scale` is the gradient that the auxiliary loss receives. It must be the factor of the task
+  /// loss, if that has one, such as 1 / steps for gradient accumulation by division. Throws
+  /// c10::ValueError if it is not finite.
   explicit WithAttachedLossImpl(MoE layer, double scale = 1.0);
 
   void reset() override;
@@ -42,7 +42,7 @@ class WithAttachedLossImpl : public torch::nn::Cloneable<WithAttachedLossImpl> {
 
   MoE moe;
   /// Called with the whole output of every forward pass, for `moe->update` and for logs; may be
-  /// empty. Copies of the module have none: what it writes to is the caller's.
+  /// empty. Copies of the module have none, since it writes to the caller's data.
   std::function<void(const MoEOutput& output)> on_output;
 
  protected:

@@ -33,7 +33,7 @@ struct LossTerm {
   double weight;                                                 ///< a finite number >= 0
 };
 
-/// The weighted terms of aux_loss, and the selection bias. One line each:
+/// The weighted terms of aux_loss, and the selection bias. For example:
 ///
 ///     Balance(0.001)                                            a weaker load-balancing loss
 ///     Balance(0)                                                none
@@ -42,7 +42,7 @@ struct LossTerm {
 ///     Balance().fraction_from("history")                        the same for any micro-batches
 ///     Balance().losses({{"mean_logit", mean_logit, 0.01}})      a further term, a function
 ///
-/// The layer that takes it checks it (c10::ValueError).
+/// The layer checks the settings (c10::ValueError).
 struct Balance {
   /* implicit */ Balance(double weight = 0.01) : weight_(weight) {}
 
@@ -52,32 +52,32 @@ struct Balance {
   TORCH_ARG(double, z_loss_weight) = 0.0;
   /// Further terms of aux_loss.
   TORCH_ARG(std::vector<LossTerm>, losses) = {};
-  /// Where the fractions of load_balancing_loss come from, each expert's share of the slots.
-  /// "batch": the tokens of this call. "sequence": each sequence on its own, the losses averaged
+  /// Where the fractions of load_balancing_loss (each expert's share of the slots) come from.
+  /// "batch": the tokens of this call. "sequence": each sequence alone, and the losses are averaged
   /// (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv 2412.19437, equation 17).
-  /// "global_batch": the calls of all processes, summed by MoEOptions::all_reduce in forward, in
-  /// training mode only, which every process must reach; with n_r counted tokens here, n in all and
-  /// W processes, the term is n_r W / n times the process's own, so that the mean over the
-  /// processes is that of one batch (Qiu et al., arXiv 2501.11873). "history": the router's
-  /// `usage`. With "history" and, for equal numbers of sequences, "sequence", accumulating the
-  /// gradients of micro-batches gives exactly that of one batch; see `MoEImpl::forward` about
-  /// earlier_counts for the others.
+  /// "global_batch": the calls of all processes (Qiu et al., arXiv 2501.11873). In training mode
+  /// forward sums them with MoEOptions::all_reduce, which every process must reach. With n_r
+  /// counted tokens in this process, n in total and W processes, the process's term is multiplied
+  /// by n_r W / n, so that the mean over the processes is that of one batch. "history": the
+  /// router's `usage`. With "history", and with "sequence" for equal numbers of sequences,
+  /// accumulating the gradients of micro-batches gives exactly the gradient of one batch; for the
+  /// others see earlier_counts of `MoEImpl::forward`.
   TORCH_ARG(std::string, fraction_from) = "batch";
-  /// "all" choices of a token count in the fractions, or the "first" only (GShard, arXiv
-  /// 2006.16668). History knows all choices only.
+  /// "all": all choices of a token count in the fractions; "first": only the first (GShard, arXiv
+  /// 2006.16668). "history" counts all choices.
   TORCH_ARG(std::string, fraction_choices) = "all";
-  /// Above 0 the layer has a selection bias that `MoEImpl::update` moves by this much against the
-  /// load, see `update_selection_bias`.
+  /// If above 0, the layer has a selection bias that `MoEImpl::update` moves by this much against
+  /// the load, see `update_selection_bias`.
   TORCH_ARG(double, selection_bias_rate) = 0.0;
-  /// Keeps the mean of the selection bias where it is.
+  /// Keeps the mean of the selection bias constant.
   TORCH_ARG(bool, selection_bias_centred) = false;
 
  public:
-  /// Throws unless every setting is one, and they go together.
+  /// Throws unless every setting is valid and they are compatible.
   void check() const;
 };
 
-/// As Python shows it: what is not as by default.
+/// In the form that Python prints: the fields that differ from the defaults.
 std::ostream& operator<<(std::ostream& stream, const Balance& balance);
 
 }  // namespace torchmoe::nn

@@ -20,7 +20,7 @@ CapacityFactor factor_of(const Capacity& capacity, bool training) {
              : CapacityFactor(*capacity.eval_factor(), "Capacity", "eval_factor");
 }
 
-/// For a number or a tensor.
+/// For an int or a tensor.
 template <typename NumTokens>
 auto slots_of_each(const Capacity& capacity,
                    const NumTokens& num_tokens,

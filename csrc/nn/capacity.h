@@ -1,4 +1,4 @@
-// How much an expert may take, and what happens to the rest.
+// How many slots an expert keeps, and what happens to the rest.
 #pragma once
 
 #include <cstdint>
@@ -14,18 +14,18 @@
 namespace torchmoe::nn {
 
 /// Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts), in the
-/// integers of `expert_capacity`. One line each:
+/// integers of `expert_capacity`. For example:
 ///
 ///     Capacity(1.25)                                       all first choices, then all second ones
 ///     Capacity(1.25).order("token")                        token by token
 ///     Capacity(1.25).priority("random")                    random dropping
-///     Capacity(1.25).priority("weight")                    the least weights are dropped
-///     Capacity(1).overflow("next_best")                    nobody is dropped while there is room
+///     Capacity(1.25).priority("weight")                    the smallest weights are dropped
+///     Capacity(1).overflow("next_best")                    no slot is dropped while there is room
 ///     Capacity(1).overflow("backup").backup({1, 2, 0})     expert i's overflow goes to backup[i]
 ///     Capacity(1).dynamic(true)                            more room where the load has been high
 ///
-/// The layer that takes it checks it (c10::ValueError): values out of range, words that are not
-/// known, and settings that do not go together.
+/// The layer checks the settings (c10::ValueError): values out of range, unknown words, and
+/// settings that are not compatible.
 struct Capacity {
   /* implicit */ Capacity(double factor) : factor_(factor) {}
 
@@ -39,35 +39,35 @@ struct Capacity {
   /// Who is served first: "choice" (all first choices in token order, then all second ones: a later
   /// token can displace an earlier one's second choice) or "token" (token by token: causal).
   TORCH_ARG(std::string, order) = "choice";
-  /// What becomes of a slot that finds its expert full: "drop", "next_best" or "backup", see
-  /// `limit_capacity`. The weights of rerouted slots are those of their new experts.
+  /// What happens to a slot whose expert is full: "drop", "next_best" or "backup", see
+  /// `limit_capacity`. A rerouted slot has the weight of its new expert.
   TORCH_ARG(std::string, overflow) = "drop";
-  /// "before_drop": weights are formed before slots are dropped, so that a token that loses a slot
-  /// keeps the other's weight and its router a gradient. "after_drop": over the slots that are
-  /// left.
+  /// "before_drop": weights are formed before slots are dropped, so a token that loses a slot keeps
+  /// the weights of its other slots, and its router a gradient. "after_drop": weights are formed
+  /// over the remaining slots.
   TORCH_ARG(std::string, normalize) = "before_drop";
-  /// nullopt: as `order` says. "random": in training by a draw for every slot, from torch's default
-  /// generator. "weight": the larger combine weight first (V-MoE, arXiv 2106.05974).
+  /// nullopt: as `order` says. "random": in training by a random draw for every slot, from torch's
+  /// default generator. "weight": larger combine weights first (V-MoE, arXiv 2106.05974).
   TORCH_ARG(std::optional<std::string>, priority) = std::nullopt;
-  /// With overflow "backup": for each expert another one; else empty.
+  /// With overflow "backup": another expert for each expert; else empty.
   TORCH_ARG(std::vector<int64_t>, backup) = {};
   /// "up", or "down" for the floor of the formula.
   TORCH_ARG(std::string, rounding) = "up";
-  /// The capacity of each expert is that of `dynamic_capacity` with the router's `usage`.
+  /// Each expert's capacity is that of `dynamic_capacity` with the router's `usage`.
   TORCH_ARG(bool, dynamic) = false;
 
  public:
-  /// Throws unless every setting is one, and they go together.
+  /// Throws unless every setting is valid and they are compatible.
   void check() const;
 
-  /// Whether a slot that finds its expert full may get another one.
+  /// Whether a slot whose expert is full may get another expert.
   bool reroutes() const;
-  /// Whether weights are formed over the slots that are left, for this normalisation of the gate.
+  /// Whether weights are formed over the remaining slots, for this normalisation of the gate.
   bool renormalizes(std::string_view gate_normalize) const;
 
   /// The most slots that each expert keeps: [E] int64.
   ///
-  /// `like` lends the device; num_tokens is how many tokens count, a number or an integer scalar;
+  /// The device is that of `like`; num_tokens is how many tokens count, an int or integer scalar;
   /// usage [E] is for a dynamic capacity.
   at::Tensor slots(const at::Tensor& like,
                    int64_t num_tokens,
@@ -83,7 +83,7 @@ struct Capacity {
                    const at::Tensor& usage = {}) const;
 };
 
-/// As Python shows it: what is not as by default.
+/// In the form that Python prints: the fields that differ from the defaults.
 std::ostream& operator<<(std::ostream& stream, const Capacity& capacity);
 
 }  // namespace torchmoe::nn

@@ -1,5 +1,5 @@
-// How many slots an expert keeps: one number for all, exact, because a float product rounds 1.1 * 2
-// * 200 / 4 up to 111; or one each from the history of their load.
+// How many slots an expert keeps: one capacity for all experts, in exact integers because a float
+// product rounds 1.1 * 2 * 200 / 4 up to 111; or one each from the history of their load.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 namespace torchmoe {
 
 /// A capacity factor as two integers in lowest terms: the nearest fraction with a denominator of at
-/// most 10^6, so that 1.1 is 11/10 and 4.0 / 3 is 4/3. Of one above 2^31, which is more than any
-/// layer's num_experts, 2^31 is kept.
+/// most 10^6, so that 1.1 is 11/10 and 4.0 / 3 is 4/3. It is limited to 2^31, the most num_experts
+/// that a layer may have.
 class CapacityFactor {
  public:
-  /// Implicit, so that a plain 1.25 serves wherever a factor is asked for. `op` and `argument` are
-  /// for the message only.
+  /// Implicit, so that a plain 1.25 can be passed as a factor. `op` and `argument` are for the
+  /// error message only.
   /* implicit */ CapacityFactor(double factor,
                                 std::string_view op = "expert_capacity",
                                 std::string_view argument = "capacity_factor");
@@ -50,13 +50,13 @@ at::Tensor expert_capacity(const at::Tensor& num_tokens,
 ///
 ///     capacity_i = ceil(max(1, usage_i / mean(usage)) * factor * num_slots / num_experts)
 ///
-/// in float64, where an excess below 1e-6 of the number does not round up; at most num_slots. The
-/// load that asks for room is the batch's, the load in the factor is history (`RouterImpl::usage`):
-/// with the batch's in both places no expert could ask for more than it may take.
+/// in float64, where a relative excess below 1e-6 does not round up; at most num_slots. The demand
+/// comes from this batch, the factor from past steps (`RouterImpl::usage`). With the current load
+/// in both places no expert could ever ask for more than its capacity.
 ///
-/// usage [E] floating, of which only the proportions matter; an entry that is not above the mean,
-/// NaN included, counts as the mean. num_slots is top_k times the number of counted tokens, a
-/// number or an integer scalar on usage's device -> [E] int64 there: nothing is read back.
+/// usage [E] floating, of which only the ratios matter; an entry that is not above the mean, NaN
+/// included, counts as the mean. num_slots is top_k times the number of counted tokens, an int or
+/// an integer scalar on usage's device -> [E] int64 there: nothing is read back.
 at::Tensor dynamic_capacity(const at::Tensor& usage,
                             int64_t num_slots,
                             const CapacityFactor& factor = 1.0);

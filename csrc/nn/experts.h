@@ -33,12 +33,12 @@ struct ExpertsOptions {
 
 /// In the layout of Hugging Face Transformers v5: parameters `gate_up_proj` [E, 2I, H] (gate rows
 /// first; `up_proj` [E, I, H] for a plain activation), `down_proj` [E, H, I] and, on request,
-/// `gate_up_proj_bias` or `up_proj_bias` and `down_proj_bias`. As members they have the ops' names.
+/// `gate_up_proj_bias` or `up_proj_bias` and `down_proj_bias`. The members have the ops' names.
 class ExpertsImpl : public torch::nn::Cloneable<ExpertsImpl> {
  public:
   ExpertsImpl(int64_t hidden_size, int64_t intermediate_size, int64_t num_experts)
       : ExpertsImpl(ExpertsOptions(hidden_size, intermediate_size, num_experts)) {}
-  /// Throws c10::ValueError where a size is below 1 or the activation unknown.
+  /// Throws c10::ValueError if a size is below 1 or the activation is unknown.
   explicit ExpertsImpl(const ExpertsOptions& options);
 
   void reset() override;
@@ -47,7 +47,7 @@ class ExpertsImpl : public torch::nn::Cloneable<ExpertsImpl> {
   void pretty_print(std::ostream& stream) const override;
 
   /// x [T, H] in the dtype of the parameters, indices [T, K] int64, weights [T, K] -> y [T, H] in
-  /// the dtype of x (under autocast, in its); an id outside [0, E) adds nothing.
+  /// the dtype of x (under autocast, in its dtype); an id outside [0, E) adds nothing.
   at::Tensor forward(const at::Tensor& x, const at::Tensor& indices, const at::Tensor& weights);
 
   const ExpertsOptions& options() const { return options_; }

@@ -343,7 +343,7 @@ MoEOutput MoEImpl::forward(const at::Tensor& x,
     y = y + shared.to(y.scalar_type());
   }
 
-  // 5. Account: counts, the losses, and everything above for whoever wants to look.
+  // 5. Account: counts, the losses, and the intermediate results for inspection.
   auto accounted = account(*this,
                            routed,
                            choice,

@@ -1,4 +1,4 @@
-// Modules with buffers that must not become 16-bit numbers with the parameters.
+// Modules with buffers that must not be rounded to 16 bits with the parameters.
 #pragma once
 
 #include <map>
@@ -47,10 +47,10 @@ class Remembering : public torch::nn::Cloneable<Derived> {
   }
 
  protected:
-  /// Takes along what is no parameter or buffer, such as tables that are settings.
+  /// Moves what is not a parameter or buffer, such as tables that are settings.
   virtual void follow(at::Device /*device*/) {}
 
-  /// Registers `values` in float32, or in their own type where that is wider.
+  /// Registers `values` in float32, or in their own type if that is wider.
   at::Tensor register_wide_buffer(const std::string& name, const at::Tensor& values) {
     const auto dtype = at::promote_types(at::kFloat, values.scalar_type());
     auto& buffer = this->register_buffer(name, values.to(dtype));

@@ -16,11 +16,10 @@
 
 namespace torchmoe::nn {
 
-/// A module whose `forward` takes tensors and returns one, or any function that does. A module is
-/// registered by the layer that takes it, which so learns, saves, moves and clones it; it must
-/// derive from torch::nn::Cloneable for the last. Copies of a Replaceable share the module, as
-/// copies of torch's module holders do: give each layer one of its own. One that is null or empty
-/// is refused (c10::ValueError).
+/// A module whose `forward` takes tensors and returns one, or any function that does. The layer
+/// registers the module, and so trains, saves, moves and clones it; to be cloned it must derive
+/// from torch::nn::Cloneable. Copies of a Replaceable share the module, like copies of torch's
+/// module holders: give each layer its own. A null or empty one is refused (c10::ValueError).
 ///
 ///     options.router(Router(64, 8))                                     // a module
 ///     options.router(torch::nn::AnyModule(MyRouter(64, 8)))             // the same, of any type
@@ -46,7 +45,7 @@ class Replaceable {
       : Replaceable(any_of(module)) {}
   Replaceable(torch::nn::AnyModule module)  // NOLINT(google-explicit-constructor)
       : Replaceable(std::make_shared<torch::nn::AnyModule>(std::move(module))) {}
-  /// A Sequential is no AnyModule, as its forward is a template.
+  /// A Sequential cannot be an AnyModule, as its forward is a template.
   Replaceable(const torch::nn::Sequential& layers)  // NOLINT(google-explicit-constructor)
     requires(sizeof...(Inputs) == 1)
       : call_([module = layers.ptr()](const Inputs&... inputs) {
@@ -71,20 +70,20 @@ class Replaceable {
   /// Null for a function.
   const std::shared_ptr<torch::nn::Module>& module() const { return module_; }
 
-  /// The module as what it is, or as a base of that; null where it is something else.
+  /// The module as its own type or a base of it; null if it has another type.
   template <typename Impl>
   Impl* as() const {
     return dynamic_cast<Impl*>(module_.get());
   }
 
-  /// The same, null also where it is of a class derived from Impl.
+  /// The same, but null also if it is of a class derived from Impl.
   template <typename Impl>
   Impl* exactly() const {
     auto* found = as<Impl>();
     return found != nullptr && typeid(*found) == typeid(Impl) ? found : nullptr;
   }
 
-  /// One with a copy of the module; a function is shared.
+  /// A Replaceable with a copy of the module; a function is shared.
   Replaceable clone(const std::optional<at::Device>& device = std::nullopt) const {
     return clone_ ? clone_(device) : *this;
   }
@@ -113,7 +112,7 @@ class Replaceable {
   std::function<Replaceable(const std::optional<at::Device>&)> clone_;
 };
 
-/// x [T, H] -> [T, E] for a router, whose logits these are, or [T, H] for shared experts.
+/// x [T, H] -> the logits [T, E] of a router, or the output [T, H] of shared experts.
 using TokenFunction = Replaceable<at::Tensor>;
 
 /// x [T, H], indices [T, K] int64, weights [T, K] -> y [T, H], the weighted sum of each token's

@@ -27,17 +27,17 @@ struct RouterOptions {
   /// (Switch Transformer, arXiv 2101.03961); the experts see x.
   TORCH_ARG(double, input_jitter) = 0.0;
   /// In training a normal draw of this standard deviation is added to the logits (after Shazeer et
-  /// al., arXiv 1701.06538), which so rank, weigh and enter the losses.
+  /// al., arXiv 1701.06538); ranking, weights and losses use the noisy logits.
   TORCH_ARG(double, logit_noise) = 0.0;
   /// Multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that experts in
   /// frequent use learn to attract tokens more slowly. It needs `usage`.
   TORCH_ARG(bool, usage_scaling) = false;
-  /// Keeps `usage`, which `MoEImpl::update` moves, for whatever reads it: a dynamic capacity,
+  /// Keeps `usage`, which `MoEImpl::update` moves, for the parts that read it: a dynamic capacity,
   /// assistance, or the balancing loss with fractions from history.
   TORCH_ARG(bool, track_usage) = false;
 };
 
-/// What a router tells of a pass.
+/// What a router returns.
 struct RouterOutput {
   at::Tensor logits;                                      ///< [T, E]
   std::optional<at::Tensor> clean_logits = std::nullopt;  ///< [T, E], before noise was added
@@ -51,11 +51,11 @@ class RouterImpl : public Remembering<RouterImpl>, public UsageTracking {
  public:
   RouterImpl(int64_t hidden_size, int64_t num_experts)
       : RouterImpl(RouterOptions(hidden_size, num_experts)) {}
-  /// Throws c10::ValueError where a size is below 1, or a noise level negative or not finite.
+  /// Throws c10::ValueError if a size is below 1, or a noise level is negative or not finite.
   explicit RouterImpl(const RouterOptions& options);
 
   void reset() override;
-  /// Uniform in +-1 / sqrt(H), as a linear layer; usage 1 / E.
+  /// Uniform in +-1 / sqrt(H), like a linear layer; usage 1 / E.
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 

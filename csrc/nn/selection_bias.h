@@ -1,4 +1,4 @@
-// Balance without a loss: a bias that only ranks, moved against the load.
+// Balance without a loss: a bias that affects the ranking only and is moved against the load.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +11,8 @@ namespace torchmoe {
 ///
 /// Auxiliary-loss-free balancing (Wang et al., arXiv 2408.15664), as in DeepSeek-V3 (arXiv
 /// 2412.19437). The bias is added to the scores for ranking only: weights and their gradients never
-/// see it. `centred` takes the mean of the step's moves out of them, so that the mean of the bias
-/// stays what it is.
+/// see it. `centred` subtracts the mean of the step's moves, so that the mean of the bias does not
+/// change.
 ///
 /// bias [E] floating; tokens_per_expert [E], slots per expert of one step, over all micro-batches
 /// and processes; rate a finite number >= 0 -> the new bias [E] in the dtype of bias; without a

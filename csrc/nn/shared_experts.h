@@ -21,28 +21,28 @@ struct SharedExpertsOptions {
 
   TORCH_ARG(int64_t, hidden_size);
   TORCH_ARG(int64_t, intermediate_size);
-  /// See `ExpertsOptions`, as for bias.
+  /// See `ExpertsOptions`, also for bias.
   TORCH_ARG(std::string, activation) = "swiglu";
   TORCH_ARG(bool, bias) = false;
 };
 
 /// A feed-forward network like one expert of `Experts`, for MoEOptions::shared_experts. Several
-/// shared experts are one as wide as they are together (DeepSeekMoE, arXiv 2401.06066).
+/// shared experts equal one whose width is their sum (DeepSeekMoE, arXiv 2401.06066).
 class SharedExpertsImpl : public torch::nn::Cloneable<SharedExpertsImpl> {
  public:
   SharedExpertsImpl(int64_t hidden_size, int64_t intermediate_size)
       : SharedExpertsImpl(SharedExpertsOptions(hidden_size, intermediate_size)) {}
-  /// Throws c10::ValueError where a size is below 1 or the activation unknown.
+  /// Throws c10::ValueError if a size is below 1 or the activation is unknown.
   explicit SharedExpertsImpl(const SharedExpertsOptions& options);
 
   void reset() override;
   void reset_parameters();
   void pretty_print(std::ostream& stream) const override;
 
-  /// x [T, H] in the dtype of the parameters -> [T, H] in the dtype of x (under autocast, in its).
+  /// x [T, H] in the dtype of the parameters -> [T, H] in x's dtype (under autocast, in its dtype).
   at::Tensor forward(const at::Tensor& x);
 
-  Experts experts{nullptr};  ///< the network, as the only one of its `Experts`
+  Experts experts{nullptr};  ///< the network, as `Experts` with a single expert
 
  private:
   SharedExpertsOptions options_;

@@ -1,4 +1,4 @@
-// What routers with a parameter for each expert have in common: the experts' usage.
+// The experts' usage, which routers with a parameter for each expert have in common.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace torchmoe::nn {
 
-/// Beside torch::nn::Module, the base of a router that keeps the running share of the slots of each
-/// expert. Such a router registers `usage` in its `reset`:
+/// A second base, in addition to torch::nn::Module, of a router that keeps the running average of
+/// each expert's share of the slots. Such a router registers `usage` in its `reset`:
 ///
 ///     struct MyRouterImpl : torchmoe::nn::Remembering<MyRouterImpl>, torchmoe::nn::UsageTracking {
 ///       MyRouterImpl() { reset(); }
@@ -32,13 +32,13 @@ class UsageTracking {
   ///
   ///     usage <- usage_decay * usage + (1 - usage_decay) * tokens_per_expert / num_slots
   ///
-  /// tokens_per_expert [E] numbers >= 0, summed over micro-batches and processes; num_slots an
-  /// integer scalar, their sum. Changes nothing where no usage is kept, or when no token was
-  /// counted. Throws c10::Error where the counts have another shape or device, c10::ValueError
-  /// where one is negative or usage_decay out of range.
+  /// tokens_per_expert [E] counts >= 0, summed over micro-batches and processes; num_slots an
+  /// integer scalar, their sum. Does nothing if no usage is kept, or if no token was counted.
+  /// Throws c10::Error if the counts have another shape or device, c10::ValueError if one is
+  /// negative or usage_decay is out of range.
   void update(const at::Tensor& tokens_per_expert, const at::Tensor& num_slots);
 
-  /// The weight [E, ...], its gradient in row i times 1 - usage_i where usage_scaling is set.
+  /// The weight [E, ...]; with usage_scaling the gradient of row i is times 1 - usage_i.
   at::Tensor scale_by_usage(const at::Tensor& weight) const;
 
   /// Whether `scale_by_usage` does anything.

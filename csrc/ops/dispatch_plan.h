@@ -22,7 +22,7 @@ struct DispatchPlan {
 };
 
 /// The stable counting sort of the slots by expert: a full permutation, whatever the ids. An id
-/// outside [0, E) is not routed; its row lies at or past expert_offsets[E].
+/// outside [0, E) is not routed; its row is at or after expert_offsets[E].
 ///
 /// indices [T, K] int64, num_experts = E >= 0. Not differentiable.
 DispatchPlan dispatch_plan(const at::Tensor& indices, c10::SymInt num_experts);

@@ -12,30 +12,30 @@
 
 namespace torchmoe {
 
-/// The chosen experts' feed-forward networks and their weighted combine, in one op per direction:
+/// The chosen experts' feed-forward networks and their weighted sum, in one op per direction:
 ///
 ///     y[t] = sum over routed slots j of weights[t, j] * (w_out[i] a + b_out[i]),  i = indices[t, j]
 ///     a    = activation(w_in[i] x[t] + b_in[i])
 ///
 /// and a = f(gate) * up for the gated activations.
 ///
-/// x [T, H] of the experts' dtype; indices [T, K] int64, an id outside [0, E) is not routed; weights
-/// [T, K] float32, float64 or that dtype -> y [T, H] in x's dtype. A token that names an expert
-/// twice gets both slots.
+/// x [T, H] of the experts' dtype; indices [T, K] int64, an id outside [0, E) is not routed;
+/// weights [T, K] float32, float64 or that dtype -> y [T, H] in x's dtype. A token that names an
+/// expert twice gets both slots.
 ///
-/// Differentiable any number of times, in reverse and in forward mode, in x, weights, w_in, b_in,
-/// w_out and b_out. Saves x, the pre-activation [N, P], weights and integers, and nothing of size
-/// [N, H]: with dA' = dL/dy w_out the gradient of a weight is <dA', a> + <dL/dy, b_out>, which needs
-/// no expert's output. Tangents, and what lies beyond the first gradient, are formed by permute,
-/// grouped_linear and unpermute, which keep arrays of N rows.
+/// Differentiable to any order, in reverse and in forward mode, in x, weights, w_in, b_in, w_out
+/// and b_out. Saves x, the pre-activation [N, P], weights and integers, and nothing of size [N, H]:
+/// with dA' = dL/dy w_out the gradient of a weight is <dA', a> + <dL/dy, b_out>, which needs no
+/// expert's output. Tangents and higher derivatives are formed by permute, grouped_linear and
+/// unpermute, which keep arrays of N rows.
 at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
                       const ExpertParameters& experts,
                       std::string_view activation);
 
-/// y and, where save_pre asks for it, the pre-activation [N, P] in row order (rows past
-/// expert_offsets[E] are 0), else [0, P].
+/// y and, with save_pre, the pre-activation [N, P] in row order (rows past expert_offsets[E] are
+/// 0), else [0, P].
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
                                                       const at::Tensor& weights,
                                                       const ExpertParameters& experts,
@@ -61,8 +61,8 @@ struct ExpertMlpWanted {
 };
 
 /// Gradients of x, weights, w_in, b_in, w_out and b_out for `grad` [T, H]; one that output_mask
-/// leaves out is an empty tensor of shape [0]. b_in is in `pre` already, which stands for a number
-/// here: second derivatives are those of the op that made it, by x, w_in and b_in.
+/// leaves out is an empty tensor of shape [0]. b_in is in `pre` already, which is a constant here:
+/// its own derivatives by x, w_in and b_in belong to the op that made it.
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor& x,
                                        const at::Tensor& weights,

@@ -20,7 +20,7 @@ struct ExpertParameters {
   auto fields() const { return std::tie(w_in, b_in, w_out, b_out); }
 };
 
-/// The experts' parameters beside the tokens they are for; every op that runs experts calls it.
+/// Checks the experts' parameters against their tokens; every op that runs experts calls it.
 void check_expert_parameters(std::string_view op,
                              const at::Tensor& x,
                              const ExpertParameters& experts,

@@ -13,14 +13,15 @@ namespace torchmoe {
 ///     E * sum_i fraction_i * P_i,   P_i = mean over counted tokens of p[t, i] / sum_e p[t, e]
 ///     p = score_function(logits)
 ///
-/// The quotient is formed from logarithms where p underflows. Exactly 1 when either is uniform, E when all tokens sit on one expert with certainty and K = 1.
-/// Leading dimensions are independent; the result is the mean over those that have a counted token,
-/// so that padding changes nothing, and 0 where none has.
+/// The quotient is formed from logarithms where p underflows. The loss is exactly 1 when fraction
+/// or P is uniform, and E when K = 1 and all tokens choose one expert with certainty. Leading
+/// dimensions are independent; the result is the mean over those that have a counted token, so that
+/// padding changes nothing, and 0 if none has.
 ///
 /// logits [..., T, E] floating; fraction [..., E] floating, each expert's share of the slots;
 /// token_mask [..., T] bool, true = the token counts -> scalar, float32 (float64 for float64
-/// logits). Differentiable in logits, any number of times and in both modes: fraction carries no
-/// gradient and no tangent.
+/// logits). Differentiable in logits, to any order and in both modes; fraction carries no gradient
+/// and no tangent.
 at::Tensor load_balancing_loss(const at::Tensor& logits,
                                const at::Tensor& fraction,
                                std::string_view score_function,

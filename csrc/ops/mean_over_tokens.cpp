@@ -101,7 +101,7 @@ TORCH_LIBRARY_IMPL(torchmoe, Meta, m) {
   m.impl("_mean_over_tokens_backward", &mean_over_tokens_backward_meta);
 }
 
-// One number per sequence and column, copied to its tokens: the same on every backend.
+// One value per sequence and column, copied to its tokens: the same on every backend.
 TORCH_LIBRARY_IMPL(torchmoe, CompositeExplicitAutograd, m) {
   m.impl("_mean_over_tokens_backward", &mean_over_tokens_backward_composite);
 }

@@ -7,14 +7,14 @@
 namespace torchmoe {
 
 /// The mean over counted tokens, in an order of summation that does not depend on the number of
-/// threads (torch's own mean does): what losses and statistics of a router are composed from.
+/// threads, unlike torch's own mean. A router's losses and statistics are built on it.
 ///
 ///     mean[..., c] = sum over counted t of values[..., t, c] / number of counted t
 ///
 /// values [..., T, C] floating, leading dimensions independent; token_mask [..., T] bool, true =
-/// the token counts; what values hold for another token, NaN included, does not matter -> [..., C],
-/// float32 (float64 for float64), summed in float64; 0 where no token counts. Linear, so
-/// differentiable in values, any number of times.
+/// the token counts; the values of other tokens are ignored, NaN included -> [..., C], float32
+/// (float64 for float64), summed in float64; 0 where no token counts. Linear, so differentiable in
+/// values to any order.
 at::Tensor mean_over_tokens(const at::Tensor& values,
                             const std::optional<at::Tensor>& token_mask = std::nullopt);
 

@@ -13,7 +13,7 @@ namespace torchmoe {
 ///     logits[t, e] = sum_h x[t, h] * weight[e, h] + bias[e]
 ///
 /// x [T, H], weight [E, H], bias [E], all of one floating dtype -> logits [T, E].
-/// Differentiable in x, weight and bias, any number of times and in both modes.
+/// Differentiable in x, weight and bias, to any order and in both modes.
 at::Tensor router_logits(const at::Tensor& x,
                          const at::Tensor& weight,
                          const std::optional<at::Tensor>& bias = std::nullopt);

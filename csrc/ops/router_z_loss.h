@@ -13,7 +13,7 @@ namespace torchmoe {
 ///
 /// logits [..., E] floating, all leading dimensions pooled; token_mask [...] bool, true = the token
 /// counts -> scalar, float32 (float64 for float64); 0 when no token counts. Differentiable in
-/// logits, any number of times and in both modes.
+/// logits, to any order and in both modes.
 at::Tensor router_z_loss(const at::Tensor& logits,
                          const std::optional<at::Tensor>& token_mask = std::nullopt);
 

@@ -8,8 +8,8 @@
 namespace torchmoe {
 
 /// The top_k experts of each token, best first: by score descending, then by tie_break descending,
-/// then to the lower expert id. NaN ranks last, after -inf; every expert may be chosen, also at -inf,
-/// so that top_k ids always come out.
+/// then to the lower expert id. NaN ranks last, after -inf. An expert may be chosen even at -inf,
+/// so every token gets top_k ids.
 ///
 /// scores [T, E] floating; selection_bias [E] floating is added to the scores for ranking only;
 /// token_mask [T] bool, a token where it is false gets -1 in every slot; tie_break [T, E] floating
@@ -21,7 +21,7 @@ at::Tensor select_experts(const at::Tensor& scores,
                           const std::optional<at::Tensor>& token_mask = std::nullopt,
                           const std::optional<at::Tensor>& tie_break = std::nullopt);
 
-/// What decides between equal scores has their shape and device, that of the argument `like_name`.
+/// Checks that tie_break has the shape and device of the scores, the argument `like_name`.
 void check_tie_break(std::string_view op,
                      const std::optional<at::Tensor>& tie_break,
                      const at::Tensor& scores,

@@ -35,7 +35,7 @@ void collect(const torch::nn::Module& module, const std::string& prefix, StateDi
   }
 }
 
-// What can be copied to another tensor: it has memory, one number for every entry.
+// What can be copied to another tensor: it has memory, one element for every entry.
 bool is_dense(const at::Tensor& tensor) {
   return tensor.defined() && tensor.layout() == at::kStrided && !tensor.is_meta() &&
          !tensor.is_quantized();

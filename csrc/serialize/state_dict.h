@@ -1,4 +1,4 @@
-// What a module has learnt, by name, and its files, which C++ and Python exchange.
+// The tensors of a module by name, and files of them that C++ and Python exchange.
 #pragma once
 
 #include <string>
@@ -20,12 +20,12 @@ StateDict state_dict(const torch::nn::Module& module);
 /// Copies the values of `state` into the parameters and buffers of `module`, in place, converted to
 /// their dtype and device.
 ///
-/// Names and shapes must be those of state_dict(module). c10::ValueError names every difference,
-/// and then nothing is written.
+/// Names and shapes must be those of state_dict(module). Otherwise c10::ValueError names every
+/// difference, and nothing is written.
 void load_state_dict(torch::nn::Module& module, const StateDict& state);
 
-/// Writes `state` to a file: *.safetensors in that format, else what Python's torch.load(path)
-/// reads as a dict, also with weights_only.
+/// Writes `state` to a file: *.safetensors in that format, any other name in the format that
+/// Python's torch.load(path) reads as a dict, also with weights_only.
 ///
 /// Tensors are dense, of any shape and device, and float64, float32, float16, bfloat16, int64,
 /// int32, int16, int8, uint8 or bool; names are UTF-8. Both formats keep names and bits.
@@ -33,16 +33,16 @@ void load_state_dict(torch::nn::Module& module, const StateDict& state);
 /// view; safetensors' holds each tensor contiguous. The device is not kept: every file can be read
 /// without a GPU.
 ///
-/// c10::ValueError for other tensors and names, and where no file can be made. The file appears
-/// under its name once it is whole: when writing fails, what was there before still is.
+/// Throws c10::ValueError for other tensors and names, and if the file cannot be created. The file
+/// gets its name only when it is complete: if writing fails, an existing file is kept.
 void write_state_dict(const StateDict& state, const std::string& path);
 
 /// The tensors of a file of write_state_dict, of Python's torch.save(module.state_dict(), path) or
-/// torch.save of another dict of tensors, or of safetensors. Its first bytes tell the format, not
+/// torch.save of another dict of tensors, or of safetensors. Its first bytes decide the format, not
 /// its name. The order is the file's; tensors are on the CPU and require no grad.
 ///
-/// Nothing in the file is executed. c10::ValueError says what is wrong with one that cannot be
-/// read, holds anything but tensors of the dtypes above, or was written before torch 1.6.
+/// Nothing in the file is executed. c10::ValueError says what is wrong with a file that cannot be
+/// read, holds anything but tensors of the dtypes above, or was written by torch before 1.6.
 StateDict read_state_dict(const std::string& path);
 
 }  // namespace torchmoe

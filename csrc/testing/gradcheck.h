@@ -89,8 +89,8 @@ class Gradcheck {
     return run;
   }
 
-  // A forward pass with other values, so that what a function keeps outside its context is
-  // overwritten. Half of a value is as a rule as valid as the value; where it is not, no matter.
+  // A forward pass with other values overwrites what a function keeps outside its context. Half of
+  // a value is usually as valid as the value; if it is not, nothing is lost.
   void forward_elsewhere() const {
     Tensors inputs;
     for (const at::Tensor& x : inputs_) {
@@ -149,7 +149,7 @@ class Gradcheck {
       for (int64_t i = 0; i < entries; ++i) {
         const Step up{v, i, options_.eps}, down{v, i, -options_.eps};
         const Run above = stepped(up), below = stepped(down);
-        // The step as floating point took it, which differs from 2 eps for large entries.
+        // The actual floating-point step, which differs from 2 eps for large entries.
         const double width =
             (entry_at(above.inputs[v], i) - entry_at(below.inputs[v], i)).item<double>();
         for (size_t c = 0; c < chosen_.size(); ++c) {

@@ -1,4 +1,4 @@
-// The laws that a certificate asks about: L is the weighted sum of a layer's outputs, y [T, H] and
+// The laws that a certificate tests: L is the weighted sum of a layer's outputs, y [T, H] and
 // its losses, with weights that differ from entry to entry.
 #pragma once
 
@@ -19,8 +19,8 @@
 
 namespace torchmoe::testing::detail {
 
-// A law by name. `holds` throws a Fault where it does not; `not_asked` has the reason why a layer
-// is not asked, if there is one.
+// A law by name. `holds` throws a Fault if it does not hold; `not_asked` gives the reason why a
+// layer is not tested, if there is one.
 struct Law {
   std::string name, formula, usually;
   void (*holds)(const Subject&, const at::Tensor& x);
@@ -78,7 +78,7 @@ inline void gradients_are_derivatives(const Subject& subject, const at::Tensor& 
   const auto expected = differences(subject, x, weights);  // moves what a graph would have saved
   const auto leaf = Subject::leaf_of(x);
   const auto outputs = subject.outputs(leaf);
-  // Another pass, whose traces must not reach the first one's backward.
+  // Another pass, which must not affect the first one's backward.
   const auto other = Subject::leaf_of(x * 0.5);
   const auto others = subject.outputs(other);
   subject.expect_close(subject.gradients(outputs, leaf, weights), expected, "");
@@ -115,7 +115,7 @@ inline void uncounted_tokens_have_no_part(const Subject& subject, const at::Tens
     fault("the gradient of x must be exactly 0 for tokens that do not count, got ",
           gradients[0].index_select(0, uncounted).abs().max().item<double>());
   }
-  // What they hold, NaN included, must not matter.
+  // Their values must not matter, NaN included.
   const auto poisoned = Subject::leaf_of(x.index_fill(0, uncounted, NAN));
   const auto again = subject.outputs(poisoned, counts);
   for (size_t o = 0; o < again.size(); ++o) {
@@ -239,7 +239,7 @@ inline void second_derivatives_are_right_or_refused(const Subject& subject, cons
   }
   const auto selected = subject.selection(x);
   std::array<Gradients, 2> sides;
-  // Everything moves together: without the norm, the more numbers, the farther.
+  // Everything moves together: without the norm, more elements would move farther.
   double squares = 1;
   for (const auto& direction : directions) {
     squares += direction.square().sum().item<double>();
@@ -267,7 +267,7 @@ inline void second_derivatives_are_right_or_refused(const Subject& subject, cons
   subject.expect_close(found, expected, ", differentiated once more,");
 }
 
-// Of a gradient that is declared it is nobody's to say what a derivative should be.
+// For a declared gradient nothing says what its derivative should be.
 inline std::optional<std::string> unless_declared(const Layer& layer) {
   return layer.surrogate ? std::optional<std::string>("its gradient is declared by a surrogate")
                          : std::nullopt;

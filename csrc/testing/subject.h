@@ -18,7 +18,7 @@
 
 namespace torchmoe::testing::detail {
 
-// Puts a tensor's numbers back when it goes.
+// Restores a tensor's values when it is destroyed.
 class Restored {
  public:
   explicit Restored(const at::Tensor& tensor)
@@ -73,7 +73,7 @@ class Subject {
     return outputs(x.detach(), token_mask)[0];
   }
 
-  // What the gradients are of: the outputs, each weighted with numbers that differ.
+  // What the gradients are of: the outputs, each weighted with different values.
   static Tensors weights_of(const Tensors& outputs) {
     Tensors weights;
     for (const auto& output : outputs) {

@@ -12,28 +12,32 @@
 
 namespace torchmoe::testing {
 
+/// What a function takes and returns.
 using Tensors = std::vector<at::Tensor>;
 
+/// How a gradient is checked.
 struct GradcheckOptions {
+  /// The step of the differences.
   double eps = 1e-6;
-  // In float64 a central difference is good to about 1e-10 of the function's size. torch's own
-  // 1e-5 and 1e-3 would let a wrong fourth digit pass.
+  /// In float64 a central difference is good to about 1e-10 of the function's size. torch's own
+  /// 1e-5 and 1e-3 would let a wrong fourth digit pass.
   double atol = 1e-7;
   double rtol = 1e-5;
-  // Given the inputs, the integers that the function decides by (expert ids [T, K], say), one row
-  // per token. Empty: the function decides nothing.
+  /// Given the inputs, the integers that the function decides by (expert ids [T, K], say), one row
+  /// per token. Empty: the function decides nothing.
   std::function<at::Tensor(const Tensors&)> selection = nullptr;
 };
 
+/// What a gradient check found.
 struct GradcheckResult {
   bool ok = true;
-  std::string message;  // empty when ok; else the first fault: output, input, entry, both values
+  std::string message;  ///< empty when ok; else the first fault: output, input, entry, both values
 
   explicit operator bool() const { return ok; }
 };
 
-// Any callable that takes `const std::vector<at::Tensor>&` and returns a tensor, a vector of
-// tensors or a tuple of tensors.
+/// Any callable that takes `const std::vector<at::Tensor>&` and returns a tensor, a vector of
+/// tensors or a tuple of tensors.
 class TensorFunction {
  public:
   template <typename F,

@@ -1,10 +1,10 @@
 """Mixture-of-experts layers for PyTorch: ops in C++ with their gradients, and modules.
 
-`torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions they compose,
-`torchmoe.losses` further balancing terms, `torchmoe.presets` the conventions of other libraries,
-`watch` and `routing_statistics` show what the routing does, `geometry` how a router divides the
-space, `RoutingReplay` takes a pass's choices again in another, and `torchmoe.testing` certifies
-layers of any make, read through an `Adapter`, and checks gradients of your own.
+`torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions that they are composed of,
+`torchmoe.losses` further balancing terms, and `torchmoe.presets` the conventions of other
+libraries. `watch` and `routing_statistics` show what the routing does, `geometry` how a router
+divides the space. `RoutingReplay` repeats the choices of one pass in another. `torchmoe.testing`
+certifies any mixture-of-experts layer, read through an `Adapter`, and checks your own gradients.
 `python -m torchmoe` prints what a bug report needs.
 """
 
@@ -42,8 +42,8 @@ def build_info() -> dict[str, str]:
     """How this copy was built.
 
     Returns:
-        The keys torchmoe, torch, compiler, cuda, openmp and git_revision; a value is "none" or
-        "unknown" where there is nothing to say.
+        The keys torchmoe, torch, compiler, cuda, openmp and git_revision. A value that does not
+        exist or is not known is "none" or "unknown".
     """
     return dict(_BUILD_INFO)
 

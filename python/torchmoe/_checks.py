@@ -1,4 +1,4 @@
-"""What arguments are checked for, one way for each kind.
+"""Checks of arguments, one function for each kind.
 
 A message reads `owner: argument must ..., got ...`, the owner being a class or a function. A value
 of another type raises TypeError, one out of range ValueError, and a tensor of another shape, dtype
@@ -30,7 +30,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shown(value: object) -> str:
-    """A value as messages show it: itself where that is short, else its type."""
+    """A value as messages show it: the value itself if that is short, else its type."""
     if value is None or isinstance(value, _SHORT):
         return repr(value)
     if isinstance(value, Tensor):
@@ -168,7 +168,7 @@ def check_experts(owner: str, experts: object) -> None:
 
 
 def _takes(function: Callable[..., object], number: int) -> bool:
-    """Whether the function can be called with so many arguments, as far as it tells."""
+    """Whether the function can be called with so many arguments, if its signature is known."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -188,7 +188,7 @@ def check_output(
     names: str,
     device: torch.device,
 ) -> Tensor:
-    """What a part of a layer has returned.
+    """Checks the output of a part of a layer, and returns it.
 
     Args:
         owner: starts the message.
@@ -199,7 +199,7 @@ def check_output(
         device: must be its device.
 
     Raises:
-        TypeError: it is no tensor.
+        TypeError: it is not a tensor.
         RuntimeError: it is not floating, or has another shape or device.
     """
     if not isinstance(output, Tensor):
@@ -317,7 +317,7 @@ def check_counts(
     *,
     whole: bool = False,
 ) -> None:
-    """Raises unless counts are numbers >= 0, one for each expert.
+    """Raises unless counts has a value >= 0 for each expert.
 
     Args:
         owner: starts the message.
@@ -379,9 +379,9 @@ def check_not_batched(owner: str, argument: str, requirement: str, tensor: Tenso
 
 
 class Attribute(Generic[Value]):
-    """A module's attribute that says what may be set, and is kept in `_name`.
+    """A module's attribute that is checked whenever it is set, and is kept in `_name`.
 
-    torch.compile of torch 2.11 would ask it again for what lies in `__dict__` by its own name.
+    Kept in `__dict__` under its own name, torch.compile of torch 2.11 would read it again.
     """
 
     def __set_name__(self, owner: type[nn.Module], name: str) -> None:

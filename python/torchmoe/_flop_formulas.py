@@ -132,7 +132,7 @@ def _add_to(counter: ModuleType) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds torch's counter where it lies, and adds the formulas once it has run."""
+    """Finds torch's counter module, and adds the formulas once it has been loaded."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""What a layer of any make returns, taken apart by names and by shapes."""
+"""The result of a layer from any library, taken apart by names and by shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which activation checkpoints are at work around a call, and which one computes it anew."""
+"""Which activation checkpoints are active around a call, and which one recomputes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers in float32 or wider: what is added up, ranked or remembered in small steps."""
+"""Tensors in float32 or wider: what is added up, ranked or remembered in small steps."""
 
 from __future__ import annotations
 

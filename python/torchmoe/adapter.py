@@ -1,8 +1,8 @@
-"""How a foreign mixture-of-experts layer is read: where its output, routing, loss and parts are.
+"""How a layer from another library is read: where its output, routing, loss and parts are.
 
-A layer of another make returns y alone, y beside a loss, y beside its logits or a record, and keeps
-what else it knows in attributes. `Adapter` finds what can be seen and is told the rest. It is the
-one way by which this package reads layers that are not its own.
+Such a layer returns y alone, y with a loss, y with its logits, or a record, and keeps the rest in
+attributes. `Adapter` finds what can be recognised; you tell it the rest. It is the only way in
+which this package reads layers that are not its own.
 """
 
 from __future__ import annotations
@@ -60,22 +60,22 @@ class Reading(NamedTuple):
     hidden_states: Tensor
     """y, in x's shape."""
     aux_loss: Tensor | None
-    """A scalar to add to the task loss, coefficient included; None where none is seen."""
+    """A scalar to add to the task loss, coefficient included; None if none is found."""
     logits: Tensor | None
-    """[T, E], the graph's own where the layer gives them so."""
+    """[T, E], part of the graph if the layer returns them so."""
     indices: Tensor | None
     """[T, K] integers; an id outside [0, E) is a slot that is not routed."""
     weights: Tensor | None
-    """[T, K], the graph's own where the layer gives them so."""
+    """[T, K], part of the graph if the layer returns them so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """Tells what of a layer cannot be seen; every field may be left out.
+    """Describes a layer where it cannot be recognised; every field may be left out.
 
-    A source of a tensor is a name, which is looked for in what the layer returned and then among
-    its attributes (with dots for parts of parts), or a function (layer, result) -> tensor or None.
-    A part is the path of a submodule. What is left out is guessed from the names in common use:
+    The source of a tensor is a name, which is looked up in the layer's result and then among its
+    attributes (with dots for attributes of submodules), or a function (layer, result) -> tensor or
+    None. A part is the path of a submodule. Fields left out are guessed from common names:
 
         Adapter()                                     # aux_loss, router, gate, experts, ...
         Adapter(aux_loss="gate.balance")              # an attribute that is set by a call
@@ -83,31 +83,33 @@ class Adapter:
         Adapter(token_mask="valid", per_token=False)
 
     Args:
-        hidden_states: source of y; else the result, its field of that name, or its first tensor.
+        hidden_states: source of y; by default the result, its field of that name, or its first
+            tensor.
         aux_loss: source of the auxiliary loss, a scalar with its coefficient.
         logits: source of the router's logits, [T, E].
         indices: source of the chosen ids, [T, K].
         weights: source of the slots' weights, [T, K].
         router: path of the router.
         experts: path of the experts.
-        shared_experts: path of what serves every token beside them.
+        shared_experts: path of the experts that serve every token in addition to these.
         token_mask: the keyword by which forward takes a bool mask of x's leading dimensions.
-            certify finds out by trying which way round it goes.
+            certify finds out by trial whether True or False means that the token counts.
         hidden_size: H.
         num_experts: E.
         top_k: K.
-        per_token: whether a token's output depends on that token alone in evaluation. False for a
-            capacity, a decision for a sequence, or experts that choose their tokens.
-        balances: whether the auxiliary loss evens out the load; False for a z-loss or a penalty
-            of sparsity by itself.
-        without_gradient: names of parameters, or beginnings of them, to which the layer gives no
-            gradient on purpose, such as those of idle experts that are left out.
-        reference: (layer, x) -> what layer(x) must return, y or (y, loss), formed slowly and
-            plainly from the layer's own parameters, with autograd's ordinary gradient.
-        surrogate: (layer, x) -> y or (y, loss) whose ordinary gradient, of loss added with factor
-            1, is the one that the layer declares; else the layer's method `surrogate(x)`.
-        update: (layer) -> None, what a training loop calls after the optimizer's step; else the
-            layer's method `update_bias()`, where it has one.
+        per_token: whether in evaluation a token's output depends on that token alone. False for a
+            layer with a capacity, one decision per sequence, or experts that choose their tokens.
+        balances: whether the auxiliary loss evens out the load; False for a z-loss or a sparsity
+            penalty alone.
+        without_gradient: names of parameters, or prefixes of names, to which the layer gives no
+            gradient on purpose, such as those of idle experts that it skips.
+        reference: (layer, x) -> what layer(x) must return, y or (y, loss), computed in a slow and
+            plain way from the layer's own parameters, with autograd's ordinary gradient.
+        surrogate: (layer, x) -> y or (y, loss) whose ordinary gradient, with loss added at a factor
+            of 1, is the gradient that the layer declares; by default the layer's method
+            `surrogate(x)`.
+        update: (layer) -> None, what a training loop calls after the optimizer's step; by default
+            the layer's method `update_bias()`, if it has one.
 
     Raises:
         TypeError: a field has another type.
@@ -161,18 +163,18 @@ class Adapter:
             )
 
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Reading:  # noqa: ANN401
-        """Calls the layer and reads the call.
+        """Calls the layer and reads its result.
 
         Args:
             layer: any mixture-of-experts module.
-            *args: of its forward.
-            **kwargs: of its forward.
+            *args: passed to its forward.
+            **kwargs: passed to its forward.
 
         Returns:
             What was found; None for what was not.
 
         Raises:
-            TypeError: layer is no module, or nothing in the result is a floating-point tensor.
+            TypeError: layer is not a module, or nothing in the result is a floating-point tensor.
         """
         check_module("Adapter.call", "layer", layer)
         routed: list[Any] = []
@@ -185,7 +187,7 @@ class Adapter:
             result = layer(*args, **kwargs)
         finally:
             handle.remove()
-        # One of several calls knows some of the tokens only.
+        # Each of several calls has seen only some of the tokens.
         return self.read(layer, result, routed[0] if len(routed) == 1 else None)
 
     def read(self, layer: nn.Module, result: Any, routed: Any = None) -> Reading:  # noqa: ANN401
@@ -201,7 +203,7 @@ class Adapter:
 
         Raises:
             TypeError: nothing in the result is a floating-point tensor.
-            ValueError: what a source names is neither returned nor an attribute.
+            ValueError: the name given as a source is neither in the result nor an attribute.
         """
         named, loose = fields_of(result)
         y = _told(self.hidden_states, layer, result)
@@ -253,19 +255,19 @@ class Adapter:
                 ) from None
 
     def router_path(self, layer: nn.Module) -> str | None:
-        """Where the router is, None where none is seen."""
+        """The path of the router, None if none is found."""
         return self.router if self.router is not None else _part(layer, _ROUTER)
 
     def experts_path(self, layer: nn.Module) -> str | None:
-        """Where the experts are, None where none are seen."""
+        """The path of the experts, None if none are found."""
         return self.experts if self.experts is not None else _part(layer, _EXPERTS)
 
     def shared_path(self, layer: nn.Module) -> str | None:
-        """Where the experts are that serve every token, None where none are seen."""
+        """The path of the experts that serve every token, None if none are found."""
         return self.shared_experts if self.shared_experts is not None else _part(layer, _SHARED)
 
     def role(self, layer: nn.Module, name: str) -> str:
-        """What a parameter or buffer of the layer belongs to, by its name.
+        """Which part a parameter or buffer of the layer belongs to, by its name.
 
         Returns:
             "router", "experts", "shared experts" or "layer".
@@ -286,7 +288,7 @@ class Adapter:
         return "layer"
 
     def size(self, layer: nn.Module) -> int | None:
-        """H, None where it is not seen."""
+        """H, None if it is not found."""
         if self.hidden_size is not None:
             return self.hidden_size
         weight = self.router_weight(layer)
@@ -296,7 +298,7 @@ class Adapter:
         return seen
 
     def expert_count(self, layer: nn.Module) -> int | None:
-        """E, None where it is not seen."""
+        """E, None if it is not found."""
         if self.num_experts is not None:
             return self.num_experts
         seen = _number(layer, _NUM_EXPERTS)
@@ -311,11 +313,11 @@ class Adapter:
         return seen
 
     def slots(self, layer: nn.Module) -> int | None:
-        """K, None where it is not seen."""
+        """K, None if it is not found."""
         return self.top_k if self.top_k is not None else _number(layer, _TOP_K)
 
     def router_weight(self, layer: nn.Module) -> str | None:
-        """The name of the router's matrix, [E, H]; None where there is no single one."""
+        """The name of the router's matrix, [E, H]; None if there is not exactly one."""
         path = self.router_path(layer)
         if path is None:
             return None
@@ -354,7 +356,7 @@ class Adapter:
 
 
 def _told(source: Source | None, layer: nn.Module, result: Any) -> Tensor | None:  # noqa: ANN401
-    """What a source of the adapter's user gives."""
+    """The tensor from a source that the user has given."""
     if source is None:
         return None
     if not isinstance(source, str):

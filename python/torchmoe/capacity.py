@@ -1,4 +1,4 @@
-"""How many slots an expert keeps: one number for all in integers, or one each from their history.
+"""How many slots an expert keeps: one capacity for all experts, or one each from their history.
 
 A float product rounds 1.1 * 2 * 200 / 4 up past 110, and a ceiling then gives 111. So a capacity
 factor is taken as the nearest fraction with a denominator of at most 10^6 (1.1 is 11/10, 4 / 3 is
@@ -94,28 +94,28 @@ def expert_capacity(
     """The most slots an expert keeps: ceil(capacity_factor * top_k * num_tokens / num_experts).
 
     Then at least `min_capacity`, and at most `num_tokens`, since no expert gets more than one slot
-    of a token. The formula is that of GShard (arXiv 2006.16668) and Switch Transformer (arXiv
+    of a token. The formula is from GShard (arXiv 2006.16668) and Switch Transformer (arXiv
     2101.03961), here in integers: 1.1 means 11/10.
 
     Args:
         num_tokens: how many tokens count: an int, a symbolic int under torch.compile, or an integer
             tensor (then the result is an int64 tensor of its shape, computed on its device without
-            a sync). Symbolic and in a tensor up to 9 * 10^12 / num_experts.
+            a sync). A symbolic int or a tensor may be at most 9 * 10^12 / num_experts.
         num_experts: E, at most 2^31.
         top_k: K, slots per token, at most E.
         capacity_factor: 1 is just enough room when the tokens spread evenly. int, float, Fraction
-            or Decimal; what counts is the nearest fraction with a denominator of at most 10^6.
+            or Decimal; rounded to the nearest fraction with a denominator of at most 10^6.
         min_capacity: lower bound, for batches of very few tokens.
-        rounding: "up", or "down" for the floor instead of the ceiling (Mesh TensorFlow and what
-            was made after it).
+        rounding: "up", or "down" for the floor instead of the ceiling (Mesh TensorFlow and the
+            libraries that follow it).
 
     Returns:
         The capacity, 0 for no tokens.
 
     Raises:
         TypeError: a number has another type.
-        ValueError: an argument is out of range or unknown, or num_tokens is a tensor that is not of
-            an integer dtype, or on the CPU holds a negative number.
+        ValueError: an argument is out of range or unknown, or num_tokens is a tensor whose dtype is
+            not an integer one, or that has a negative element (checked on the CPU only).
     """
     check_among("expert_capacity", "num_experts", num_experts, _MOST_EXPERTS)
     check_among("expert_capacity", "top_k", top_k, num_experts)
@@ -187,18 +187,18 @@ def dynamic_capacity(
 
         capacity_i = ceil(max(1, usage_i / mean(usage)) * factor * num_slots / num_experts)
 
-    in float64, where an excess below 1e-6 of the number does not round up; at most num_slots. An
-    expert asks for as many slots as it has chosen tokens in this batch; what lies beyond its
-    capacity is refused (`torchmoe.ops.limit_capacity`). The load that asks is this batch's, the
-    load in the factor is history (`Router.usage`): with the current load in both places no expert
-    could ever ask for more than it may take, and the rule would refuse nothing.
+    in float64, where a relative excess below 1e-6 does not round up; at most num_slots. An expert
+    asks for one slot for each token of this batch that chose it; slots beyond its capacity are
+    refused (`torchmoe.ops.limit_capacity`). The demand comes from this batch, the factor from past
+    steps (`Router.usage`). With the current load in both places no expert could ever ask for more
+    than its capacity, and the rule would refuse nothing.
 
     Args:
-        usage: [E] floating, each expert's share of the slots so far; only its proportions matter.
-            An entry that is not above the mean, NaN included, counts as the mean.
+        usage: [E] floating, each expert's share of the slots so far; only the ratios matter. An
+            entry that is not above the mean, NaN included, counts as the mean.
         num_slots: top_k times the number of counted tokens: an int, a symbolic int under
             torch.compile, or an integer scalar on usage's device.
-        factor: 1 is just enough room when the tokens spread as they have; a finite number >= 0.
+        factor: 1 is just enough room when the tokens spread as before; a finite number >= 0.
 
     Returns:
         [E] int64 on usage's device, computed without a sync.
@@ -206,9 +206,9 @@ def dynamic_capacity(
     Raises:
         TypeError: usage is not a tensor, factor not a number, or num_slots neither an int nor a
             tensor.
-        ValueError: factor is negative, NaN or infinite, num_slots is negative (of a tensor seen on
-            the CPU only), or a tensor that is not of an integer dtype.
-        RuntimeError: usage has another shape or is not floating, or num_slots is no scalar.
+        ValueError: factor is negative, NaN or infinite, num_slots is negative (a tensor is checked
+            on the CPU only), or num_slots is a tensor whose dtype is not an integer one.
+        RuntimeError: usage has another shape or is not floating, or num_slots is not a scalar.
     """
     check_usage("dynamic_capacity", usage)
     check_amount("dynamic_capacity", "num_slots", num_slots)

@@ -1,9 +1,9 @@
-"""Terms that keep a router's experts in even use, beside `torchmoe.ops.load_balancing_loss`.
+"""Losses that keep the experts evenly used, in addition to `torchmoe.ops.load_balancing_loss`.
 
 Each is a few ops; sums over tokens have the same bits for any number of threads. In the formulas
 p = score_function(logits), q = p / sum of p over the experts, and CV^2 = variance / mean^2 over the
-E experts, the variance with divisor E. Tokens that token_mask leaves out count nowhere; without a
-counted token every term is 0. The coefficient belongs to the caller, as in
+E experts, the variance with divisor E. Tokens that token_mask excludes do not count; without a
+counted token every term is 0. The caller chooses the coefficient, as in
 `Balance(losses=[("importance_loss", 0.1), (my_function, 0.01)])`.
 """
 
@@ -50,7 +50,7 @@ class LossInputs(NamedTuple):
     clean_logits: Tensor
     """[T, E], the logits before the router added noise to them, or the logits if it added none."""
     noise_deviation: float | None
-    """That of the router's noise, above 0; None if it added none."""
+    """The standard deviation of the router's noise, above 0; None if it added none."""
 
 
 #: A term of a layer's auxiliary loss, unweighted: a scalar tensor.
@@ -62,12 +62,12 @@ def importance_loss(
 ) -> Tensor:
     """How unevenly the gates' weights are spread: CV^2 of importance_i = sum over tokens of w_ti.
 
-    w_ti is the token's weight of expert i, 0 where it did not choose i. Shazeer et al., arXiv
+    w_ti is token t's weight for expert i, 0 if it did not choose i. Shazeer et al., arXiv
     1701.06538, equations 6 and 7.
 
     Args:
         weights: [T, K], from `torchmoe.ops.gate_weights`.
-        indices: [T, K] int64, their experts; an id outside [0, E) counts nowhere.
+        indices: [T, K] int64, their experts; an id outside [0, E) does not count.
         num_experts: E.
         token_mask: [T] bool, True = the token counts.
 
@@ -112,16 +112,16 @@ def load_loss(
         P_ti = Phi((logit_ti - the top_k-th largest noisy logit of the token's other experts) /
                deviation)
 
-    is the probability that the token chooses expert i once the expert's noise is drawn anew.
+    is the probability that the token chooses expert i if only that expert's noise is drawn again.
     Shazeer et al., arXiv 1701.06538, appendix A, equations 8 to 11, with one deviation for all
-    experts as in V-MoE (arXiv 2106.05974). In a layer the deviation is that of the router's noise,
-    `Router(logit_noise=)`, and 1 / E while it adds none.
+    experts as in V-MoE (arXiv 2106.05974). A layer takes the deviation of the router's noise,
+    `Router(logit_noise=)`, or 1 / E while the router adds none.
 
     Args:
         logits: [T, E], before noise.
         top_k: K, in [1, E]; at E every P is 1 and the loss 0.
-        noisy_logits: [T, E], those that the experts were ranked by; None takes logits for both.
-        deviation: of the noise, above 0; None is 1 / E.
+        noisy_logits: [T, E], the logits that ranked the experts; None uses logits for both.
+        deviation: standard deviation of the noise, above 0; None is 1 / E.
         token_mask: [T] bool, True = the token counts.
 
     Returns:
@@ -166,7 +166,7 @@ def local_entropy_loss(
 ) -> Tensor:
     """How undecided the router is about a token: the mean over tokens of the entropy of q, in nats.
 
-    Its minimum 0 is a router that is certain of one expert for each token. LIMoE (arXiv
+    The minimum, 0, is reached when the router is certain of one expert for each token. LIMoE (arXiv
     2206.02770), section 2.2.
 
     Args:
@@ -216,11 +216,11 @@ def global_entropy_loss(
 def mutual_information_loss(
     logits: Tensor, *, score_function: str, token_mask: Tensor | None = None
 ) -> Tensor:
-    """Minus what a token tells about its expert: mean entropy of q - entropy of the mean q.
+    """Minus the mutual information of token and expert: mean entropy of q - entropy of the mean q.
 
-    The minimum, -log E, is a router that is certain of each token and uses all experts evenly.
-    Mod-Squad (arXiv 2212.08066), section 3.3, with tokens instead of tasks; LIMoE's two entropies
-    with equal weights.
+    The minimum, -log E, is reached when the router is certain for each token and uses all experts
+    evenly. Mod-Squad (arXiv 2212.08066), section 3.3, with tokens instead of tasks; LIMoE's two
+    entropies with equal weights.
 
     Args:
         logits: [T, E].
@@ -260,14 +260,14 @@ def _check(name: str, logits: Tensor, token_mask: Tensor | None) -> None:
 def _shares(name: str, logits: Tensor, score_function: str, token_mask: Tensor | None) -> Tensor:
     """Q for every token; 0, and no gradient, for tokens that do not count: [T, E].
 
-    The arguments are checked on behalf of the term `name`.
+    Errors name the term `name`.
     """
     _check(name, logits, token_mask)
     check_choice(name, "score_function", score_function, SCORE_FUNCTIONS)
     ids = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape)
     if token_mask is not None:
         ids = ids.masked_fill(~token_mask.unsqueeze(1), -1)
-    # The share of an only expert is constant, of which the op refuses to form a gradient.
+    # The share of a single expert is constant, and the op refuses a gradient that is always 0.
     logits = logits.detach() if logits.shape[1] == 1 else logits
     return ops.gate_weights(
         logits, ids, score_function=score_function, normalize="topk", estimator="exact"
@@ -282,7 +282,7 @@ def _entropy(shares: Tensor) -> Tensor:
 
 
 def _wide_and_finite(logits: Tensor) -> Tensor:
-    """Float32 or wider, and far from overflow: the difference of two infinite logits is NaN."""
+    """The logits in float32 or wider and clamped, as infinite ones would have a NaN difference."""
     values = wide(logits)
     most = torch.finfo(values.dtype).max / 4
     return values.clamp(-most, most)
@@ -294,7 +294,7 @@ def _cv_squared(values: Tensor) -> Tensor:
     return ((values - mean) / scale).square().mean()
 
 
-#: The terms that a layer knows by name, beside load_balancing_loss.
+#: The terms that a layer knows by name, apart from load_balancing_loss.
 LOSSES: dict[str, Loss] = {
     "router_z_loss": lambda given: ops.router_z_loss(given.logits, token_mask=given.token_mask),
     "importance_loss": lambda given: importance_loss(

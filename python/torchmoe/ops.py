@@ -3,12 +3,12 @@
 Shapes: T tokens, H hidden size, I intermediate size, E experts, K experts per token, N = T * K
 rows. Floating tensors are float32, float64, bfloat16 or float16 with any strides. Everything runs
 under torch.compile(fullgraph=True), gives the same bits for any number of threads, and returns
-shapes that do not depend on data. What is differentiable is so any number of times, in reverse and
-in forward mode, and through torch.func's transforms. Wrong shapes and dtypes raise RuntimeError,
-values out of range ValueError, always as `op: argument must requirement, got actual`.
+shapes that do not depend on data. Derivatives exist to any order, in reverse and in forward mode,
+and through torch.func's transforms. Wrong shapes and dtypes raise RuntimeError and values out of
+range ValueError, always as `op: argument must requirement, got actual`.
 
-An id outside [0, E) means "not routed": no output, its weight is ignored, its gradient is exactly
-0. The ops write -1.
+An id outside [0, E) means "not routed": the slot has no output, its weight is ignored, and its
+gradient is exactly 0. The ops write -1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def _listing_words(function: _Function) -> _Function:
-    """Puts the library's list of words where a line of the docstring is `{argument}`."""
+    """Replaces a line `{argument}` of the docstring by the library's list of words for it."""
 
     def listed(line: re.Match[str]) -> str:
         words = zip(*_ops._vocabulary(line["argument"]), strict=True)
@@ -77,7 +77,7 @@ class DispatchPlan(NamedTuple):
 
 
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (whatever the op takes)
-    """Calls the op; where torch refuses an argument without a name, the error gets one."""
+    """Calls the op; where torch's error does not name the argument, adds its name."""
     try:
         return op(*args, **kwargs)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -91,7 +91,7 @@ def _explain(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> Exception | None:
-    """What torch cannot take of the arguments, or None where that is something else."""
+    """An error that names the argument torch refused, or None if it refused none of them."""
     schema = op._schema
     given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
     for argument in schema.arguments:
@@ -133,7 +133,7 @@ _FITS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def _parts(op: str, plan: DispatchPlan) -> DispatchPlan:
-    """The plan; raises TypeError where something else is given, such as the tensor it is for."""
+    """The plan; raises TypeError if it is something else, such as the tensor it belongs to."""
     if not isinstance(plan, tuple) or len(plan) != len(DispatchPlan._fields):
         raise TypeError(f"{op}: plan must be a DispatchPlan, got {shown(plan)}")
     return plan
@@ -169,18 +169,18 @@ def select_experts(
 ) -> Tensor:
     """The top_k experts of each token, best first (Shazeer et al., arXiv 1701.06538).
 
-    Ties go to the larger tie_break, then to the lower expert id. NaN ranks last, after -inf; every
-    expert may be chosen, also at -inf, so that top_k ids always come out. Not differentiable.
+    Ties go to the larger tie_break, then to the lower expert id. NaN ranks last, after -inf. An
+    expert may be chosen even at -inf, so every token gets top_k ids. Not differentiable.
 
     Args:
-        scores: [T, E] floating: whatever ranks the experts.
+        scores: [T, E] floating: what the experts are ranked by.
         top_k: K, in [1, E].
         selection_bias: [E] floating, added to the scores for ranking only (Wang et al., arXiv
             2408.15664).
         token_mask: [T] bool, True = the token counts; the others get -1 in every slot.
-        tie_break: [T, E] floating: what decides between experts whose scores, with the bias, are
-            equal. Probabilities that have underflowed or that a bias has absorbed are, where the
-            logits they were formed from are not.
+        tie_break: [T, E] floating: decides between experts whose scores, with the bias, are equal.
+            Probabilities that have underflowed, or that a bias has absorbed, can be equal where the
+            logits they were formed from differ.
 
     Returns:
         indices [T, K] int64.
@@ -215,25 +215,25 @@ def limit_capacity(
     tie_break: Tensor | None = None,
     num_experts: int | None = None,
 ) -> Tensor:
-    """Drops or reroutes what an expert cannot take.
+    """Drops or reroutes the slots that exceed an expert's capacity.
 
     Serves the slots one after another; an expert keeps the first `capacity` slots that it gets. A
-    slot that finds its expert full overflows: it is given to another expert at once, before the
-    next slot is served, or becomes -1. Not differentiable. `torchmoe.expert_capacity` computes the
-    usual capacity, `torchmoe.dynamic_capacity` one that follows the history of the load.
+    slot whose expert is full overflows: it is given to another expert at once, before the next slot
+    is served, or becomes -1. Not differentiable. `torchmoe.expert_capacity` computes the usual
+    capacity, `torchmoe.dynamic_capacity` one that follows the history of the load.
 
-    For a given capacity, whether a later token can change what happens to an earlier one (whether
-    the routing is not causal) depends on who is served first, and on nothing else:
+    For a given capacity, only the order of service decides whether a later token can change what
+    happens to an earlier one, that is, whether the routing is not causal:
 
     - order "token" without a priority: never, with any overflow
     - order "choice" with more than one choice, or a priority: it can
 
-    Time grows linearly with the number of slots, with a priority as a sort does; a rerouted slot
-    costs a look at the experts that still have room.
+    The time grows linearly with the number of slots (with a priority, like the time of a sort). A
+    rerouted slot also looks through the experts that still have room.
 
     Args:
         indices: [T, K] int64. Ids outside [0, E) take no room and come out as -1.
-        capacity: [E] int64, one >= 0 per expert; or one int >= 0 for all, with num_experts.
+        capacity: [E] int64, each >= 0; or one int >= 0 for all experts, along with num_experts.
         order: "choice": every token's first choice in token order, then all second choices, and so
             on (GShard, arXiv 2006.16668; ST-MoE, arXiv 2202.08906). "token": token by token, first
             choice before second; the only order in which a token's fate never depends on later
@@ -241,16 +241,17 @@ def limit_capacity(
         priority: [T, K] floating, replaces the order: larger first over all slots, NaN last, equal
             ones by `order` (V-MoE, arXiv 2106.05974).
         overflow: "drop": the slot is dropped. "next_best": it goes to the token's best other expert
-            with room, by scores, ties to the larger tie_break, then to the lower id, and NaN last,
-            never to an expert that another slot of the token names, served or still waiting; it is
-            dropped only where there is none. "backup": to backup[e] of its expert e if that has
-            room and no other slot of the token names it, else as in "next_best".
+            with room, by scores; ties go to the larger tie_break, then to the lower id, and NaN
+            ranks last. An expert that any other slot of the token names, served or not, is passed
+            over. If no expert is left the slot is dropped. "backup": it goes to backup[e] of its
+            expert e if that has room and no other slot of the token names it; otherwise as in
+            "next_best".
         scores: [T, E] floating, for overflow "next_best" and "backup" only.
-        backup: [E] int64, for overflow "backup" only: for each expert another one.
-        tie_break: [T, E] floating, with scores only: decides between equal ones, see
+        backup: [E] int64, for overflow "backup" only: another expert for each expert.
+        tie_break: [T, E] floating, with scores only: decides between equal scores, see
             `select_experts`.
-        num_experts: E; required when capacity is an int, not allowed to differ from its size when
-            it is a tensor.
+        num_experts: E; required when capacity is an int, and must equal its size when it is a
+            tensor.
 
     Returns:
         indices [T, K] int64.
@@ -258,9 +259,9 @@ def limit_capacity(
     Raises:
         TypeError: capacity is neither an int nor a tensor.
         ValueError: an unknown order or overflow, a negative num_experts or int capacity, an int
-            capacity without num_experts, scores or backup without their overflow or missing with
-            it; and, unless the tensors are on a device that would have to be waited for, a negative
-            entry of capacity or one of backup that names no expert or its own.
+            capacity without num_experts, scores or backup without their overflow, or missing with
+            it. On the CPU only, since another device would have to be waited for: a negative entry
+            of capacity, or an entry of backup that is no expert or the expert it belongs to.
         RuntimeError: a shape, dtype or device does not fit.
     """
     if num_experts is not None:
@@ -308,11 +309,11 @@ def gate_weights(
 
     - normalize "none": w_j = p[t, i_j] (Switch Transformer, arXiv 2101.03961)
     - normalize "topk": w_j = p[t, i_j] / sum of p over the token's routed slots (Shazeer et al.,
-      arXiv 1701.06538: softmax over the chosen logits is the same number), formed from logarithms
+      arXiv 1701.06538: softmax over the chosen logits gives the same value), formed from logarithms
       where p underflows; where every logit is -inf the weights are 0
     - normalize "uniform": w_j = 1 / number of the token's routed slots
 
-    Differentiable in logits; what estimator replaces, it replaces at every order and in both modes.
+    Differentiable in logits. An estimator replaces the derivative at every order and in both modes.
 
     Args:
         logits: [T, E] floating.
@@ -328,8 +329,8 @@ def gate_weights(
         weights [T, K], float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: an unknown name; or an "exact" gradient is wanted that is zero everywhere
-            (normalize "uniform", or "topk" with K = 1): the router could never learn.
+        ValueError: an unknown name; or a gradient is required but the "exact" one is zero
+            everywhere (normalize "uniform", or "topk" with K = 1), so the router could never learn.
         RuntimeError: a shape, dtype or device does not fit.
     """
     return cast(
@@ -355,7 +356,7 @@ def dispatch_plan(indices: Tensor, num_experts: int) -> DispatchPlan:
         num_experts: E >= 0.
 
     Returns:
-        The plan. Slots with an id outside [0, E) lie in the rows from expert_offsets[E] on.
+        The plan. Slots with an id outside [0, E) are in the rows from expert_offsets[E] on.
 
     Raises:
         ValueError: num_experts is negative.
@@ -384,7 +385,7 @@ def permute(x: Tensor, plan: DispatchPlan) -> Tensor:
 
 
 def unpermute(rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
-    """Brings the rows back to their tokens: the weighted sum of each token's rows.
+    """Returns the rows to their tokens: the weighted sum of each token's rows.
 
     y[t] = sum over routed slots j of weights[t, j] * rows[slot_to_row[t, j]].
 
@@ -432,7 +433,7 @@ def grouped_linear(
 
 
 def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
-    """What the rows of each expert add up to, in row order.
+    """The sum of each expert's rows, added in row order.
 
     sums[e] = sum of rows[r] for expert_offsets[e] <= r < expert_offsets[e + 1].
 
@@ -481,16 +482,16 @@ def expert_mlp(
     higher order are formed by permute, grouped_linear and unpermute, which keep arrays of N rows.
     Under autocast x and the four parameters are cast to the autocast type.
 
-    Where there is a gradient to come, a policy of selective activation checkpointing is asked about
-    torch.ops.torchmoe._expert_mlp.default instead, which keeps y and the pre-activation, and about
-    dispatch_plan before it; about every other op by its own name.
+    When a gradient is required, a policy for selective activation checkpointing does not see this
+    op but dispatch_plan and then torch.ops.torchmoe._expert_mlp.default, which keeps y and the
+    pre-activation. It sees every other op under its own name.
 
     Args:
         x: [T, H] floating.
         indices: [T, K] int64.
         weights: [T, K], float32, float64 or the dtype of x.
-        w_in: [E, I, H]; for gated activations [E, 2 * I, H], the gate's rows first. The dtype of x,
-            as all that follow.
+        w_in: [E, I, H]; for gated activations [E, 2 * I, H], the gate's rows first. It has the
+            dtype of x, as do the parameters that follow.
         b_in: [E, I] or [E, 2 * I], or None.
         w_out: [E, H, I].
         b_out: [E, H], or None.
@@ -554,12 +555,12 @@ def load_balancing_loss(
 def mean_over_tokens(values: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     """The mean over counted tokens, with the same bits for any number of threads.
 
-    torch's own mean over tokens is split by threads. Losses and statistics of a router are composed
-    from this one: `torchmoe.losses`, `torchmoe.routing_statistics`.
+    torch's own mean divides the tokens among the threads, so its bits depend on their number.
+    `torchmoe.losses` and `torchmoe.routing_statistics` are built on this op.
 
     Args:
-        values: [..., T, C] floating; leading dimensions are independent. What it holds for a token
-            that does not count, NaN included, does not matter.
+        values: [..., T, C] floating; leading dimensions are independent. Values of tokens that do
+            not count are ignored, NaN included.
         token_mask: [..., T] bool, True = the token counts.
 
     Returns:
@@ -591,14 +592,14 @@ def router_z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor
 
 
 def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
-    """A copy of x whose gradient is multiplied by `scale` on the way back.
+    """A copy of x whose gradient is multiplied by `scale` in the backward pass.
 
     Args:
         x: floating, any shape.
         scale: floating, broadcastable to x's shape. Gets no gradient.
 
     Returns:
-        x's values, in a tensor of its own.
+        x's values, in a new tensor.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
@@ -621,26 +622,26 @@ def attach_dense_gradient(
     dL/dprobs[t, i] = <dL/dy[t], E_i(x[t])> for every expert i, chosen or not, with E_i the experts
     of `expert_mlp`.
 
-    It stands for adding sum_i (probs_i - constant) E_i(x), with a value of 0, to y, without
-    computing an expert in the forward pass: the backward pass of DenseMixer
+    The effect is that of adding sum_i (probs_i - constant) E_i(x), whose value is 0, to y, but no
+    expert is computed in the forward pass. The backward pass is DenseMixer's
     (https://openreview.net/forum?id=4HGIIekCx3). x and the experts' weights get no gradient here.
     The backward pass takes 2 T E H (P + I) FLOPs, P being the width of w_in, in blocks of tokens.
 
-    Differentiable in y and probs; the gradient of probs is differentiable by all that it is made
-    of. Under autocast x and the four parameters are cast to the autocast type.
+    Differentiable in y and probs; the gradient of probs is differentiable in everything that it is
+    computed from. Under autocast x and the four parameters are cast to the autocast type.
 
     Args:
         y: [T, H] floating.
         probs: [T, E] floating.
         x: [T, H] floating.
-        w_in: as in `expert_mlp`, and all that follow.
+        w_in: as in `expert_mlp`, as are the arguments that follow.
         b_in: [E, I] or [E, 2 * I], or None.
         w_out: [E, H, I].
         b_out: [E, H], or None.
         activation: a name from `expert_mlp`.
 
     Returns:
-        y's values, in a tensor of its own.
+        y's values, in a new tensor.
 
     Raises:
         ValueError: an unknown activation.
@@ -658,14 +659,14 @@ def attach_dense_gradient(
 def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
     """A copy of x that carries `loss` in its graph.
 
-    When x's gradient is computed, the loss receives the gradient `scale`, whatever arrives at x. So
-    a model that passes on one tensor per layer still trains with an auxiliary loss, whatever is
-    done with x later. With a loss scaled for mixed precision, or divided for gradient accumulation,
-    `scale` must be that same factor.
+    When the gradient of x is computed, the loss receives the gradient `scale`, whatever gradient
+    arrives at x. A model whose layers pass on a single tensor can therefore train with an auxiliary
+    loss, whatever is done with x later. If the task loss is scaled for mixed precision, or divided
+    for gradient accumulation, `scale` must be the same factor.
 
-    Every backward pass that comes through the copy gives the loss its gradient, one through the
-    graph of a gradient as well. That is right for an objective with a penalty on its gradient; for
-    a Hessian-vector product, whose objective is a gradient alone, add the loss instead.
+    Every backward pass through the copy gives the loss its gradient, including a pass through the
+    graph of a gradient. That is right for an objective with a penalty on its gradient. For a
+    Hessian-vector product, whose objective is a gradient alone, add the loss instead.
 
     Args:
         x: floating, any shape.
@@ -673,11 +674,11 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
         scale: the gradient that the loss receives, a finite number.
 
     Returns:
-        x's values, in a tensor of its own.
+        x's values, in a new tensor.
 
     Raises:
-        TypeError: scale is no number.
-        ValueError: scale is not finite, which is not asked of a symbolic one.
+        TypeError: scale is not a number.
+        ValueError: scale is not finite; a symbolic one is not checked.
         RuntimeError: a shape or dtype does not fit.
     """
     if torch.compiler.is_compiling():

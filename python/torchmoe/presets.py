@@ -6,15 +6,15 @@
     moe = presets.st_moe.layer(512, 2048, 64, capacity=None, activation="geglu", bias=True)
     print(presets.st_moe)
 
-A preset says how tokens are routed and balanced, and how many shared experts there are; what the
-experts compute stays the caller's. Printing one shows every argument it sets, where they come from,
-and in which ways the layer still differs from the original. Logits are formed in float32, also
-where an original forms them in a 16-bit type. Two things are converted throughout, so that the
-numbers come out the same:
+A preset says how tokens are routed and balanced, and how many shared experts there are; the caller
+chooses what the experts compute. Printing a preset shows every argument it sets, where they come
+from, and how the layer still differs from the original. Logits are formed in float32, even if the
+original forms them in a 16-bit type. Two things are converted throughout, so that the results are
+the same:
 
-- A capacity factor of which the original takes T / E is divided by top_k, as ours is a factor of
-  top_k * T / E. Ours is exact besides: an original that multiplies floats can be one slot off.
-- A balancing loss that is a multiple of load_balancing_loss has the multiple in balance.weight.
+- A capacity factor that the original multiplies by T / E is divided by top_k, as ours multiplies
+  top_k * T / E. Ours is also exact: an original that multiplies floats can be one slot off.
+- If a balancing loss is a multiple of load_balancing_loss, the multiple is in balance.weight.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ _GATE, _BALANCE = Gate(), Balance()
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A named set of arguments of `MoE`; what is not named is the layer's default.
+    """A named set of arguments of `MoE`; the others have the layer's defaults.
 
     Attributes:
-        name: as in this module.
-        description: what it is, one paragraph.
+        name: the name in this module.
+        description: what it is, in one paragraph.
         source: the paper and the code that it follows.
-        sources: for each argument that the preset sets, a Gate's and the like one by one, where in
-            them its value stands.
-        top_k: see `MoE`, also for the following ones.
-        gate: see there.
-        capacity: see there.
-        balance: see there.
-        routed_scaling_factor: see there.
-        num_shared_experts: how many experts serve every token, each of the routed ones' width; they
-            are made as one `SharedExperts`.
-        input_jitter: of the `Router`.
-        logit_noise: of the `Router`.
-        differs: the ways in which the layer is not the original, a sentence or two each.
+        sources: for each argument that the preset sets, where the source gives its value; the
+            fields of a Gate and the like are listed one by one.
+        top_k: see `MoE`.
+        gate: see `MoE`.
+        capacity: see `MoE`.
+        balance: see `MoE`.
+        routed_scaling_factor: see `MoE`.
+        num_shared_experts: how many experts serve every token, each as wide as a routed one; they
+            are built as one `SharedExperts`.
+        input_jitter: see `Router`.
+        logit_noise: see `Router`.
+        differs: how the layer differs from the original, a sentence or two for each difference.
     """
 
     name: str
@@ -84,8 +84,8 @@ class Preset:
 
         Args:
             hidden_size: H.
-            intermediate_size: the experts' inner width; may be None when `experts` are given and no
-                shared ones are to be made.
+            intermediate_size: the experts' inner width; may be None if `experts` are given and the
+                preset builds no shared ones.
             num_experts: E.
             changes: arguments of `MoE`, num_shared_experts, and input_jitter and logit_noise of its
                 router; each replaces the preset's.
@@ -95,8 +95,8 @@ class Preset:
             and `shared_experts`, None included, replaces those that the preset makes.
 
         Raises:
-            TypeError: a change is no argument of the layer, noise is given along with a router, or
-                a number of shared experts along with them.
+            TypeError: a change is not an argument of the layer, noise is given along with a router,
+                or num_shared_experts along with shared_experts.
             ValueError: num_shared_experts is below 0, or their width is not known.
         """
         options = {*_ROUTER_OPTIONS, "num_shared_experts"}
@@ -134,14 +134,14 @@ class Preset:
             for option, level in noise.items():
                 setattr(moe.router, option, level)
         if num_shared and intermediate_size is not None:
-            # Behind the others, which are drawn as without them.
+            # After the others, so that those draw the same values as without shared experts.
             same = {name: changes[name] for name in _SHARED_OPTIONS if name in changes}
             width = num_shared * intermediate_size
             moe.shared_experts = SharedExperts(hidden_size, width, **cast(Any, same))
         return moe
 
     def __str__(self) -> str:
-        """Every argument with its value and where it stands, the source and the differences."""
+        """Every argument with its value and where it comes from, the source and the differences."""
         lines = {name: repr(value) for name, value in _lines(self._arguments())}
         names, values = max(map(len, lines)), max(map(len, lines.values()))
         return "\n".join(

@@ -1,4 +1,4 @@
-"""Routing replay: the choices of one forward pass, taken again in another."""
+"""Routing replay: the choices of one forward pass, repeated in another."""
 
 from __future__ import annotations
 
@@ -28,49 +28,48 @@ class RoutingReplay:
         with replay.force():
             again = model(x)
 
-    What is recorded are the layers' decisions: the ids as selected and as routed, after capacity
-    and assistance, bit for bit. While they are forced, no layer selects, reroutes or drops;
-    weights, losses and gradients follow from the layer's own logits at those ids. Random numbers
-    are drawn as ever, used or not: the router's noise in the logits, the factor of SparseMixer's
-    weights and, after the layer, dropout are those of a pass that decides (not under torch.compile,
-    which removes draws that nobody reads). So
+    It records the layers' decisions: the ids as selected and as routed, after capacity and
+    assistance, bit for bit. While they are forced, no layer selects, reroutes or drops; weights,
+    losses and gradients follow from the layer's own logits at those ids. Random numbers are still
+    drawn, whether they are used or not. The router's noise, the factor of SparseMixer's weights
+    and any dropout after the layer are therefore the same as in a pass that decides (except under
+    torch.compile, which removes draws that are not used). Two uses:
 
-    - activation recomputation cannot route otherwise than the forward pass did, whatever the rest
-      of the model does: record the forward pass, and force while backward runs, or force both;
-    - a checkpoint can be evaluated under the routing of another: record one model, and force the
-      other by `RoutingReplay(other, replay.decisions)`.
+    - Activation recomputation cannot route differently from the forward pass, whatever the rest of
+      the model does: record the forward pass and force during backward, or force both.
+    - A checkpoint can be evaluated under the routing of another: record one model, and force the
+      other with `RoutingReplay(other, replay.decisions)`.
 
-    The layers are followed by hooks, which copies of the model do not inherit, and go by their path
-    in the model, without what torch.compile and DistributedDataParallel put into it. A layer that
-    is called several times has several decisions; they are forced in the order they were recorded
-    in.
+    Hooks follow the layers; copies of the model do not inherit them. A layer is known by its path
+    in the model, without the names that torch.compile and DistributedDataParallel add. A layer that
+    is called several times has several decisions, which are forced in the order of recording.
 
-    What backward recomputes takes the decision of the very call that it recomputes, whatever the
-    order of the backward passes: calls that were recorded or forced are known by the checkpoint
-    they were made in, `torch.utils.checkpoint.checkpoint` of either kind or another library's that
-    is a torch.autograd.Function, nested ones and several calls in one included. Of other forward
-    passes nothing is known: those that were neither recorded nor forced, as with decisions from a
-    file which are forced while backward runs, those followed by another `RoutingReplay`, and those
-    in a checkpoint of any other make. What is recomputed of them takes the decision of the last
-    call that was not recomputed yet, which is right where every call is in a checkpoint of its own
-    and the last one's is recomputed first, as one backward pass does.
+    A call that backward recomputes takes the decision of the original call, whatever the order of
+    the backward passes. Calls that were recorded or forced are identified by the checkpoint around
+    them: either kind of `torch.utils.checkpoint.checkpoint`, or another library's that is a
+    torch.autograd.Function. Checkpoints may be nested and may hold several calls. Other forward
+    passes cannot be identified: those that were neither recorded nor forced (such as when decisions
+    from a file are forced during backward), those followed by another `RoutingReplay`, and those in
+    any other kind of checkpoint. Their recomputation takes the decision of the last call that has
+    not been recomputed yet. That is correct if every call has a checkpoint of its own and the last
+    one is recomputed first, as in a single backward pass.
 
-    Under torch.compile each layer breaks the graph while it is recorded or forced, so that
-    fullgraph=True refuses. Enter `record` or `force` before the compiled model runs for the first
-    time: torch does not look for hooks again, unless torch.compiler.reset() makes it compile anew.
+    Under torch.compile each layer breaks the graph while it is recorded or forced, so
+    fullgraph=True fails. Enter `record` or `force` before the compiled model runs for the first
+    time: torch does not look for hooks again until torch.compiler.reset() makes it recompile.
     `MoE.forward(decision=...)` has neither limit.
 
     Args:
-        model: any module with `torchmoe.nn.MoE` layers in it.
-        decisions: those to start with, from another replay or a file.
+        model: any module that contains `torchmoe.nn.MoE` layers.
+        decisions: the decisions to start with, from another replay or a file.
 
     Attributes:
         decisions: by layer, (selected, indices) of each call; see `torchmoe.nn.Decision`. Plain
             containers of tensors, which torch.load(weights_only=True) takes.
 
     Raises:
-        TypeError: model is no module, or decisions hold something else than pairs of int64 tensors.
-        ValueError: the model has no such layer, or the decisions are of others.
+        TypeError: model is not a module, or decisions hold anything but pairs of int64 tensors.
+        ValueError: the model has no such layer, or the decisions belong to other layers.
     """
 
     decisions: dict[str, list[tuple[Tensor, Tensor]]]
@@ -100,15 +99,15 @@ class RoutingReplay:
         self._checkpoints = _Checkpoints()
 
     def record(self) -> AbstractContextManager[None]:
-        """Forgets what was recorded, and records the calls inside, but no recomputation."""
+        """Clears the record and records the calls inside the block, except recomputations."""
         return _Entered("record", self._record)
 
     def force(self) -> AbstractContextManager[None]:
-        """Makes the calls inside take what was recorded, from the first call on.
+        """Makes the calls inside the block take the recorded decisions, from the first one on.
 
         Raises:
-            RuntimeError: a layer is called more often than it was recorded, or with another number
-                of tokens, or more often in a recomputation than in its forward pass.
+            RuntimeError: a layer is called more often than was recorded, or with another number of
+                tokens, or more often in a recomputation than in its forward pass.
         """
         return _Entered("force", self._force)
 
@@ -145,7 +144,7 @@ def _are_ids(value: object) -> bool:
 
 
 class _Entered(ContextDecorator, AbstractContextManager[None]):
-    """Hooks that are there while it is entered, and a warning if it never was."""
+    """Hooks that exist while it is entered; warns if it was never entered."""
 
     def __init__(self, method: str, register: Callable[[ExitStack], None]) -> None:
         self._method = method
@@ -211,7 +210,7 @@ class _Checkpoints:
         return len(self._of)
 
     def __reduce__(self) -> tuple[type[_Checkpoints], tuple[()]]:
-        # The copy of a replay has nothing to do with the graphs.
+        # A copy of a replay belongs to none of the graphs.
         return _Checkpoints, ()
 
     def add(self, around: Iterable[object], name: str, decision: Decision) -> None:
@@ -228,8 +227,8 @@ class _Checkpoints:
 class _Queue:
     """The decisions of a layer in the order in which they are to be forced.
 
-    What is recomputed, and not known otherwise, takes that of the last call that was not recomputed
-    yet.
+    A recomputed call that cannot be identified takes the decision of the last call that has not
+    been recomputed yet.
     """
 
     def __init__(self, name: str, decisions: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -237,8 +236,8 @@ class _Queue:
         self._waiting = deque(Decision(*decision) for decision in decisions)
         self._number = len(self._waiting)
         self._taken: list[Decision] = []
-        # By the node of the graph whose gradient needs what is recomputed: those of the backward
-        # pass at work, and of the one before, which may go through the same graph once more.
+        # By the graph node whose gradient needs the recomputation: for the current backward pass,
+        # and for the one before, as the current one may go through the same graph again.
         self._task = -1
         self._of_node: dict[object, Decision] = {}
         self._of_node_before: dict[object, Decision] = {}
@@ -251,7 +250,7 @@ class _Queue:
         return self._taken[-1]
 
     def recomputed(self) -> Decision:
-        """That of the call that is about to be recomputed."""
+        """The decision of the call that is about to be recomputed."""
         task, node = torch._C._current_graph_task_id(), torch._C._current_autograd_node()
         if task != self._task:
             self._task, self._of_node_before, self._of_node = task, self._of_node, {}
@@ -276,7 +275,7 @@ class _Queue:
 
 
 class _Recording(Hook[Callable[[MoEOutput], None]]):
-    """Appends the decision of each call, but of no recomputation."""
+    """Appends the decision of each call that is not a recomputation."""
 
     def __init__(
         self, name: str, decisions: list[tuple[Tensor, Tensor]], checkpoints: _Checkpoints
@@ -318,6 +317,6 @@ class _Forcing(Hook[Callable[[], Decision]]):
         else:
             known = recomputation and self._checkpoints.next(recomputation, self._name)
             decision = known or self._queue.recomputed()
-        # A checkpoint inside of one that is recomputed is another than in the forward pass.
+        # A checkpoint inside a recomputed one is not the one that the forward pass had.
         self._checkpoints.add(forward, self._name, decision)
         return decision

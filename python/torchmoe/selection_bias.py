@@ -1,4 +1,4 @@
-"""Balance without a loss: a bias that only ranks, moved against the load."""
+"""Balance without a loss: a bias that affects the ranking only and is moved against the load."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def update_selection_bias(
     Args:
         bias: [E] floating.
         tokens_per_expert: [E], slots per expert of one step, over all micro-batches and processes.
-        rate: how far one step moves it, a finite number >= 0; 0.001 in DeepSeek-V3.
-        centred: takes the mean of the step's moves out of them, so that the mean of the bias stays
-            what it is. Selection does not depend on that mean; without, it may drift.
+        rate: how far one step moves each entry, a finite number >= 0; 0.001 in DeepSeek-V3.
+        centred: subtracts the mean of the step's moves, so that the mean of the bias does not
+            change. Selection does not depend on that mean, which may drift otherwise.
 
     Returns:
         The new bias [E] in the dtype of bias; without a counted token a copy of bias.
 
     Raises:
         TypeError: an argument has another type.
-        ValueError: rate is negative or not finite, or a count is, which is seen on the CPU only.
+        ValueError: rate or a count is negative or not finite (counts are checked on the CPU only).
         RuntimeError: a shape or dtype does not fit.
     """
     rate = check_not_negative("update_selection_bias", "rate", rate)

@@ -1,4 +1,4 @@
-// The layer and its plan on the GPU beside the CPU. Hidden from the default run: torchmoe_tests
+// The layer and its plan on the GPU against the CPU. Hidden from the default run: torchmoe_tests
 // "[cuda]" runs it, and fails where there is no GPU.
 #include <memory>
 #include <string>

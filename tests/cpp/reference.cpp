@@ -36,7 +36,7 @@ bool ranks_before(double a, double b) {
   return a > b || (std::isnan(b) && !std::isnan(a));
 }
 
-// The words of activations.inc beside those of <cmath>.
+// The words of activations.inc, in addition to those of <cmath>.
 constexpr double pi = std::numbers::pi;
 double positive(double x) {
   return x > 0 ? x : 0;

@@ -36,7 +36,7 @@ std::string difference(const Tensor& actual,
                        int64_t terms,
                        int64_t roundings = 1);
 
-// Equal up to the rounding of a few float64 operations, or of a number written down shorter.
+// Equal up to the rounding of a few float64 operations, or of a value written with fewer digits.
 inline Approx near(double value, double relative = 1e-12) {
   return Approx(value).epsilon(relative);
 }
@@ -53,7 +53,7 @@ Tensor leaf(at::IntArrayRef sizes, double phase = 0, double scale = 1);
 // The same values in other memory: every entry followed by a gap, the first two dimensions swapped.
 Tensor strided(const Tensor& x);
 
-// The numbers that every implementation of torchmoe is checked against: 12 tokens, 4 experts.
+// The values that every implementation of torchmoe is checked against: 12 tokens, 4 experts.
 Tensor fixture_logits();
 Tensor fixture_indices();
 

@@ -44,7 +44,7 @@ def needed(kind: type[nn.Module], *sizes: int, **options: Any) -> dict[str, Any]
     arguments = inspect.signature(kind).parameters
     if "router" in arguments:
         given["router"] = Router(*sizes[:2], **options)
-    asked = {"top_k", *options}  # beside what has no default
+    asked = {"top_k", *options}  # in addition to what has no default
     return {
         name: value
         for name, value in (given | options).items()

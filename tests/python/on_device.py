@@ -22,7 +22,7 @@ from torchmoe.nn import Balance, Capacity, Gate, MoE
 
 DEVICE = "cpu"
 
-# Values that the CUDA kernels keep in the storage type, beside what the case says of the CPU's.
+# Values that the CUDA kernels keep in the storage type, besides those that the case counts.
 # A product's operands and result lie in memory, so with 16-bit types expert_mlp rounds
 # - forward: the activations, then each expert's output before the weighted sum: 2;
 # - backward, on the longest way (x): the gradient of the pre-activations, then each slot's share of

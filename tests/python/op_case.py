@@ -21,7 +21,7 @@ Function = Callable[[Inputs], Outputs]
 # A sum of n terms formed in precision eps errs by at most n * eps * sum |terms| / 2 (Higham,
 # "Accuracy and Stability", 3.1), for terms of both signs by far less. The terms here are of order
 # one, and sum |terms| is at most a few times the largest result; 4 covers that ratio and the few
-# roundings beside the sum. Every tolerance of the suite is this number times what eps gives.
+# roundings besides the sum. Every tolerance of the suite is this number times what eps gives.
 C = 4.0
 
 
@@ -171,7 +171,7 @@ def leaves(inputs: Inputs, names: Iterable[str]) -> Inputs:
 
 
 def cotangents(outputs: Outputs) -> Outputs:
-    """Fixed random numbers to multiply the outputs by, the same for the same shapes."""
+    """Fixed random values to multiply the outputs by, the same for the same shapes."""
     generator = torch.Generator().manual_seed(1)
     return tuple(
         torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs

@@ -33,7 +33,7 @@ def _stack(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _rank(value: float) -> tuple[bool, float]:
-    """The key that sorts larger numbers first and NaN last."""
+    """The key that sorts larger values first and NaN last."""
     return math.isnan(value), 0.0 if math.isnan(value) else -value
 
 
@@ -351,7 +351,7 @@ def attach_dense_gradient(
     b_out: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """y + sum over all experts of (p_i - the same number as a constant) * E_i(x)."""
+    """y + sum over all experts of (p_i - the same value as a constant) * E_i(x)."""
     result = y.double()
     for i in range(w_out.size(0)):
         everyone = torch.full((x.size(0), 1), i)

@@ -107,7 +107,7 @@ def difference_of_gradients(
 
     Args:
         function: the function.
-        draw: gives the values, and others where a choice changes over the steps beside a tie.
+        draw: gives the values, and others where a choice changes over the steps next to a tie.
         moved: the values that have a direction; None is all.
     """
     for _ in range(ATTEMPTS):
@@ -148,7 +148,7 @@ def inner(left: Values, right: Values) -> Tensor:
 
 
 def directions_of(values: Values, moved: Iterable[str] | None = None) -> Values:
-    """Standard normal numbers, zeros where a value is not `moved`; None moves all."""
+    """Standard normal values, zeros where a value is not `moved`; None moves all."""
     names = set(values if moved is None else moved)
     return {
         name: torch.randn_like(value) if name in names else torch.zeros_like(value)

@@ -14,7 +14,7 @@ INT64_MAX = torch.iinfo(torch.int64).max
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers, drawn in float64 so that every dtype sees the same ones, rounded."""
+    """Standard normal values, drawn in float64 so that every dtype sees the same ones, rounded."""
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 

@@ -190,7 +190,7 @@ def test_an_estimator_of_ones_own_with_parameters() -> None:
         check_surrogate(Forgotten())
 
 
-# --- functions, routers and layers of one's own --------------------------------------------------
+# --- custom functions, routers and layers --------------------------------------------------------
 
 
 def straight_through(logits: Tensor) -> Tensor:
@@ -334,10 +334,10 @@ def test_ties_say_how_to_avoid_them() -> None:
 
 
 def test_arguments_of_the_other_kind() -> None:
-    with pytest.raises(ValueError, match=r"num_tokens must be left out but for an estimator"):
+    with pytest.raises(ValueError, match=r"num_tokens must be left out except for an estimator"):
         check_surrogate(straight_through, torch.randn(7, 4), surrogate=scores_of, num_tokens=3)
     with pytest.raises(
-        ValueError, match=r"surrogate must be left out but for a module or function"
+        ValueError, match=r"surrogate must be left out except for a module or function"
     ):
         check_surrogate("exact", surrogate=scores_of)
     with pytest.raises(TypeError, match=r"inputs must be given for a module or function, got None"):

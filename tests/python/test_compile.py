@@ -1,4 +1,4 @@
-"""A layer made of the ops under torch.compile: one graph, one compile, the eager numbers."""
+"""A layer made of the ops under torch.compile: one graph, one compile, the eager values."""
 
 from __future__ import annotations
 

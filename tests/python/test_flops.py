@@ -1,4 +1,4 @@
-"""What torch's FlopCounterMode counts, beside totals computed by hand."""
+"""What torch's FlopCounterMode counts, compared with totals computed by hand."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_grouped_linear() -> None:
 
 
 def test_cosine_router() -> None:
-    # x is projected to 3 numbers, which are then compared with the experts' directions.
+    # x is projected to 3 dimensions, which are then compared with the experts' directions.
     router = CosineRouter(H, E, projection_size=3)
     x = torch.randn(T, H)
     assert counted(lambda: router(x)) == 2 * T * H * 3 + 2 * T * 3 * E

@@ -27,7 +27,7 @@ def step(tokens):
 
 
 step(20_000)  # on both threads
-warnings.simplefilter("ignore")  # Python's own, of forking beside threads
+warnings.simplefilter("ignore")  # Python's own, about forking with threads
 child = os.fork()
 if child == 0:
     signal.alarm(30)  # ends a child that waits for threads which it has not

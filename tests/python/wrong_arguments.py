@@ -60,7 +60,7 @@ class Case:
         return self.good.get(argument, default) is None
 
 
-#: The kind of an argument, from what its annotation says beside None.
+#: The kind of an argument, from its annotation apart from None.
 OF_ANNOTATION = {
     "int": "size",
     "float": "number",

@@ -31,8 +31,8 @@ struct Block {
   int64_t column_block;  // which of the ranges of columns, the same for every expert
 };
 
-/// Cuts every expert's rows and all columns into blocks. `beside` such problems run beside one
-/// another and share the threads.
+/// Cuts every expert's rows and all columns into blocks. `beside` such problems run at the same
+/// time and share the threads.
 std::vector<Block> row_blocks(const Offsets& offsets, int64_t columns, int64_t beside = 1);
 
 /// Cuts every expert's [rows, columns] matrix into blocks.

@@ -5,7 +5,7 @@
 
 namespace torchmoe::cpu {
 
-/// A matrix in somebody else's memory.
+/// A matrix in memory that it does not own.
 template <typename T>
 struct Matrix {
   T* data;

@@ -17,7 +17,7 @@
 
 namespace torchmoe::cpu {
 
-/// Rows of contiguous numbers: row i starts at data + (index ? index[i] : i) * stride. A negative
+/// Rows of contiguous elements: row i starts at data + (index ? index[i] : i) * stride. A negative
 /// index is a row of zeros.
 template <typename T>
 struct Rows {
@@ -25,7 +25,7 @@ struct Rows {
   int64_t stride;
   const int64_t* index = nullptr;
 
-  /// The rows from row i on, and of each the numbers from number j on.
+  /// The rows from row i on, and of each the elements from element j on.
   Rows from(int64_t i, int64_t j) const {
     return index == nullptr ? Rows{data + i * stride + j, stride}
                             : Rows{data + j, stride, index + i};

@@ -17,7 +17,7 @@ class OpenPhase {
   explicit OpenPhase(Phase tasks)
       : tasks_(std::move(tasks)), left_(static_cast<int64_t>(tasks_.size())) {}
 
-  /// Runs a task that nobody has taken; false where there is none.
+  /// Runs a task that no thread has taken; false if there is none.
   bool run_one(Workspace& workspace) {
     const int64_t i = taken_.fetch_add(1);
     if (i >= static_cast<int64_t>(tasks_.size())) {

@@ -12,7 +12,7 @@ namespace torchmoe::cpu {
 /// Work for one thread, which lends it its workspace.
 using Task = std::function<void(Workspace&)>;
 
-/// Tasks that may run in any order and beside one another.
+/// Tasks that may run in any order and at the same time.
 using Phase = std::vector<Task>;
 
 /// Runs the tasks of a phase, whose products take `multiplications` in all.

@@ -16,7 +16,7 @@ inline Vector sigmoid(Vector u) {
   return 1.0F / (1.0F + exp(-u));
 }
 
-/// The standard normal distribution at u, and its density but for the factor 1 / sqrt(2 pi).
+/// The standard normal distribution at u, and its density without the factor 1 / sqrt(2 pi).
 struct Normal {
   Vector below;    // P(X <= u)
   Vector density;  // exp(-u^2 / 2)

@@ -4,7 +4,7 @@
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 
-/// Numbers of scratch that product() uses.
+/// How many elements of scratch product() uses.
 int64_t product_scratch();
 void product(const ProductCall& call);
 

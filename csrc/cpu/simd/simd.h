@@ -11,8 +11,8 @@
 
 namespace torchmoe::cpu {
 
-/// X(name, this room's type, the library's type) of the stored numbers. 16-bit types are widened to
-/// float32 on their way in and rounded on their way out; arithmetic is float32.
+/// X(name, this room's type, the library's type) of the stored elements. 16-bit types are widened
+/// to float32 when they are read and rounded when they are written; arithmetic is float32.
 #define TORCHMOE_ELEMENTS(X)           \
   X(float32, float, float)             \
   X(bfloat16, BFloat16, c10::BFloat16) \
@@ -22,7 +22,7 @@ namespace torchmoe::cpu {
 enum class Element { TORCHMOE_ELEMENTS(TORCHMOE_ELEMENT_NAME) };
 #undef TORCHMOE_ELEMENT_NAME
 
-/// Where numbers are stored.
+/// Where elements are stored.
 struct Numbers {
   const void* data;
   Element type;
@@ -32,7 +32,7 @@ struct MutableNumbers {
   Element type;
 };
 
-/// Rows of contiguous numbers: row i starts at number (index ? index[i] : i) * stride of data. A
+/// Rows of contiguous elements: row i starts at element (index ? index[i] : i) * stride of data. A
 /// negative index is a row of zeros.
 struct NumberRows {
   Numbers numbers;
@@ -58,7 +58,7 @@ struct ProductCall {
   int64_t k;
   float* out;
   int64_t out_stride;
-  float* scratch;  // Simd::product_scratch numbers, aligned to 64 bytes
+  float* scratch;  // Simd::product_scratch elements, aligned to 64 bytes
 };
 
 /// A block of the pre-activation's product becomes the pre-activation and the activation. The biases

@@ -20,7 +20,7 @@ using IntVector = int32_t __attribute__((vector_size(TORCHMOE_VECTOR_BYTES)));
 using UnsignedVector = uint32_t __attribute__((vector_size(TORCHMOE_VECTOR_BYTES)));
 using HalfWidthVector = uint16_t __attribute__((vector_size(TORCHMOE_VECTOR_BYTES / 2)));
 
-/// Numbers in a vector.
+/// How many elements a vector has.
 constexpr int64_t kWidth = TORCHMOE_VECTOR_BYTES / 4;
 
 /// A stored bfloat16 and float16, by their bits.
@@ -76,7 +76,7 @@ inline Vector load(const Float16* from) {
 #endif
 }
 
-/// The first `count` numbers, zeros after them; count is below kWidth.
+/// The first `count` elements, zeros after them; count is below kWidth.
 template <typename T>
 inline Vector load_part(const T* from, int64_t count) {
   alignas(64) T numbers[kWidth] = {};
@@ -126,7 +126,7 @@ inline void store_up_to(Vector v, T* to, int64_t count) {
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
-/// The sum of the numbers, always in the same order.
+/// The sum of the elements, always in the same order.
 inline float sum(Vector v) {
   alignas(64) float numbers[kWidth];
   store(v, numbers);

@@ -22,8 +22,8 @@ struct SourceRows {
 template <typename T>
 int64_t product_tile_rows();
 
-/// out[r] = rows[source of r] weight[e]^T + bias[e] for expert e's rows; nobody's are not touched: rows [.,
-/// in], weight [E, out, in], bias [E, out] or null, out [N, out].
+/// out[r] = rows[source of r] weight[e]^T + bias[e] for expert e's rows; rows of no expert are not
+/// touched: rows [., in], weight [E, out, in], bias [E, out] or null, out [N, out].
 template <typename T>
 void grouped_linear(Stream stream,
                     const TileMap& map,
@@ -34,8 +34,8 @@ void grouped_linear(Stream stream,
                     int64_t in_features,
                     int64_t out_features);
 
-/// grad_rows[r] = grad[source of r] weight[e], the transposed product; nobody's rows are not touched: grad [.,
-/// out] -> grad_rows [N, in].
+/// grad_rows[r] = grad[source of r] weight[e], the transposed product; rows of no expert are not
+/// touched: grad [., out] -> grad_rows [N, in].
 template <typename T>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,

@@ -15,7 +15,7 @@ namespace torchmoe::cuda {
 template <typename T>
 using Engine = std::conditional_t<sizeof(T) == 2, TensorCoreEngine<T>, SimpleEngine<T>>;
 
-/// Numbers that a thread finishes at a time.
+/// How many elements a thread finishes at a time.
 constexpr int kGroupSize = 8;
 
 /// A tile of the result: rows begin .. end of an expert, columns from first_column on.
@@ -53,7 +53,7 @@ __device__ Vector<typename Engine::Acc, kGroupSize> read_sums(const typename Eng
   return group;
 }
 
-/// Moves up to kGroupSize numbers between a row of T and a group of Acc, widening or rounding.
+/// Moves up to kGroupSize elements between a row of T and a group of Acc, widening or rounding.
 template <typename T, typename Acc>
 __device__ Vector<Acc, kGroupSize> read_group(const T* from, int64_t count, bool aligned) {
   constexpr int size = kVectorBytes / sizeof(T);

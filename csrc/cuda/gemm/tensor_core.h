@@ -37,7 +37,7 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(newest) : "memory");
 }
 
-/// Four 8 x 8 matrices of 16-bit numbers: lane 8 i + j gives the address of row j of matrix i and
+/// Four 8 x 8 matrices of 16-bit elements: lane 8 i + j gives the address of row j of matrix i and
 /// gets row g, columns 2 t and 2 t + 1 of each.
 __device__ inline void load_matrices(unsigned (&matrices)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"

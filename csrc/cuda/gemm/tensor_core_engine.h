@@ -1,7 +1,7 @@
-// A block's product of two operands on the tensor cores: 16-bit numbers, sums in float32.
+// A block's product of two operands on the tensor cores: 16-bit elements, sums in float32.
 //
 // The operands come in boxes of 64 along the depth, copied asynchronously into a ring of stages
-// while the boxes before them are multiplied. Within a line of a box, groups of eight numbers (16
+// while the boxes before them are multiplied. Within a line of a box, groups of eight elements (16
 // bytes) are swapped by the line's number, so that the eight lines that one matrix load reads lie
 // in different banks.
 #pragma once
@@ -67,7 +67,7 @@ class TensorCoreEngine {
   static constexpr int kColumnFragments = kWarpColumns / 8;
   static constexpr int kInstructionDepth = 16;
 
-  /// Numbers in a line of an operand's box.
+  /// How many elements a line of an operand's box has.
   template <Contiguous contiguous>
   __device__ static constexpr int line_size() {
     static_assert(kRows == kColumns);

@@ -56,7 +56,7 @@ void check_output(std::string_view part,
                   std::string_view layout,
                   const at::Device& device);
 
-/// Numbers >= 0, one for each expert, on a device; `whole` refuses floating ones. The numbers are
+/// Counts >= 0, one for each expert, on a device; `whole` refuses floating ones. The values are
 /// read where that needs no wait for a device.
 void check_counts(std::string_view owner,
                   std::string_view argument,

@@ -29,7 +29,7 @@ struct Parts {
   bool wants_bias() const { return balance.selection_bias_rate() > 0; }
 };
 
-/// Two parts that do not go together under a condition.
+/// Two parts that are not compatible under a condition.
 struct Pair {
   const char* argument;  // the one of the two that messages name
   std::function<bool(const Parts&)> clashes;

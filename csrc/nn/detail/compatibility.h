@@ -1,4 +1,4 @@
-// Which parts of a layer go together: one table of pairs, with their reasons.
+// Which parts of a layer are compatible: one table of pairs that are not, with the reasons.
 #pragma once
 
 #include <optional>
@@ -24,8 +24,8 @@ std::string update_reader(const MoEImpl& layer);
 /// How many experts every token is sure to get.
 int64_t least_experts(const Estimator& estimator);
 
-/// Throws c10::ValueError for the first pair of the layer's parts, with these settings, that does
-/// not go together.
+/// Throws c10::ValueError for the first pair of the layer's parts, with these settings, that is not
+/// compatible.
 void check_pairs(const MoEImpl& layer,
                  const Balance& balance,
                  const std::optional<Capacity>& capacity);

@@ -1,4 +1,4 @@
-// A word to whoever never calls MoEImpl::update.
+// A warning for training loops that never call MoEImpl::update.
 #pragma once
 
 #include <atomic>

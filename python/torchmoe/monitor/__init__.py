@@ -1,4 +1,4 @@
-"""What the routing of a model does while it trains, and what its routers have learned.
+"""Shows how a model routes while it trains, and what its routers have learned.
 
 `routing_statistics` reads one layer's `Routing`; `watch` follows every layer of a model; `geometry`
 reads a router's weights.

@@ -91,7 +91,7 @@ def _grid_shape(panels: int) -> tuple[int, int]:
 
 
 def _limit(panels: Sequence[_Panel]) -> int:
-    """How many doublings of the even share the scale reaches, so that few cells lie beyond."""
+    """How many doublings of the even share the scale covers, so that few cells exceed it."""
     loads = np.concatenate([panel.load.ravel() for panel in panels])
     logs = np.abs(np.log2(loads[loads > 0]))
     for limit in (1, 2):

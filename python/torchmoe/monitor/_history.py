@@ -1,4 +1,4 @@
-"""What is kept of one layer's passes, in bounded memory and without waiting for a device."""
+"""The record of one layer's passes, in bounded memory and without waiting for a device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Record(NamedTuple):
     """[2 E + 9] float64: the sum over them of `statistics.pack`."""
 
     def statistics(self) -> RoutingStatistics:
-        """Counts are sums over the passes, all other numbers means."""
+        """Counts are sums over the passes, all other values means."""
         return unpack(self.sums, self.forwards)
 
 

@@ -45,7 +45,7 @@ Values = NDArray[np.float64]
 
 
 class Plane(NamedTuple):
-    """A plane through the space of the rows, and what lies in it."""
+    """A plane through the space of the rows, and the projections onto it."""
 
     middle: Values
     """[G]: the point of the plane at its coordinates (0, 0)."""

@@ -72,7 +72,7 @@ def _table(rows: Iterable[Sequence[str]], columns: Sequence[str]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for column in columns:
-        # The name of a layer would be cut first, and nobody could tell the rows apart.
+        # The name of a layer would be cut first, and the rows could not be told apart.
         is_name = column == "layer"
         table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:

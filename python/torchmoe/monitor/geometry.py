@@ -55,22 +55,22 @@ def geometry(router: nn.Module) -> RouterGeometry:
         picture.flip_distances(x, moe.top_k)        # how safe each token's choice is
         picture.plot("router.png", x)
 
-    A snapshot: it shares no memory with the router, and later training does not change it. All
-    processes must call where the router is sharded.
+    The result is a snapshot: it shares no memory with the router, and later training does not
+    change it. If the router is sharded, all processes must call this.
 
     Args:
         router: a `torchmoe.nn.Router`, torch.nn.Linear or any other module with a floating `weight`
             [E, H] and, if it has one, a `bias` [E]; a `torchmoe.nn.CosineRouter` or any other with
             `rows` [E, P] and a method `project` from x [T, H] to z [T, P], where the logits are
-            z rows^T; or a module that has such a one as its `router` or `moe`, as `torchmoe.nn.MoE`
-            has, WithAttachedLoss, and routers that choose by another router's logits. What that
-            module does to the tokens before its router sees them is not repeated.
+            z rows^T; or a module whose `router` or `moe` is one of these, such as
+            `torchmoe.nn.MoE`, WithAttachedLoss, and routers that choose by another router's logits.
+            What that module does to the tokens before its router sees them is not repeated.
 
     Returns:
-        The rows and biases in float64 on the router's device, and what can be read off them.
+        The rows and biases in float64 on the router's device, with methods that analyse them.
 
     Raises:
-        TypeError: the router has none of these, or they are no such tensors.
+        TypeError: the router has none of these, or they are not such tensors.
     """
     gate: object = router
     while isinstance(gate, nn.Module):
@@ -155,17 +155,17 @@ def _checked(name: str, value: object, shape: list[str | int]) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RouterGeometry:
-    """What `geometry` gives: a linear gate as E rows of G numbers, and where tokens lie among them.
+    """The result of `geometry`: a linear gate as E vectors of size G, and the tokens among them.
 
     The logit of expert e is w_e . z + b_e, where z is what the gate sees of a token x: x itself,
     and G = H, unless the router projects it first (`torchmoe.nn.CosineRouter`), so that G = P. All
-    distances and angles are those of the space of z. A cosine router's z stays on the unit sphere,
-    and all its boundaries pass through 0: where a straight way of length d leads to a boundary, z
-    gets there by turning by asin(d).
+    distances and angles are in the space of z. A cosine router's z stays on the unit sphere, and
+    all its boundaries pass through 0: if a straight line of length d leads to a boundary, z reaches
+    it by turning through asin(d).
 
     Methods take x [..., H], floating, on the device of `rows`; their results keep the leading
-    dimensions, are float64 on that device, and have no gradient. Logits are computed in float64:
-    where the router's own are nearly equal, it may rank them otherwise.
+    dimensions, are float64 on that device, and have no gradient. Logits are computed in float64; if
+    the router's own logits are nearly equal, it may rank them differently.
 
     Attributes:
         rows: [E, G] float64: w_e, for each expert the direction in which its logit grows.
@@ -187,9 +187,9 @@ class RouterGeometry:
     def angles(self) -> Tensor:
         """[E, E] float64: the angle between two rows in degrees, 0 to 180.
 
-        Of unit vectors u and v it is 2 atan2(|u - v|, |u + v|), which is exact to rounding also
-        near 0 and 180 degrees, where acos(u . v) has lost half of its digits. NaN where a row is
-        zero, on the diagonal too, which is 0 elsewhere.
+        For unit vectors u and v it is 2 atan2(|u - v|, |u + v|), which is exact to rounding even
+        near 0 and 180 degrees, where acos(u . v) loses half of its digits. The diagonal is 0. NaN
+        for a zero row, on the diagonal too.
         """
         unit = self.rows / self.norms.unsqueeze(1)
         radians = 2 * torch.atan2(_distances(unit, unit), _distances(unit, -unit))
@@ -201,7 +201,7 @@ class RouterGeometry:
         return _distances(self.rows, self.rows)
 
     def logits(self, x: Tensor) -> Tensor:
-        """w_e . z + b_e, what the router computes without its noise.
+        """w_e . z + b_e, the router's logits without its noise.
 
         Args:
             x: [..., H] floating.
@@ -220,7 +220,7 @@ class RouterGeometry:
 
         Args:
             i: the expert on the positive side.
-            j: another one.
+            j: another expert.
 
         Returns:
             normal [G] = w_i - w_j and the scalar offset = b_i - b_j of normal . z + offset = 0.
@@ -249,7 +249,7 @@ class RouterGeometry:
         Args:
             x: [..., H] floating.
             i: the expert on the positive side.
-            j: another one.
+            j: another expert.
 
         Returns:
             [...] float64, signed, in units of z.
@@ -262,29 +262,29 @@ class RouterGeometry:
         """
         normal, offset = self.boundary(i, j)
         z, leading = self._points(x)
-        # Not the difference of two logits, which may have lost what is left near the boundary.
+        # Not the difference of two logits, which cancels near the boundary.
         height = z @ normal + offset
         distance = torch.where(height == 0, height, height / torch.linalg.vector_norm(normal))
         return distance.reshape(leading)
 
     def flip_distances(self, x: Tensor, top_k: int) -> Flips:
-        """The least distance that each token must move until its set of top_k experts changes.
+        """The shortest distance that each token must move until its set of top_k experts changes.
 
-        The least (logit_c - logit_u) / |w_c - w_u| over chosen experts c and others u, which is the
-        distance to the boundary between the two. The choice is that of
-        `torchmoe.ops.select_experts`, ties to the lower id. A token on a boundary has distance 0.
-        Two experts with equal rows never change places, wherever the token moves.
+        This is the smallest (logit_c - logit_u) / |w_c - w_u| over chosen experts c and others u,
+        the distance to the boundary between the two. The choice is that of
+        `torchmoe.ops.select_experts`, with ties to the lower id. A token on a boundary has distance
+        0. Two experts with equal rows never change places, wherever the token moves.
 
-        Takes time for K E pairs per token, and memory for a fixed number of them.
+        The time grows with the K E pairs per token; the memory is that of a fixed number of pairs.
 
         Args:
             x: [..., H] floating.
-            top_k: K, in [1, E]; with K = E there is one set only.
+            top_k: K, in [1, E]; with K = E there is only one set.
 
         Returns:
-            The distance, and which chosen expert is lost to which rival at the end of it. Of
-            several at the same distance, the chosen one that ranks best and then the rival with
-            the lowest id.
+            The distance, the chosen expert that is lost there and the expert that replaces it. If
+            several pairs are at the same distance, the chosen expert that ranks best, then the
+            replacement with the lowest id.
 
         Raises:
             TypeError: top_k is not an int.
@@ -305,9 +305,9 @@ class RouterGeometry:
     def match_percentages(self, x: Tensor) -> Tensor:
         """How well each token's direction matches each expert's row, in percent.
 
-        50 (1 + cos(z, w_e)): 100 along the row, 50 at a right angle to it, 0 against it. Lengths
-        and biases have no part in it, so that the best match need not be the largest logit. A zero
-        vector, token or row, matches by 50.
+        50 (1 + cos(z, w_e)): 100 along the row, 50 at a right angle to it, 0 opposite to it.
+        Lengths and biases do not enter, so the best match need not be the largest logit. A zero
+        vector, whether token or row, gives 50.
 
         Args:
             x: [..., H] floating.
@@ -325,28 +325,28 @@ class RouterGeometry:
     def plot(self, path: str | os.PathLike[str], x: Tensor | None = None) -> None:
         """Draws which expert wins where, in the plane in which the rows differ most.
 
-        The plane is spanned by the two leading right singular vectors of the rows minus their mean.
-        It is the differences between rows that decide: a vector that is added to all of them moves
-        every logit alike. The axes say how much of the rows' variance each direction holds. Where
-        all of it lies in one direction, as with two experts, the second is that of the mean row, or
-        any other.
+        The plane is spanned by the two leading right singular vectors of the rows minus their mean,
+        because only differences between rows matter: a vector added to all of them moves every
+        logit alike. The axis labels give the share of the rows' variance in each direction. If all
+        of it is in one direction, as with two experts, the second axis is that of the mean row, or
+        an arbitrary one.
 
         The plane passes through the mean of the tokens, or through 0 without tokens. Each point has
-        the colour of the expert with the largest logit there, whose number stands in the region. An
-        arrow for each expert, from that middle, is its row minus the mean row: its logit outgrows
-        the mean of all logits in that direction. The arrows are to scale among each other. A dot is
-        a token, projected onto the plane, in the colour (and beyond 8 experts the shape) of its
-        first choice, which is another than the ground below where the directions out of the plane
-        decide. At most 3000 tokens are drawn, evenly spaced among all. Colours repeat beyond 8
-        experts, never in neighbouring regions.
+        the colour of the expert with the largest logit there, and each region shows its expert's
+        number. An arrow for each expert, from the centre, is its row minus the mean row: in that
+        direction its logit grows faster than the mean of all logits. All arrows have one scale. A
+        dot is a token, projected onto the plane, in the colour (and beyond 8 experts the shape) of
+        its first choice. It differs from the region below it if the directions outside the plane
+        decide. At most 3000 tokens are drawn, evenly spaced among all. Beyond 8 experts colours
+        repeat, but never in neighbouring regions.
 
         Args:
-            path: the file, whose suffix says its kind; its folder is made where it is missing.
-            x: [..., H] floating, tokens to show. None of them is as no x.
+            path: the file; its suffix sets the format. A missing folder is created.
+            x: [..., H] floating, tokens to show. No tokens at all are the same as None.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: there is one expert, G is 1, or a number is not finite.
+            ValueError: there is one expert, G is 1, or a value is not finite.
             RuntimeError: the shape, dtype or device of x does not fit.
         """
         try:

@@ -1,4 +1,4 @@
-"""Numbers that say how a layer routes."""
+"""Statistics of how a layer routes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchmoe.nn.routing import Routing
 class RoutingStatistics(NamedTuple):
     """How a layer routed the tokens of one forward pass.
 
-    A token counts unless token_mask says otherwise. A slot counts in the shares if `selected` names
-    an expert there. The load of an expert is its entry of `tokens_per_expert`, what the router
-    wanted; what capacity and assistance made of it is in `kept_per_expert`. Scalars are float64 but
-    for `dead_experts`, and 0 where nothing counts.
+    A token counts unless token_mask excludes it. A slot counts in the shares if `selected` names an
+    expert there. The load of an expert is its entry of `tokens_per_expert`, the router's choices;
+    `kept_per_expert` has the result after capacity and assistance. Scalars are float64, except
+    `dead_experts`, and 0 if nothing counts.
     """
 
     tokens_per_expert: Tensor
-    """[E] int64: slots per expert as the router chose, before all that follows."""
+    """[E] int64: slots per expert as the router chose, before dropping and rerouting."""
     kept_per_expert: Tensor
     """[E] int64: slots per expert after dropping, rerouting and assistance."""
     dropped_share: Tensor
@@ -36,25 +36,25 @@ class RoutingStatistics(NamedTuple):
     MaxVio of Wang et al., arXiv 2408.15664.
     """
     load_cv: Tensor
-    """Standard deviation of the load (of the E numbers, not of a sample) / mean load."""
+    """Standard deviation of the load (with divisor E, not E - 1) / mean load."""
     load_entropy: Tensor
     """Entropy of the experts' shares of the load, in nats: log E when even, 0 with one in use."""
     routing_entropy: Tensor
     """Mean over counted tokens of the entropy of softmax(logits), in nats."""
     dead_experts: Tensor
-    """int64: how many experts have no load, while others have."""
+    """int64: how many experts have no load while others have some."""
     first_choice_weight: Tensor
     """Mean over counted tokens of weights[:, 0]."""
     logit_range: Tensor
     """Largest minus smallest logit of all counted tokens."""
 
 
-#: The fields that are one number, in order.
+#: The scalar fields, in order.
 SCALARS = RoutingStatistics._fields[2:]
 
 
 class Measurement(NamedTuple):
-    """What is read off the tokens of N forward passes: sums and ends."""
+    """What is measured of the tokens of N forward passes: sums, minima and maxima."""
 
     tokens_per_expert: Tensor
     """[N, E] int64."""
@@ -71,16 +71,16 @@ class Measurement(NamedTuple):
 
 
 def routing_statistics(routing: Routing) -> RoutingStatistics:
-    """How a layer routed, as tensors on its device: nothing is waited for, no gradient is kept.
+    """How a layer routed, as tensors on its device, without a sync and without gradients.
 
     Args:
         routing: as `torchmoe.nn.MoE` returns it.
 
     Returns:
-        The statistics, each defined at its field.
+        The statistics; each is defined at its field.
 
     Raises:
-        TypeError: routing is no Routing.
+        TypeError: routing is not a Routing.
     """
     if not isinstance(routing, Routing):
         raise TypeError(
@@ -142,7 +142,7 @@ def pack(statistics: RoutingStatistics) -> Tensor:
 
 
 def unpack(sums: Tensor, forwards: int | Tensor) -> RoutingStatistics:
-    """The statistics of several passes: counts are sums, all other numbers means.
+    """The statistics of several passes: counts are sums, all other values means.
 
     Args:
         sums: [..., 2 E + 9], the sum over the passes of what `pack` gives.

@@ -1,4 +1,4 @@
-"""Follows the routing of a model's layers from outside, by forward hooks."""
+"""Follows the routing of a model's layers from outside, with forward hooks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COLLECT, _LOG = "collect", "log"
 def watch(
     model: nn.Module, *, evaluation: bool = False, every: int = 1, max_records: int = 4096
 ) -> Watcher:
-    """Follows every MoE layer inside a model, which need not know.
+    """Follows every MoE layer inside a model, without changes to the model.
 
         with torchmoe.watch(model) as watcher:
             for step, batch in enumerate(batches):
@@ -38,40 +38,41 @@ def watch(
         watcher.summary()
         watcher.plot("load.png")
 
-    It follows from the call on, until it is left or closed, or until nobody holds it any longer:
-    without `with`, as in a notebook, `watcher = torchmoe.watch(model)` does the same.
+    The watcher follows the model from this call on, until its block ends, it is closed, or it is no
+    longer referenced. In a notebook `watcher = torchmoe.watch(model)` works without `with`.
 
-    The layers are found wherever they are, inside WithAttachedLoss, DistributedDataParallel or a
-    compiled model, and go by their path in the model ("moe" if the model is the layer), without
-    what torch.compile puts into it. What is kept of a forward pass is some numbers per expert of
-    each layer: nothing waits for the device, no graph is kept alive, and nothing of the size of the
-    tokens once every layer has run. Each process follows its own tokens.
+    Layers are found anywhere, also inside WithAttachedLoss, DistributedDataParallel or a compiled
+    model. They are known by their path in the model ("moe" if the model is the layer), without what
+    torch.compile adds to it. For each forward pass a few values per expert and layer are kept:
+    nothing waits for the device, no graph is kept alive, and once every layer has run nothing of
+    the size of the tokens is kept either. Each process follows its own tokens.
 
-    A pass is followed if the layer is in training mode, whether or not gradients are kept. A layer
-    that is called several times in a step has several passes. What activation checkpointing of
-    either kind recomputes in the backward pass is no pass of its own. A pass in which no token
-    counts enters the means with zeros.
+    A pass is followed if the layer is in training mode, whether or not gradients are computed. A
+    layer that is called several times in a step has several passes. Recomputation by either kind of
+    activation checkpointing does not count as a pass. A pass in which no token counts enters the
+    means as zeros.
 
-    Under torch.compile every pass is followed too, but each layer that is followed breaks the graph
-    (a loop over such layers runs outside of it), so that fullgraph=True refuses. Watch, once,
-    before the compiled model runs for the first time: torch does not look for hooks again, unless
-    torch.compiler.reset() makes it compile anew. A replayed CUDA graph runs no hooks; torch.export
-    is not followed.
+    Passes under torch.compile are followed too, but each followed layer breaks the graph (a loop
+    over such layers runs outside of it), so fullgraph=True fails. Call watch once before the
+    compiled model runs for the first time: torch does not look for hooks again until
+    torch.compiler.reset() makes it recompile. A replayed CUDA graph runs no hooks; torch.export is
+    not followed.
 
     Args:
-        model: any module with `torchmoe.nn.MoE` layers in it.
-        evaluation: follows passes in evaluation mode as well.
-        every: takes the first of so many passes of a layer, for models with very short steps.
-        max_records: how many records of a layer are kept at most, each of 16 E + 72 bytes. Beyond
-            that neighbouring passes share one.
+        model: any module that contains `torchmoe.nn.MoE` layers.
+        evaluation: also follows passes in evaluation mode.
+        every: follows one of every so many passes of a layer, the first, for models with very short
+            steps.
+        max_records: the most records kept for a layer, each of 16 E + 72 bytes. Beyond that,
+            neighbouring passes share one.
 
     Returns:
-        A context manager that gives itself. It keeps what it saw after it was left or closed, and
-        goes on when it is entered again.
+        A context manager that returns itself. It keeps its data after the block ends or it is
+        closed, and continues when it is entered again.
 
     Raises:
-        TypeError: model is no module, evaluation no bool, or a number not an int.
-        ValueError: one of them is too small, or the model has no such layer.
+        TypeError: model is not a module, evaluation is not a bool, or a number is not an int.
+        ValueError: a number is too small, or the model has no such layer.
     """
     check_module("watch", "model", model, called=False)
     check_flag("watch", "evaluation", evaluation)
@@ -92,19 +93,19 @@ def watch(
 
 
 class Writer(Protocol):
-    """What `Watcher.log` needs: torch.utils.tensorboard.SummaryWriter, or what acts like it."""
+    """What `Watcher.log` needs: a torch.utils.tensorboard.SummaryWriter, or the same methods."""
 
     def add_scalar(self, tag: str, value: float, step: int, /) -> Any: ...  # noqa: D102, ANN401
     def add_histogram(self, tag: str, values: Tensor, step: int, /) -> Any: ...  # noqa: D102, ANN401
 
 
 class Watcher:
-    """What `watch` gives: the routing of a model's layers, pass by pass.
+    """The result of `watch`: the routing of a model's layers, pass by pass.
 
-    `collect` and `log` each give what they have not given before; `summary`, `to_records` and
-    `plot` the whole history. Over several passes tokens_per_expert and kept_per_expert are sums,
-    and all other numbers means of the passes' numbers, dead_experts among them: an expert that had
-    no slot in any of the passes is one whose sum is 0.
+    `collect` and `log` each give the passes since their last call; `summary`, `to_records` and
+    `plot` give the whole history. Over several passes tokens_per_expert and kept_per_expert are
+    sums; all other statistics are means over the passes, including dead_experts. An expert without
+    a slot in any of the passes is therefore one whose sum is 0.
     """
 
     def __init__(self, layers: dict[str, _Layer], intake: Intake, evaluation: bool) -> None:
@@ -135,7 +136,7 @@ class Watcher:
         self.close()
 
     def close(self) -> None:
-        """Stops following, as leaving does. What was seen stays."""
+        """Stops following, as leaving the block does. The data is kept."""
         self._entered = False
         _remove(self._handles)
         self._intake.complete()
@@ -144,20 +145,20 @@ class Watcher:
         """The statistics of the passes since the last call, by layer.
 
         Returns:
-            Tensors on the layer's device, without waiting for it; dead_experts is float64, as all
-            that is a mean. A layer that had no pass is left out.
+            Tensors on the layer's device, without waiting for it; dead_experts is float64, like all
+            means. A layer without a pass is left out.
         """
         return {name: record.statistics() for name, record in self._read(_COLLECT).items()}
 
     def log(self, writer: Writer, step: int) -> None:
         """Writes the passes since the last call to TensorBoard.
 
-        LAYER/NAME for each statistic that is one number, and the histogram LAYER/load of the
-        experts' loads, where 1 is the even share.
+        Writes LAYER/NAME for each scalar statistic, and LAYER/load, the histogram of the experts'
+        loads, where 1 is the even share.
 
         Args:
             writer: a torch.utils.tensorboard.SummaryWriter.
-            step: where on the x axis.
+            step: the position on the x axis.
         """
         for name, record in self._read(_LOG).items():
             statistics = record._replace(sums=record.sums.cpu()).statistics()
@@ -179,9 +180,9 @@ class Watcher:
             print(f"watch: {self._nothing_seen()}")
 
     def to_records(self) -> list[dict[str, Any]]:
-        """The whole history as plain numbers and lists, for pandas.DataFrame among others.
+        """The whole history as plain numbers and lists, for example for pandas.DataFrame.
 
-        With `every`, the passes between two that are taken are numbered but not among `forwards`.
+        With `every`, passes that are skipped are numbered but do not count in `forwards`.
 
         Returns:
             For each layer its records in order: `layer`, `forward` (number of the first pass, from
@@ -196,14 +197,14 @@ class Watcher:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draws the load of each expert over the passes, a map for each layer, all on one scale.
 
-        A layer that had no pass is left out.
+        A layer without a pass is left out.
 
         Args:
-            path: the file, whose suffix says its kind; its folder is made where it is missing.
+            path: the file; its suffix sets the format. A missing folder is created.
 
         Raises:
             ImportError: matplotlib is missing.
-            ValueError: no pass was seen.
+            ValueError: there was no pass.
         """
         try:
             from torchmoe.monitor._figure import draw_load

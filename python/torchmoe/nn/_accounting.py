@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Account(NamedTuple):
-    """What a forward pass comes to."""
+    """The counts and losses of a forward pass."""
 
     tokens_per_expert: Tensor
     """[E] int64: the router's own choices."""

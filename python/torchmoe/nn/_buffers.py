@@ -1,4 +1,4 @@
-"""Buffers that must not become 16-bit numbers, with the parameters or in a loader's hands."""
+"""Buffers that must not be rounded to 16 bits, neither with the parameters nor by a loader."""
 
 from __future__ import annotations
 

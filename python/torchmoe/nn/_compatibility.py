@@ -1,4 +1,4 @@
-"""Which parts of a layer go together: one table of pairs, with their reasons.
+"""Which parts of a layer are compatible: one table of pairs that are not, with the reasons.
 
 A message reads `MoE: argument must ..., got ...`.
 """
@@ -82,7 +82,7 @@ class Parts:
 
     @property
     def sure_experts(self) -> int:
-        """How many experts every token is sure to get."""
+        """How many experts every token is certain to get."""
         return least_experts(self.router, self.estimator)
 
     @property
@@ -108,7 +108,7 @@ class Parts:
 
 
 class Pair(NamedTuple):
-    """Two parts that do not go together under a condition."""
+    """Two parts that are not compatible under a condition."""
 
     argument: str
     """The one of the two that messages name."""
@@ -240,7 +240,7 @@ PAIRS: tuple[Pair, ...] = (
 
 
 def check_pairs(parts: Parts) -> None:
-    """Raises ValueError for the first pair that does not go together."""
+    """Raises ValueError for the first pair that is not compatible."""
     for pair in PAIRS:
         if pair.clashes(parts):
             raise ValueError(
@@ -284,7 +284,7 @@ def usage_readers(
 
 
 def least_experts(router: RouterDeclaration, estimator: Estimator) -> int:
-    """How many experts every token is sure to get."""
+    """How many experts every token is certain to get."""
     return estimator.top_k if estimator.fills_slots and not router.chooses else 1
 
 

@@ -82,9 +82,9 @@ def repeat(layer: MoE, decision: Decision, logits: Tensor, token_mask: Tensor | 
 def weigh(layer: MoE, logits: Tensor, ids: Tensor) -> Tensor:
     """The weights of the slots.
 
-    Constant ones would leave a router that could learn untrained, which gate_weights refuses where
-    the logits want a gradient. They may want one for the sake of x alone: to a router that is
-    frozen a gradient of zero is no loss.
+    With constant weights a trainable router would never learn, so gate_weights refuses them if the
+    logits require a gradient. The logits may require one for x alone: a frozen router loses nothing
+    by a gradient of zero.
     """
     learns = any(parameter.requires_grad for parameter in layer.router.parameters())
     if not learns and layer.estimator.has_constant_weights(ids.shape[1]):
@@ -161,10 +161,10 @@ def _weighed(layer: MoE, selected: Tensor, indices: Tensor, reroutes: bool) -> T
 def _draw_as_if_deciding(
     layer: MoE, logits: Tensor, selected: Tensor, token_mask: Tensor | None
 ) -> None:
-    """Draws what a pass that decides draws, and forgets it.
+    """Draws what a deciding pass draws, and discards it.
 
-    Else what is random later in a recomputation would be other than in its forward pass. A compiler
-    removes draws that nobody reads.
+    Otherwise later draws in a recomputation would differ from those in its forward pass. A compiler
+    removes draws that are not used.
     """
     if torch.compiler.is_compiling():
         return

@@ -1,8 +1,8 @@
-"""First values that do not depend on how a module's tensors are held.
+"""Initial values that do not depend on how a module's tensors are held.
 
-A module draws its parameters one by one from torch's generator. Whoever shards them or puts a
-parametrization in front of them afterwards must find the same numbers in them: those that one
-process draws, in the tensors that the module made.
+A module draws its parameters one by one from torch's generator. If they are sharded or parametrized
+afterwards, they must still have the same values: those that one process draws, in the tensors that
+the module made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchmoe.nn._sharding import full, is_sharded
 
 
 def reset(part: object) -> None:
-    """Calls reset_parameters of a part of any kind, where it has one, on whole tensors."""
+    """Calls reset_parameters of any part that has one, on whole tensors."""
     if not callable(own := getattr(part, "reset_parameters", None)):
         return
     if isinstance(part, nn.Module):
@@ -136,7 +136,7 @@ def _write_originals(held: parametrize.ParametrizationList, before: Tensor, valu
     originals = [cast(Tensor, getattr(held, name)) for name in names]
     if value.is_meta:
         return
-    # The inverse would round what was not filled. Processes that draw different numbers must not
+    # The inverse would round what was not filled. Processes that draw different values must not
     # decide that each for itself.
     if not any(is_sharded(original) for original in originals) and torch.equal(before, value):
         return

@@ -19,9 +19,9 @@ Work = TypeVar("Work", bound=Callable[..., Any])
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """Every MoE layer inside a model by its path, "moe" if the model is the layer.
 
-    They are found wherever they are, inside WithAttachedLoss, DistributedDataParallel or a compiled
-    model. What those two put into a path is not the model's: with and without them a layer has one
-    name.
+    Layers are found anywhere, also inside WithAttachedLoss, DistributedDataParallel or a compiled
+    model. What the last two add to a path is left out, so that a layer has the same name with and
+    without them.
     """
     layers = {}
     wrapped = set()  # paths of what DistributedDataParallel holds
@@ -34,7 +34,7 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 
 def untrained_copy(model: Model) -> Model:
-    """A deep copy to try things on, whose layers do not ask for the updates of a training run."""
+    """A deep copy for experiments, whose layers do not warn that `update` is never called."""
     copied = copy.deepcopy(model)
     for layer in moe_layers(copied).values():
         layer._reminder.stop()
@@ -52,7 +52,7 @@ def _name(path: str, wrapped: set[str]) -> str:
 
 
 class InertHook:
-    """What a hook becomes in a copy of the model, such as one of averaged weights or a file."""
+    """What a hook becomes in a copy of the model, such as averaged weights or a pickled file."""
 
     def __call__(self, *args: object) -> None:
         """Does nothing."""
@@ -62,8 +62,8 @@ class Hook(Generic[Work]):
     """Base of hooks that follow one model, and not its copies.
 
     Args:
-        work: what `run` does, outside of any compiled graph: counting and keeping is no work for a
-            compiler, which would compile again for each count.
+        work: what `run` does, outside any compiled graph: a compiler would compile counting code
+            again for each count.
     """
 
     def __init__(self, work: Work) -> None:

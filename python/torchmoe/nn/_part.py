@@ -1,4 +1,4 @@
-"""What the layer's parts have in common as modules."""
+"""The common base of the layer's parts as modules."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torchmoe._checks import Attribute
 class Part(nn.Module):
     """Base class of the parts.
 
-    Their settings are set through what checks them. torch.jit.script refuses a model that has one,
-    with the way out.
+    Settings are checked whenever they are set. torch.jit.script refuses a model that has such a
+    part, with an error that says what to do instead.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 (torch's own)

@@ -21,7 +21,7 @@ Statistics = TypeVar("Statistics")
 class SharedGroup:
     """Holds a process group that copies of a module share, since it cannot be copied.
 
-    Pickled, it is lost, and that is said when it is asked for: None in its place would mean all
+    A pickled copy loses it and raises when it is asked for the group: None instead would mean all
     processes.
 
     Args:
@@ -85,7 +85,7 @@ def total(parts: Sequence[Statistics], group: ProcessGroup | None) -> Statistics
 def counts_and_part(
     counts: Tensor, num_tokens: int | Tensor, group: ProcessGroup | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Counts of all processes, and this one's part in a mean over the tokens of all.
+    """Counts of all processes, and this process's part in a mean over all tokens.
 
     With n_r tokens here, n in all and W processes the part is n_r W / n: the average over the
     processes of part * mean over the process's own tokens is the mean over all tokens, however

@@ -1,4 +1,4 @@
-"""A word to whoever never calls `MoE.update`."""
+"""A warning for training loops that never call `MoE.update`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _PASSES = 100
 
 
 class UpdateReminder:
-    """Says once that nothing moves what parts of the layer read.
+    """Warns once if parts of the layer read state that nothing updates.
 
-    It counts forward passes in training until `update` is called for the first time, but no
-    recomputations and nothing under a compiler. It is no part of the layer's state.
+    It counts forward passes in training until `update` is called for the first time; recomputations
+    and passes under a compiler do not count. It is not part of the layer's state.
 
     Attributes:
-        readers: what reads something that `update` moves; without any nothing is counted.
+        readers: the parts that read something `update` moves; without any, nothing is counted.
     """
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from torchmoe import ops
 
 
 def widened(x: Tensor, parameter: Tensor) -> Tensor:
-    """The tokens in the parameter's dtype where that is the wider one, as a router's may be."""
+    """The tokens, in the parameter's dtype if that is wider, as a router's may be."""
     is_wider = torch.promote_types(x.dtype, parameter.dtype) == parameter.dtype
     return x.to(parameter.dtype) if is_wider else x
 

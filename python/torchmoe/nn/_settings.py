@@ -1,4 +1,4 @@
-"""Records of settings, as a layer shows them."""
+"""How records of settings are shown in a layer's repr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Settings:
-    """Base of frozen dataclasses whose repr names what is not as by default."""
+    """Base of frozen dataclasses whose repr shows only the fields that differ from the defaults."""
 
     def __repr__(self) -> str:
         """What makes an equal record."""

@@ -1,8 +1,8 @@
-"""Parameters of which a process holds a part, as `torch.distributed.fsdp.fully_shard` makes them.
+"""Sharded parameters, as `torch.distributed.fsdp.fully_shard` makes them.
 
 Inside the forward pass of a module that FSDP shards they are plain tensors; outside they are
-DTensors. torch.distributed.tensor takes long to load and is not loaded here: a tensor that has
-`full_tensor` is one of its.
+DTensors. torch.distributed.tensor takes long to load and is not loaded here: a tensor with the
+attribute `full_tensor` counts as a DTensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all of a DTensor, which every process of its mesh must ask for."""
+    """The tensor itself, or a DTensor gathered, for which every process of its mesh must call."""
     if not is_sharded(tensor):
         return tensor
     if tensor.is_meta:
@@ -40,7 +40,7 @@ def gathers_in_forward(module: nn.Module) -> bool:
 
 
 def refuse_sharded(owner: str, argument: str, module: nn.Module) -> None:
-    """Raises TypeError if a parameter is a DTensor, for what copies a module and calls it."""
+    """Raises TypeError if a parameter is a DTensor; for tools that copy a module and call it."""
     for name, parameter in module.named_parameters():
         if is_sharded(parameter):
             raise TypeError(

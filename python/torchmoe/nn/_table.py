@@ -11,10 +11,10 @@ from torch import Tensor
 class Table:
     """Integers that are a setting, with a copy of them on the device where they are read.
 
-    A setting is no buffer: frameworks fill, average and cast buffers, and leave out those that are
-    not in a state dict. A module keeps its table as a plain attribute, which `Remembering` takes
-    along in `_apply`, so that no forward pass copies it to the device. Where parameters get to a
-    device in another way, the first pass there does, or under a compiler every one.
+    A setting is not a buffer: frameworks fill, average and cast buffers, and skip those that are
+    not in a state dict. A module keeps its table as a plain attribute, which `Remembering` moves in
+    `_apply`, so that no forward pass copies it to the device. If the parameters reach a device in
+    another way, the first pass there copies the table, or under a compiler every pass.
 
     Args:
         entries: the integers.
@@ -41,12 +41,12 @@ class Table:
         return self._made(device)
 
     def follow(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Goes to the device that fn, what `Module._apply` is given, takes a tensor to."""
+        """Moves to the device that fn, the argument of `Module._apply`, moves a tensor to."""
         here = "cpu" if self._copy is None else self._copy.device
         self._made(fn(torch.empty(0, dtype=torch.int64, device=here)).device)
 
     def _made(self, device: torch.device) -> Tensor:
-        """The integers on a device, and kept, unless nothing could be read from there."""
+        """The integers on a device; the copy is kept unless its values could not be read later."""
         # One made in inference mode would be of no use to a later pass with a gradient.
         with torch.inference_mode(False):
             made = torch.tensor(self.entries, dtype=torch.int64, device=device)

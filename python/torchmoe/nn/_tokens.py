@@ -9,7 +9,7 @@ from torchmoe.nn.routing import ADVICE, MoEOutput
 
 
 def flatten(x: Tensor, token_mask: Tensor | None, hidden_size: int) -> tuple[Tensor, Tensor | None]:
-    """X [..., H] and its mask [...] as tokens [T, H], 0 where none counts, and a mask [T]."""
+    """X [..., H] and its mask [...] as tokens [T, H], 0 where masked, and a mask [T]."""
     if isinstance(x, MoEOutput):
         raise TypeError(f"MoE: x must be a tensor, got a MoEOutput; {ADVICE}")
     check_tensor("MoE", "x", x)

@@ -1,4 +1,4 @@
-"""Help for experts whose load has been high for long."""
+"""Help for experts whose load has been high for a long time."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torchmoe.nn._table import Table
 
 
 class Assistance(Remembering):
-    """A backup that joins an expert under sustained load, in a slot of its own beside the top_k.
+    """A backup for an expert under sustained load, in one extra slot in addition to the top_k.
 
         usage_i > threshold / E for `patience` updates in a row   backup[i] begins to assist i
         usage_i < lower_threshold / E                             it stops
 
-    While expert i is assisted, each token routed to i gets one more slot, with backup[i]: weighed
-    like any other and served by capacity like any other, as its last choice. Where several of a
-    token's choices are assisted the best of them decides whose backup it is; where the token has
-    that expert already, the slot stays empty. There are always top_k + 1 columns, so that no shape
+    While expert i is assisted, each token routed to i gets one extra slot, for backup[i]. This slot
+    is weighted and subject to capacity like any other, as the token's last choice. If several of a
+    token's choices are assisted, the backup of the best of them is used; if the token has chosen
+    that backup already, the slot stays empty. There are always top_k + 1 columns, so no shape
     depends on the state.
 
     The state changes in `MoE.update` only, from the router's `usage`, the running share of the
-    router's own choices. The slots given here do not count in it: else assistance would lower the
-    very number that it is switched by.
+    router's own choices. The extra slots do not count in usage; otherwise assistance would lower
+    the value that switches it on and off.
 
     Args:
-        backup: for each expert another one.
+        backup: another expert for each expert.
         threshold: in multiples of the even share 1 / E; below E / K, the load of an expert that
-            every token chooses. None is 2, or halfway between 1 and E / K where that is at most 2.
-        lower_threshold: the same; at most `threshold`. The gap keeps assistance from flickering.
-            None is 1.5, or halfway between 1 and threshold where that is None or below 1.5.
-        patience: updates in a row.
+            every token chooses. None is 2, or halfway between 1 and E / K if that is at most 2.
+        lower_threshold: in the same unit; at most `threshold`. The gap prevents flickering. None is
+            1.5, or halfway between 1 and threshold if that is None or below 1.5.
+        patience: how many updates in a row usage must be above the threshold.
 
     Attributes:
-        threshold: see above; a number, which the layer sets where it was None.
+        threshold: see above; if it was None, the layer sets a number.
         lower_threshold: the same.
         assisted: [E] buffer, 1 for the experts that are assisted, else 0. In an average of models
-            (`torch.optim.swa_utils.AveragedModel`) those are assisted that were most of the time.
-        updates_above: [E] buffer, updates in a row with usage above the threshold. Both are float32
-            or wider, numbers that can be averaged.
+            (`torch.optim.swa_utils.AveragedModel`) an expert is assisted if it was in most of them.
+        updates_above: [E] buffer, updates in a row with usage above the threshold. Both buffers are
+            float32 or wider, so that they can be averaged.
 
     Raises:
         TypeError: patience or an entry of backup is not an int.
@@ -85,14 +85,14 @@ class Assistance(Remembering):
 
     @property
     def backup(self) -> tuple[int, ...]:
-        """For each expert another one."""
+        """Another expert for each expert."""
         return self._table.entries
 
     def bind(self, top_k: int) -> Assistance:
         """Sets the thresholds that were left open; `MoE` calls it.
 
         Args:
-            top_k: how many experts every token has at least.
+            top_k: the least number of experts that a token has.
 
         Raises:
             ValueError: lower_threshold is out of range.
@@ -108,12 +108,12 @@ class Assistance(Remembering):
                 f"Assistance: lower_threshold must be in (0, threshold] = (0, {threshold}], "
                 f"got {lower}"
             )
-        # What a layer settles, nobody else changes.
+        # Values that the layer has set cannot be changed.
         self._threshold, self._lower_threshold = threshold, lower
         return self
 
     def reset_parameters(self) -> None:
-        """Nobody is assisted."""
+        """Resets the state: no expert is assisted."""
         nn.init.zeros_(self.assisted)
         nn.init.zeros_(self.updates_above)
 
@@ -124,7 +124,7 @@ class Assistance(Remembering):
             selected: [T, K] int64, best first; an id outside [0, E) is not routed.
 
         Returns:
-            [T, K + 1], the last column -1 where nobody assists.
+            [T, K + 1], the last column -1 for tokens without an assisted choice.
         """
         routed = (selected >= 0) & (selected < self.num_experts)
         is_assisted = self._is_assisted()[selected.where(routed, 0)] & routed  # [T, K]
@@ -141,8 +141,8 @@ class Assistance(Remembering):
         """Begins and ends assistance; `MoE.update` calls it once per optimizer step.
 
         Args:
-            usage: [E], after its own update.
-            num_slots: integer scalar: the slots of the step; where there is none nothing changes.
+            usage: [E], already updated for this step.
+            num_slots: integer scalar: the slots of the step; if it is 0 nothing changes.
         """
         load = usage * self.num_experts
         updates_above, assisted = self.widened("updates_above"), self.widened("assisted")

@@ -1,4 +1,4 @@
-"""The layer for places that pass on one tensor."""
+"""The layer for models that pass on a single tensor."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from torchmoe.nn.routing import Decision, MoEOutput
 class WithAttachedLoss(Part):
     """A layer that returns only its hidden states, with its auxiliary loss attached to their graph.
 
-    For nn.Sequential, and for models one does not want to edit. The parameters get the gradients
-    that adding aux_loss to the task loss would give them. A forward hook on `moe` sees the whole
+    For nn.Sequential, and for models that you do not want to edit. The parameters get the same
+    gradients as if aux_loss were added to the task loss. A forward hook on `moe` sees the whole
     `MoEOutput`, for `moe.update` and for logs.
 
     As `linear1` of nn.TransformerEncoderLayer, with nn.Identity as `linear2`, it works in training
-    and in evaluation. torch's fused way, which reads the weights of `linear1` instead of calling
-    it, passes over layers with hooks; a hook here that does nothing sees to that. What
-    nn.TransformerEncoder does with a padding mask in evaluation, nested tensors, it does not know:
-    there pass enable_nested_tensor=False.
+    and in evaluation. torch's fused path reads the weights of `linear1` instead of calling it, but
+    skips layers with hooks; an empty hook here keeps it off. Nested tensors, into which
+    nn.TransformerEncoder turns its input in evaluation with a padding mask, are not supported: pass
+    enable_nested_tensor=False to it.
 
     Args:
-        moe: the layer, or one that torch.compile or DistributedDataParallel has wrapped.
-        scale: the gradient that the auxiliary loss receives. The task loss's own factor, where it
-            has one: 1 / steps for gradient accumulation by division, the scaler's factor in mixed
-            precision. May be changed at any time.
+        moe: the layer, also if torch.compile or DistributedDataParallel has wrapped it.
+        scale: the gradient that the auxiliary loss receives. It must be the factor of the task
+            loss, if that has one: 1 / steps for gradient accumulation by division, the scaler's
+            factor in mixed precision. May be changed at any time.
 
     Attributes:
         moe: the layer.
         scale: see above.
 
     Raises:
-        TypeError: moe is no MoE and holds none, or scale no number.
+        TypeError: moe is not an MoE and holds none, or scale is not a number.
         ValueError: scale is not finite.
     """
 

@@ -29,7 +29,7 @@ from torchmoe.ops import FRACTION_CHOICES, FRACTIONS_FROM
 
 
 class Load(NamedTuple):
-    """The router's choices in one forward pass, of which fractions are formed."""
+    """The router's choices in one forward pass, from which fractions are formed."""
 
     chosen: Tensor
     """[T, K] int64, -1 = not routed."""
@@ -64,7 +64,7 @@ class _Term:
 class Balance(Settings):
     """The weighted terms of aux_loss, and the selection bias.
 
-    One line each:
+    For example:
 
         Balance(0.001)                                         a weaker load-balancing loss
         Balance(0)                                             none
@@ -77,29 +77,30 @@ class Balance(Settings):
         weight: coefficient of load_balancing_loss in aux_loss.
         z_loss_weight: coefficient of router_z_loss in aux_loss; at 0 it is not computed.
         losses: further terms of aux_loss as (term, weight): the name of a function in
-            `torchmoe.losses`, or a function of your own from `torchmoe.losses.LossInputs` to a
-            scalar, which goes by its __name__.
-        fraction_from: where the fractions of load_balancing_loss come from, each expert's share of
-            the slots. "batch": the tokens of this call. "sequence": each sequence on its own, the
-            losses averaged (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv
-            2412.19437, equation 17). "global_batch": the calls of all processes, summed by an
-            all-reduce in forward, in training mode only, which every process must reach (Qiu et
-            al., arXiv 2501.11873), also one without tokens; each process's mean scores are its own.
-            With n_r counted tokens here, n in all and W processes, the term is n_r W / n times the
-            process's own, so that the mean over the processes of terms and of gradients is that of
-            one batch of all tokens, whatever each holds. The other terms of aux_loss are means over
-            the process's own tokens. "history": the router's `usage`. With "history" and, for equal
-            numbers of sequences, "sequence", accumulating the gradients of micro-batches gives
-            exactly that of one batch; see `MoE.forward` about `earlier_counts` for the others.
-        fraction_choices: "all" choices of a token count in the fractions, or the "first" only
-            (GShard, arXiv 2006.16668). History knows all choices only.
-        selection_bias_rate: above 0 the layer has a selection bias that `MoE.update` moves by this
-            much against the load, see `torchmoe.update_selection_bias`.
-        selection_bias_centred: keeps the mean of the selection bias where it is.
+            `torchmoe.losses`, or your own function from `torchmoe.losses.LossInputs` to a scalar,
+            which is listed under its __name__.
+        fraction_from: where the fractions of load_balancing_loss (each expert's share of the slots)
+            come from. "batch": the tokens of this call. "sequence": each sequence alone, and the
+            losses are averaged (the last leading dimension of x is the sequence; DeepSeek-V3, arXiv
+            2412.19437, equation 17). "global_batch": the calls of all processes (Qiu et al., arXiv
+            2501.11873). In training mode forward sums them with an all-reduce that every process
+            must reach, even one without tokens. Each process uses its own mean scores. With n_r
+            counted tokens in this process, n in total and W processes, the process's term is
+            multiplied by n_r W / n. The mean over the processes of terms and gradients is therefore
+            that of one batch of all tokens, however the tokens are distributed. The other terms of
+            aux_loss are means over the process's own tokens. "history": the router's `usage`. With
+            "history", and with "sequence" for equal numbers of sequences, accumulating the
+            gradients of micro-batches gives exactly the gradient of one batch; for the others see
+            `earlier_counts` of `MoE.forward`.
+        fraction_choices: "all": all choices of a token count in the fractions; "first": only the
+            first (GShard, arXiv 2006.16668). "history" counts all choices.
+        selection_bias_rate: if above 0, the layer has a selection bias that `MoE.update` moves by
+            this much against the load, see `torchmoe.update_selection_bias`.
+        selection_bias_centred: keeps the mean of the selection bias constant.
 
     Raises:
         TypeError: a value has another type.
-        ValueError: a value is out of range or unknown, or does not go with another.
+        ValueError: a value is out of range or unknown, or conflicts with another.
     """
 
     weight: float = 0.01
@@ -109,7 +110,7 @@ class Balance(Settings):
     fraction_choices: str = "all"
     selection_bias_rate: float = 0.0
     selection_bias_centred: bool = False
-    # Every term beside load_balancing_loss, router_z_loss among them.
+    # Every term other than load_balancing_loss, router_z_loss included.
     _terms: tuple[_Term, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -151,9 +152,9 @@ class Balance(Settings):
             aux_loss, a scalar, and its unweighted terms by name.
 
         Raises:
-            TypeError: a term returns no tensor, or earlier_counts are none.
+            TypeError: a term does not return a tensor, or earlier_counts is not one.
             RuntimeError: a term's result, or earlier_counts, has another shape, dtype or device.
-            ValueError: earlier_counts have no meaning here, or hold a negative number.
+            ValueError: earlier_counts do not apply here, or have a negative element.
         """
         losses = {"load_balancing_loss": self._load_balancing_loss(inputs, load, group)}
         aux_loss = self.weight * losses["load_balancing_loss"]

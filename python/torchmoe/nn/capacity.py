@@ -1,4 +1,4 @@
-"""How much an expert may take, and what happens to the rest."""
+"""How many slots an expert keeps, and what happens to the rest."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _NORMALIZES = ("before_drop", "after_drop")
 class Capacity(Settings):
     """Limits the slots of an expert to ceil(factor * top_k * num_tokens / num_experts).
 
-    The arithmetic is that of `torchmoe.expert_capacity`. One line each:
+    The capacity is computed by `torchmoe.expert_capacity`. Examples:
 
         Capacity(1.25)                                     all first choices, then all second ones
         Capacity(1.25, order="token")                      token by token
         Capacity(1.25, priority="random")                  random dropping
-        Capacity(1.25, priority="weight")                  the least weights are dropped
-        Capacity(1, overflow="next_best")                  nobody is dropped while there is room
-        Capacity(1, overflow="backup", backup=(1, 2, 0))   what expert i cannot take goes to backup
+        Capacity(1.25, priority="weight")                  the smallest weights are dropped
+        Capacity(1, overflow="next_best")                  no slot is dropped while there is room
+        Capacity(1, overflow="backup", backup=(1, 2, 0))   slots beyond i's capacity go to backup[i]
         Capacity(1, dynamic=True)                          more room where the load has been high
 
-    Whether a later token can change what an earlier one gets: the capacity itself grows with the
-    number of tokens in the call, so that no option makes the layer causal over calls of different
-    lengths. In a call of a given length, order "token" without a priority is causal, whatever the
-    overflow; both priorities and order "choice" are not, but for "choice" where a token has one
-    slot.
+    Causality, that is, whether a later token can change what an earlier one gets: the capacity
+    itself grows with the number of tokens in the call, so no option makes the layer causal across
+    calls of different lengths. In a call of a given length, order "token" without a priority is
+    causal, whatever the overflow. Priorities are not causal, and order "choice" is causal only if
+    each token has a single slot.
 
     Attributes:
         factor: capacity factor in training; 1 is just enough room when tokens spread evenly. Taken
@@ -53,25 +53,24 @@ class Capacity(Settings):
         order: who is served first, see `torchmoe.ops.limit_capacity`. "choice" (all first choices,
             then all second ones) lets a later token's first choice displace an earlier token's
             second, so it is not causal; "token" is.
-        overflow: what happens to a slot that finds its expert full, see
-            `torchmoe.ops.limit_capacity`. "drop", "next_best" (by the scores that rank the experts,
-            those outside the token's expert groups last) or "backup". The weights of rerouted slots
-            are those of their new experts.
+        overflow: what happens to a slot whose expert is full, see `torchmoe.ops.limit_capacity`.
+            "drop", "next_best" (by the scores that rank the experts, those outside the token's
+            expert groups last) or "backup". A rerouted slot has the weight of its new expert.
         normalize: "before_drop": weights are formed before slots are dropped, so a token that loses
-            a slot keeps the other's weight and its router a gradient. "after_drop": over the slots
-            that are left, so that they sum to 1 again. With the gate's normalize "none" there is no
-            difference.
-        priority: None: as `order` says. "random": in training by a draw for every slot, from
-            torch's default generator, in evaluation by `order`. "weight": the larger combine weight
+            a slot keeps the weights of its other slots, and its router a gradient. "after_drop":
+            weights are formed over the remaining slots, so that they sum to 1 again. With the
+            gate's normalize "none" there is no difference.
+        priority: None: as `order` says. "random": in training by a random draw for every slot, from
+            torch's default generator; in evaluation by `order`. "weight": larger combine weights
             first (V-MoE, arXiv 2106.05974), equal ones by `order`.
-        backup: for overflow "backup": for each expert another one.
+        backup: for overflow "backup": another expert for each expert.
         rounding: "up", or "down" for the floor of the formula.
-        dynamic: the capacity of each expert is that of `torchmoe.dynamic_capacity` with the
-            router's `usage`: history decides which expert may take more.
+        dynamic: each expert's capacity is that of `torchmoe.dynamic_capacity` with the router's
+            `usage`: history decides which experts may take more.
 
     Raises:
         TypeError: a value has another type.
-        ValueError: a value is out of range or unknown, or does not go with another.
+        ValueError: a value is out of range or unknown, or conflicts with another.
     """
 
     factor: float | Fraction | Decimal
@@ -143,11 +142,11 @@ class Capacity(Settings):
             usage: [E], for a dynamic capacity.
 
         Returns:
-            One number for all, a scalar tensor if num_tokens is one; if dynamic [E].
+            One capacity for all experts, a scalar tensor if num_tokens is one; if dynamic, [E].
 
         Raises:
             TypeError: an argument has another type.
-            ValueError: a number is out of range, or num_tokens no integer tensor.
+            ValueError: a number is out of range, or num_tokens is a tensor of another dtype.
             RuntimeError: usage has another shape or dtype.
         """
         check_amount("Capacity", "num_tokens", num_tokens)

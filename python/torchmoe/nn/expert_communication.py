@@ -1,4 +1,4 @@
-"""Experts that talk: a token's experts see each other's outputs before those are added up."""
+"""Communicating experts: a token's experts see each other's outputs before they are added up."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class ExpertCommunication(ExpertsDeclaration, Part):
               in o / rms(o)
         y   = sum over j of w_j (o_j + W_out c_j)
 
-    W_out starts at 0, so that the layer starts as one without. Slots that are not routed take no
-    part. A token with fewer than two routed slots has nobody to talk to and gets sum w_j o_j, so
-    that with top_k = 1 the layer is the one without. The two projections take 6 T K H S and 2 T H S
-    FLOPs forward, S = size. The inputs and outputs of all slots are kept for the backward pass,
-    [T K, H] each.
+    W_out starts at 0, so the layer starts out as the same layer without communication. Slots that
+    are not routed take no part. A token with fewer than two routed slots gets sum w_j o_j, so with
+    top_k = 1 communication has no effect. The two projections take 6 T K H S and 2 T H S FLOPs in
+    the forward pass, S = size. The inputs and outputs of all slots, [T K, H] each, are kept for the
+    backward pass.
 
-    It takes the place of the experts it holds: MoE(..., experts=ExpertCommunication(Experts(...))).
-    An estimator that asks for each expert's output alone cannot go with it.
+    It replaces the experts that it wraps: MoE(..., experts=ExpertCommunication(Experts(...))). It
+    cannot be used with an estimator that needs the output of each expert alone.
 
     Args:
         experts: anything called as experts(x, indices, weights) -> y [T, H].
         hidden_size: H.
         num_experts: E.
-        size: width of queries, keys and values together over the heads.
+        size: width of the queries, keys and values, over all heads together.
         num_heads: attention heads, a divisor of size.
         device: where the parameters are made.
         dtype: their dtype.
@@ -57,12 +57,12 @@ class ExpertCommunication(ExpertsDeclaration, Part):
 
     Raises:
         TypeError: a size is not an int.
-        ValueError: a size is below 1, num_heads does not divide size, or the experts say that they
-            were made for other sizes or mix slots.
+        ValueError: a size is below 1, num_heads does not divide size, or the experts declare other
+            sizes or that they mix slots.
     """
 
-    # What an expert gives depends on the token's other experts: estimators that ask for each one's
-    # output by itself look at this.
+    # An expert's output depends on the token's other experts, which estimators that need the output
+    # of each expert alone check.
     mixes_slots = True
     hidden_size = Fixed[int]()
     num_experts = Fixed[int]()
@@ -119,7 +119,7 @@ class ExpertCommunication(ExpertsDeclaration, Part):
         self._reset_own()
 
     def reset_parameters(self) -> None:
-        """Draws the projections as nn.Linear does, but for W_out, 0; and the experts' anew."""
+        """Draws the projections as nn.Linear does, sets W_out to 0, and resets the experts."""
         self._reset_own()
         reset(self.experts)
 
@@ -130,7 +130,7 @@ class ExpertCommunication(ExpertsDeclaration, Part):
             nn.init.zeros_(self.out_proj)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of each token's experts, after they have talked.
+        """The weighted sum of each token's experts, after they have communicated.
 
         Args:
             x: [T, H] in the dtype of the parameters.
@@ -152,7 +152,7 @@ class ExpertCommunication(ExpertsDeclaration, Part):
             "[num_slots, hidden_size]",
             x.device,
         )  # [N, H]
-        # 2. What the slots of a token say to each other.
+        # 2. What the slots of a token exchange.
         said = self._exchange(outputs, routed)  # [N, S]
         # 3. Add up. The last projection is the same for all slots, so that it comes after the sum.
         weights = weights.masked_fill(~routed, 0)
@@ -161,7 +161,7 @@ class ExpertCommunication(ExpertsDeclaration, Part):
         return y + linear(heard.to(self.out_proj.dtype), self.out_proj).to(y.dtype)
 
     def _exchange(self, outputs: Tensor, routed: Tensor) -> Tensor:
-        """What each slot hears: [N, S], float32 or wider, 0 where there is nobody to talk to."""
+        """What each slot receives: [N, S], float32 or wider, 0 without another routed slot."""
         qkv = wide(linear(outputs, self.qkv_proj))  # [N, 3 * S]
         # A row's length only scales its product, so that no normed copy [N, H] is kept.
         length = torch.linalg.vector_norm(outputs, dim=-1, keepdim=True, dtype=qkv.dtype)

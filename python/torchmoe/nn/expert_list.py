@@ -16,15 +16,15 @@ from torchmoe.nn.declarations import ExpertsDeclaration
 
 
 class ExpertList(ExpertsDeclaration, Part):
-    """Any modules as experts, one each, called on their own tokens [n, H] and returning [n, H].
+    """Any modules as experts. Each is called on its own tokens [n, H] and returns [n, H].
 
-    Every expert runs in every forward pass, on no rows if it must, so that each parameter always
-    gets a gradient and DistributedDataParallel never waits for one. An expert must therefore accept
-    an input of shape [0, H].
+    Every expert runs in every forward pass, even on no rows, so that each parameter always gets a
+    gradient and DistributedDataParallel never waits for one. An expert must therefore accept an
+    input of shape [0, H].
 
-    The number of rows of each expert is read back from the device: unlike `Experts` this waits for
-    the GPU, and torch.compile(fullgraph=True) refuses it, as ids that differ between the samples of
-    torch.func.vmap are refused.
+    The number of rows of each expert is read back from the device. Unlike `Experts`, this waits for
+    the GPU, does not work with torch.compile(fullgraph=True), and refuses ids that differ between
+    the samples of torch.func.vmap.
 
     Args:
         modules: the experts, in the order of their ids.
@@ -33,8 +33,8 @@ class ExpertList(ExpertsDeclaration, Part):
         experts: the nn.ModuleList of them.
 
     Raises:
-        TypeError: an expert is no module.
-        ValueError: there is none.
+        TypeError: an expert is not a module.
+        ValueError: there is no expert.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -54,7 +54,7 @@ class ExpertList(ExpertsDeclaration, Part):
         return len(self.experts)
 
     def reset_parameters(self) -> None:
-        """Calls reset_parameters of every module inside that has one."""
+        """Calls reset_parameters of every submodule that has one."""
         reset_all(self.experts)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class ExpertList(ExpertsDeclaration, Part):
         Raises:
             RuntimeError: indices are a batch of torch.func.vmap.
         """
-        check_not_batched("ExpertList", "indices", "hold numbers that can be read back", indices)
+        check_not_batched("ExpertList", "indices", "hold values that can be read back", indices)
         # 1. Sort the tokens by expert; rows of unrouted slots are zero and come last.
         plan = ops.dispatch_plan(indices, self.num_experts)
         rows = ops.permute(x, plan)  # [N, H]

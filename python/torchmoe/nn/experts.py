@@ -1,4 +1,4 @@
-"""The stacked experts: one tensor per matrix of all experts, one op for the lot."""
+"""The stacked experts: one tensor for each matrix of all experts, one op for all of them."""
 
 from __future__ import annotations
 
@@ -126,8 +126,8 @@ class Experts(ExpertsDeclaration, Part):
     def attach_dense_gradient(self, y: Tensor, probs: Tensor, x: Tensor) -> Tensor:
         """A copy of y whose backward pass gives probs <dL/dy, E_i(x)> for all experts.
 
-        See `torchmoe.ops.attach_dense_gradient`. Where FSDP shards the experts they are whole in
-        `forward` only, which does the same with what it returns if it is given probs.
+        See `torchmoe.ops.attach_dense_gradient`. If FSDP shards the experts they are whole only in
+        `forward`, which does the same with its result if it is given probs.
 
         Args:
             y: [T, H], what `forward` returned.

@@ -1,4 +1,4 @@
-"""How experts are ranked, their weights formed, and the gradient of those estimated."""
+"""How experts are ranked, and how their weights are formed and differentiated."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Gate(Settings):
         score_function: "softmax" or "sigmoid".
         normalize: "none", "topk" or "uniform"; None is the estimator's own choice, usually "topk"
             for top_k > 1 and "none" for top_k = 1.
-        estimator: the gradient estimator: a registered name (`known_estimators()` lists them) or an
-            `Estimator`, built with other settings or of your own, which becomes the layer's
-            `estimator` submodule. Give each layer an instance of its own: one shared by two layers
-            shares its parameters and its state.
+        estimator: the gradient estimator: a registered name (`known_estimators()` lists them), or
+            an `Estimator` with other settings or of your own class, which becomes the layer's
+            `estimator` submodule. Give each layer its own instance: two layers that share one also
+            share its parameters and state.
         num_groups: divides the experts into this many groups of neighbours. Above 1 a token's
             experts come from its `top_groups` best groups only, where a group's score is the sum of
             its two best experts' score_function(logits) + selection bias (DeepSeek-V3, arXiv
@@ -30,7 +30,7 @@ class Gate(Settings):
         top_groups: how many groups a token chooses from.
 
     Raises:
-        TypeError: estimator is neither a string nor an Estimator, or a number not an int.
+        TypeError: estimator is neither a string nor an Estimator, or a number is not an int.
         ValueError: a name is unknown, or a number out of range.
     """
 

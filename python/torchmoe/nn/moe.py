@@ -55,8 +55,8 @@ _GATE, _BALANCE = Gate(), Balance()
 class MoE(Remembering):
     """Routes each token to top_k of num_experts feed-forward networks and adds up their outputs.
 
-    A forward pass changes no buffer and keeps nothing. What is to be remembered is in the returned
-    `routing`, and `update`, called once per optimizer step, takes it from there:
+    A forward pass changes no buffer and stores nothing. The returned `routing` has everything that
+    `update` needs, which is called once per optimizer step:
 
         output = moe(x)
         loss = task_loss(output.hidden_states) + output.aux_loss
@@ -64,14 +64,14 @@ class MoE(Remembering):
         optimizer.step()
         moe.update(output.routing)
 
-    Settings are replaced whole, and checked as when the layer was made:
+    Settings are replaced as whole records, and are checked as when the layer was built:
 
         moe.balance = dataclasses.replace(moe.balance, weight=0.001)
         moe.capacity = Capacity(1.25)
 
     torch.utils.checkpoint.checkpoint(moe, x, use_reentrant=True) turns the result into a plain
-    tuple, of which hidden_states and aux_loss train the layer as ever and nothing in routing
-    carries a gradient; with use_reentrant=False it is as without checkpointing.
+    tuple: hidden_states and aux_loss train the layer as usual, and nothing in routing carries a
+    gradient. With use_reentrant=False the result is the same as without checkpointing.
 
     Args:
         hidden_size: H.
@@ -80,10 +80,10 @@ class MoE(Remembering):
         top_k: experts per token, in [1, E].
         activation: of the experts, see `Experts`.
         bias: gives the experts' projections a bias; the router's is Router(bias=True).
-        gate: how weights are formed and their gradient estimated.
+        gate: how the weights are formed and how their gradient is estimated.
         capacity: limits the slots of an expert; None keeps every slot.
         balance: the terms of aux_loss and the selection bias.
-        assistance: gives experts under sustained load a backup in one more slot. An instance
+        assistance: gives experts under sustained load a backup in one extra slot. An instance
             belongs to one layer.
         shared_experts: a module [T, H] -> [T, H] whose output is added for every token.
         routed_scaling_factor: multiplies the routed experts' output, not the shared ones'.
@@ -92,23 +92,22 @@ class MoE(Remembering):
             `ExpertChoiceRouter`.
         experts: replaces the experts: anything called as experts(x, indices, weights) -> y [T, H].
         process_group: the processes of balance.fraction_from "global_batch" and of `update`; None
-            is all. It cannot be pickled: a layer that was must be given one before it is asked for
-            its group.
+            is all processes. It cannot be pickled: after unpickling, set it again before use.
         device: where the parameters are made.
         dtype: their dtype.
 
     Attributes:
-        hidden_size: H; fixed, as num_experts and top_k.
-        capacity: see above; may be replaced at any time, as balance, routed_scaling_factor and
+        hidden_size: H; fixed, like num_experts and top_k.
+        capacity: see above; may be replaced at any time, like balance, routed_scaling_factor and
             process_group.
-        estimator: the gradient estimator, from gate; a submodule, as router, assistance, experts
+        estimator: the gradient estimator, from gate; a submodule, like router, assistance, experts
             and shared_experts.
-        selection_bias: [E] buffer, float32 or wider, or None: when set, experts are ranked by
-            score_function(logits) + selection_bias. It never enters the weights.
+        selection_bias: [E] buffer, float32 or wider, or None: if set, experts are ranked by
+            score_function(logits) + selection_bias. It does not affect the weights.
 
     Raises:
         TypeError: a size is not an int, or a part has another type.
-        ValueError: a value is out of range or does not go with another, or a replaced part has
+        ValueError: a value is out of range or conflicts with another, or a replaced part has
             another number of experts.
     """
 
@@ -226,32 +225,32 @@ class MoE(Remembering):
         Args:
             x: [..., H] in the dtype of the parameters.
             token_mask: x's leading dimensions, bool, True = the token counts. A masked token gets y
-                = 0, no gradient, and no place in counts, capacity and losses; what x holds there,
-                NaN included, does not matter.
+                = 0 and no gradient, and does not enter counts, capacity and losses. The values of x
+                there are ignored, NaN included.
             earlier_counts: [E] integers, the counts of earlier micro-batches of the same optimizer
                 step in this process: the sum of their routings' tokens_per_expert (with
                 fraction_choices "first", of their first choices). They are added to this call's
-                before the fractions of load_balancing_loss are formed. With fraction_from "batch"
-                and "global_batch" only.
+                counts before the fractions of load_balancing_loss are formed. For fraction_from
+                "batch" and "global_batch" only.
             router_input: x's leading dimensions and any others: what a router that looks at each
                 token alone reads instead of x, such as token ids for `HashRouter` or other vectors
-                [..., G]; a `ContextRouter` says what it takes. Floating-point entries of masked
-                tokens do not matter.
-            decision: the ids of another forward pass, its `routing.decision`, which take the place
-                of selection, assistance and capacity here. Weights, losses and gradients are formed
-                from this call's logits. Random numbers are drawn as without, so that the generator
-                is left as by a pass that decides, but under torch.compile. With assistance the last
-                column is its slots.
+                [..., G]; a `ContextRouter` documents what it takes. Floating-point values of masked
+                tokens are ignored.
+            decision: the ids of another forward pass, its `routing.decision`. They replace
+                selection, assistance and capacity in this call. Weights, losses and gradients are
+                formed from this call's logits. Random numbers are drawn as usual (except under
+                torch.compile), so that the generator is in the same state afterwards. With
+                assistance the last column has the extra slots.
 
         Returns:
-            hidden_states in x's shape: routed_scaling_factor times the routed experts' output plus
-            that of the shared ones; aux_loss, the weighted terms of `balance`; and the routing.
+            hidden_states in x's shape: routed_scaling_factor times the routed experts' output, plus
+            the shared experts' output; aux_loss, the weighted terms of `balance`; and the routing.
 
         Raises:
             RuntimeError: a shape or dtype does not fit.
-            TypeError: decision is no Decision.
+            TypeError: decision is not a Decision.
             ValueError: the gate's exact gradient is zero everywhere (top_k = 1 with normalize
-                "topk", or normalize "uniform"), or earlier_counts have no meaning here.
+                "topk", or normalize "uniform"), or earlier_counts do not apply here.
         """
         tokens, mask = flatten(x, token_mask, self.hidden_size)  # [T, H], [T]
         if self.training:
@@ -283,7 +282,7 @@ class MoE(Remembering):
         # 4. Dispatch and compute.
         y, statistics = compute(self, tokens, logits, choice.indices, weights, mask)
 
-        # 5. Account: counts, the losses, and everything above for whoever wants to look.
+        # 5. Account: counts, the losses, and the intermediate results for inspection.
         accounted = account(
             self, routed, choice, weights, mask, num_tokens, x.shape[:-1], earlier_counts
         )
@@ -305,13 +304,14 @@ class MoE(Remembering):
     def update(
         self, routing: Routing | Sequence[Routing], *, group: ProcessGroup | None = None
     ) -> None:
-        """Moves by one step what the layer remembers.
+        """Updates the layer's running state by one step.
 
-        The router's usage, then who is assisted; the selection bias; the estimator's own state.
+        This is the router's usage, then which experts are assisted; the selection bias; and the
+        estimator's own state.
 
-        Call it once per optimizer step, with the routing of that step or with those of all its
-        micro-batches, whose counts are summed. When torch.distributed is initialised the counts are
-        summed over the processes too, so every process must call.
+        Call it once per optimizer step, with the routing of that step or with the routings of all
+        its micro-batches, whose counts are summed. If torch.distributed is initialised the counts
+        are also summed over the processes, so every process must call it.
 
         Args:
             routing: one, or a list of them.
@@ -319,7 +319,7 @@ class MoE(Remembering):
 
         Raises:
             TypeError: an item is not a Routing.
-            ValueError: the list is empty, or only some hold the estimator's statistics.
+            ValueError: the list is empty, or only some of the routings have estimator statistics.
         """
         routings = routings_of(routing)
         check_process_group("MoE", "group", group)

@@ -12,7 +12,7 @@ from torchmoe._checks import shown
 
 
 class Decision(NamedTuple):
-    """The ids of a forward pass, which another one can be made to take."""
+    """The ids of a forward pass, which another pass can be made to use."""
 
     selected: Tensor
     """[T, K] int64: ids before capacity."""
@@ -24,12 +24,12 @@ class Routing(NamedTuple):
     """What the layer decided and how it accounts for it; T counts the flattened tokens.
 
     With assistance there are K + 1 columns instead of K, the last one for the slots that it adds.
-    `logits`, `weights` and `losses` are the graph's own tensors, not detached: a loss of your own
-    may be formed from them.
+    `logits`, `weights` and `losses` are part of the graph, not detached, so you can form your own
+    losses from them.
     """
 
     logits: Tensor
-    """[T, E], float32 or wider; of no meaning where token_mask is False."""
+    """[T, E], float32 or wider; meaningless where token_mask is False."""
     weights: Tensor
     """[T, K], float32 or wider; the weight of a slot that was dropped is ignored."""
     selected: Tensor
@@ -41,27 +41,27 @@ class Routing(NamedTuple):
     tokens_per_expert: Tensor
     """[E] int64: the router's own choices, before dropping, rerouting and assistance."""
     kept_per_expert: Tensor
-    """[E] int64: slots per expert after all of that."""
+    """[E] int64: slots per expert after dropping, rerouting and assistance."""
     losses: dict[str, Tensor]
     """The unweighted terms of aux_loss by name.
 
-    "load_balancing_loss" always, "router_z_loss" when z_loss_weight is above 0, and those of the
-    layer's `losses`. With fraction_from "global_batch", in training, the first one is this
-    process's share, whose mean over the processes is the loss of all tokens.
+    "load_balancing_loss" is always there, "router_z_loss" if z_loss_weight is above 0, and the
+    terms of the balance's `losses`. With fraction_from "global_batch", in training, the first is
+    this process's share: its mean over the processes is the loss of all tokens.
     """
     statistics: Any
     """What the estimator's combine returned next to the output, or None."""
     details: dict[str, Tensor]
-    """What the router returned next to the logits, such as pooling weights; the graph's own."""
+    """What the router returned next to the logits, such as pooling weights; part of the graph."""
 
     @property
     def decision(self) -> Decision:
-        """What `MoE.forward` takes as decision to route another pass in the same way."""
+        """The argument `decision` of `MoE.forward` that routes another pass in the same way."""
         return Decision(self.selected, self.indices)
 
 
 class MoEOutput(NamedTuple):
-    """The result of a layer: a tuple, which nothing that expects a tensor takes."""
+    """The result of a layer: a tuple, which cannot be used in place of a tensor."""
 
     hidden_states: Tensor
     """The shape of the layer's input and its dtype (under autocast, the autocast dtype)."""
@@ -78,11 +78,11 @@ class MoEOutput(NamedTuple):
         args: tuple[object, ...] = (),
         kwargs: object = None,
     ) -> NoReturn:
-        """Says what to do where the output is given to a function of torch."""
+        """Raises an error with advice if the output is passed to a torch function."""
         raise _not_a_tensor(f"an argument of {func.__name__}")
 
     def __add__(self, other: object) -> tuple[Any, ...]:
-        """Joins tuples, as ever; for a summand of another kind it says what to do."""
+        """Joins tuples as usual; for any other operand raises an error with advice."""
         if isinstance(other, tuple):
             return (*self, *other)
         raise _not_a_tensor("a summand")
@@ -94,7 +94,7 @@ class MoEOutput(NamedTuple):
         raise _not_a_tensor("a summand")
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Says what to do where a tensor's attribute is asked for."""
+        """Raises an error with advice if a tensor's attribute is accessed."""
         if hasattr(Tensor, name):
             raise AttributeError(f"MoE: the owner of .{name} must be a tensor, {_GOT}")
         raise AttributeError(f"'MoEOutput' object has no attribute '{name}'")
@@ -111,7 +111,7 @@ def _refusal(role: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-#: What to do where a layer's output stands in a tensor's place.
+#: What to do if a layer's output is used in place of a tensor.
 ADVICE = "take its hidden_states, or let WithAttachedLoss(moe) return them alone"
 
 _GOT = f"got the layer's MoEOutput; {ADVICE}"
@@ -154,7 +154,7 @@ def before_drop(selected: Tensor, indices: Tensor) -> Tensor:
 def ids_of(
     decision: Decision, num_tokens: int, token_mask: Tensor | None, columns: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The ids of another pass, none of a masked token; any number of columns where that is None."""
+    """The ids of another pass, none for masked tokens; columns None allows any number of them."""
     pair = isinstance(decision, tuple) and len(decision) == 2
     if not pair or not all(isinstance(ids, Tensor) for ids in decision):
         raise TypeError(

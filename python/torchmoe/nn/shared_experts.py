@@ -12,7 +12,7 @@ from torchmoe.nn.experts import Experts
 class SharedExperts(nn.Module):
     """A feed-forward network like one expert of `Experts`, for `MoE(shared_experts=...)`.
 
-    Several shared experts are one as wide as they are together (DeepSeekMoE, arXiv 2401.06066).
+    Several shared experts equal one whose width is their sum (DeepSeekMoE, arXiv 2401.06066).
 
     Args:
         hidden_size: H.
@@ -23,7 +23,7 @@ class SharedExperts(nn.Module):
         dtype: their dtype.
 
     Attributes:
-        experts: the network, as the only one of its `Experts`.
+        experts: the network, as `Experts` with a single expert.
 
     Raises:
         ValueError: a size is below 1 or the activation is unknown.

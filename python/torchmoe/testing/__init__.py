@@ -1,10 +1,10 @@
-"""What unit tests of layers, routers and estimators need: certificates, checks, a comparison.
+"""Tools for unit tests of layers, routers and estimators: certificates, checks, a comparison.
 
-`certify` asks a layer of any make whether the laws of mixture-of-experts layers hold.
+`certify` tests whether the laws of mixture-of-experts layers hold for any such layer.
 
 `gradcheck` compares a layer's gradient with its derivative. An estimator that replaces the
-derivative on purpose declares by what, and `check_surrogate` compares with that.
-`compare_estimators` measures how far each estimator's gradient is from that of the dense mixture.
+derivative on purpose declares the replacement, and `check_surrogate` compares with that.
+`compare_estimators` measures how far each estimator's gradient is from the dense mixture's.
 """
 
 from torchmoe.testing._check_surrogate import check_surrogate

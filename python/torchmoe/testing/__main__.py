@@ -18,13 +18,13 @@ _FAILED, _UNUSABLE = 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Asks the laws and prints the certificate.
+    """Tests the laws and prints the certificate.
 
     Args:
-        arguments: of the command line; the program's own by default.
+        arguments: the command line's; by default those of the program.
 
     Returns:
-        0 where the certificate passed, 1 where it did not, 2 where there is none.
+        0 if the certificate passed, 1 if it did not, 2 if there is none.
     """
     options = _parser().parse_args(arguments)
     sys.path.insert(0, os.getcwd())

@@ -1,4 +1,4 @@
-"""The gradient check for what replaces the derivative on purpose."""
+"""The gradient check for functions that replace the derivative on purpose."""
 
 from __future__ import annotations
 
@@ -25,60 +25,62 @@ def check_surrogate(
     raise_exception: bool = True,
     **layer: Any,  # noqa: ANN401 (see below, and the arguments of MoE)
 ) -> bool:
-    """Whether a gradient is the derivative of the surrogate that stands for it.
+    """Whether a gradient is the derivative of its declared surrogate.
 
-    The derivative of an output says nothing about what replaces it on purpose. The surrogate is
-    what is differentiated in its place; the check compares the gradient of the one with finite
-    differences of the other, in float64, so that the two share no backward pass.
+    A gradient that replaces the derivative on purpose cannot be compared with the derivative of the
+    output. It is compared with that of a surrogate instead: the function's gradient with finite
+    differences of the surrogate, in float64, so the two share no backward pass.
 
-    A function, router or layer of your own declares a function of the same arguments, with the same
-    outputs or the first of them, whose ordinary gradient is the declared one:
+    Your own function, router or layer declares a function of the same arguments, with the same
+    outputs or the first of them, whose ordinary gradient is the intended one:
 
         check_surrogate(function, inputs, surrogate=s)    calls s(*inputs, **kwargs)
         check_surrogate(module, inputs, surrogate=s)      calls s(module, *inputs, **kwargs)
         check_surrogate(module, inputs)                   calls module.surrogate(*inputs, **kwargs)
 
-    Its values need not be the function's. What it detaches is held constant where it is, as the
-    weight p and the output G are in (p - p.detach()) * G.detach(). Inputs and parameters are
-    sampled as by `gradcheck`.
+    Its values need not be the function's. Whatever it detaches is held constant, such as the weight
+    p and the output G in (p - p.detach()) * G.detach(). Inputs and parameters are sampled as in
+    `gradcheck`.
 
     An estimator declares weights [T, E] by `Estimator.surrogate(logits, selected, indices)`, and is
-    tried in a layer. With s these weights and a bar over what stays as it is at the point of the
+    tested in a layer. With s these weights, and a bar over values held constant at the point of the
     check, the layer's gradient must be the derivative of
 
         y = sum over slots j of w_j_bar E_{i_j}(x) + sum over experts i of (s_i - s_i_bar) E_i_bar
 
-    with the ids that the layer chose there, times its routed_scaling_factor and with its shared
-    experts added, where it has them. So the router learns from s, and x and the experts
-    learn from the weights in use. The formula's value must be the layer's output, too. An estimator
+    with the ids that the layer chose there, times its routed_scaling_factor, plus its shared
+    experts if it has any. The router therefore learns from s, and x and the experts learn from the
+    actual weights. The value of the formula must also equal the layer's output. An estimator
     without a surrogate is checked against the derivative of the layer's output, with `gradcheck`.
-    Where it has buffers, they are updated once before.
+    If it has buffers, they are updated once beforehand.
 
     Args:
         subject: a module or function; or an estimator, a registered name or an instance. Modules
             and estimators are copied.
         inputs: the positional arguments of a module or function: one tensor, or a sequence.
-        surrogate: of a module or function; by default the module's method of that name.
+        surrogate: the surrogate of a module or function; by default the module's method of that
+            name.
         kwargs: the keyword arguments of a module or function.
-        seed: of the directions and the draws; of an estimator's layer and tokens.
+        seed: for the directions and the draws; for an estimator also for its layer and tokens.
         eps: the smallest step of the finite difference.
         raise_exception: raise on a wrong gradient instead of returning False.
-        **layer: for an estimator, the layer it is tried in: num_tokens (7), hidden_size (4),
+        **layer: for an estimator, the layer it is tested in: num_tokens (7), hidden_size (4),
             intermediate_size (3), num_experts (5), top_k (2), score_function ("softmax"), normalize
-            (None), masked_tokens (0, tokens that do not count), training (True), more arguments of
-            `MoE` such as capacity or router; and of its check, which goes through every entry: atol
-            (1e-6), rtol (1e-5) and fast_mode (False, one random direction instead).
+            (None), masked_tokens (0, tokens that do not count), training (True), and any other
+            arguments of `MoE` such as capacity or router; and for the check, which goes through
+            every entry: atol (1e-6), rtol (1e-5) and fast_mode (False; True checks one random
+            direction instead).
 
     Returns:
         True if the gradient is that of the surrogate; False if not and raise_exception is False.
 
     Raises:
-        GradcheckError: the gradient is another one, or an estimator's layer has another output (a
+        GradcheckError: the gradient is wrong, or an estimator's layer has another output (a
             RuntimeError from torch.autograd.gradcheck).
         UnstableSelectionError: the surrogate jumps within a step; the message says how to avoid it.
         TypeError: an argument has another type, a module is sharded, or a surrogate is missing or
-            takes other arguments; the message says which are right.
-        RuntimeError: a surrogate returns something else.
+            takes other arguments; the message says which ones are right.
+        RuntimeError: a surrogate returns other outputs.
         ValueError: a number is out of range, the layer cannot be built, or an argument is for the
             other kind of subject.
     """
@@ -113,5 +115,6 @@ def check_surrogate(
 def _refuse(given: Mapping[str, Any], kind: str, subject: object) -> None:
     for name in given:
         raise ValueError(
-            f"check_surrogate: {name} must be left out but for {kind}, got it for {shown(subject)}"
+            f"check_surrogate: {name} must be left out except for {kind}, "
+            f"got it for {shown(subject)}"
         )

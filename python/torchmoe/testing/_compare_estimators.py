@@ -1,4 +1,4 @@
-"""How far each estimator's router gradient is from that of the dense mixture, and what it costs."""
+"""How far each estimator's router gradient is from the dense mixture's, and what it costs."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ _BLUE, _ORANGE = "#0072B2", "#E69F00"
 
 @dataclass(frozen=True)
 class EstimatorResult:
-    """What was measured of one estimator.
+    """The measurements of one estimator.
 
-    The first four numbers are means over the batches. Of a batch, g* is the dense mixture's
-    gradient and g_s the estimator's with seed s = 0 .. S-1, each of all the router's parameters as
-    one vector. Where |g*| is 0 all four are NaN.
+    The first four values are means over the batches. For a batch, g* is the dense mixture's
+    gradient and g_s the estimator's with seed s = 0 .. S-1, each over all the router's parameters
+    as one vector. If |g*| is 0 all four are NaN.
     """
 
     name: str
     """The registered name, or an instance's class and settings."""
     normalize: str
-    """How its weights were normalised: as in the layer, or its own choice where it must differ."""
+    """How its weights were normalised: as in the layer, or its own choice if it must differ."""
     cosine: float
     """mean over s of <g_s, g*> / (|g_s| |g*|): 1 = the same direction, 0 = unrelated.
 
     A g_s of length 0 has no direction and counts as 0.
     """
     norm_ratio: float
-    """mean over s of |g_s| / |g*|: 1 = the same length. A learning rate can make up for it."""
+    """mean over s of |g_s| / |g*|: 1 = the same length. A learning rate can compensate for it."""
     bias: float
-    """|mean over s of g_s - g*| / |g*|: the error that stays when many steps are averaged.
+    """|mean over s of g_s - g*| / |g*|: the error that remains when many steps are averaged.
 
-    Of an estimator that samples it holds what S draws do not average out as well: about
+    For an estimator that samples it also includes what S draws do not average out: about
     deviation / sqrt(S).
     """
     deviation: float
@@ -74,13 +74,13 @@ class EstimatorResult:
     """Forward and backward of the first batch, for the input and all the layer's parameters: the
     fastest of ten rounds in which the estimators take turns."""
     peak_bytes: int
-    """The most memory that such a step holds at one time beyond what was held before, as torch's
+    """The peak memory of such a step in excess of what was allocated before, as torch's
     allocator counts it: activations, temporary tensors and the gradients."""
 
 
 @dataclass(frozen=True)
 class EstimatorComparison:
-    """What was measured of all the estimators; str() of it is a table."""
+    """The measurements of all the estimators; str() gives a table."""
 
     results: tuple[EstimatorResult, ...]
     """One for each estimator, in the order given."""
@@ -95,7 +95,7 @@ class EstimatorComparison:
         return "\n".join(_line(row, widths) for row in rows)
 
     def figure(self) -> Figure:
-        """The same as bars: a panel for each kind of number, a row for each estimator.
+        """The table as a bar chart: a panel for each measure, a row for each estimator.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -132,39 +132,40 @@ def compare_estimators(
     seeds: int = 5,
     warm_up: int = 50,
 ) -> EstimatorComparison:
-    """Compares the estimators' router gradients with that of the dense mixture, at one layer.
+    """Compares the estimators' router gradients with the dense mixture's, for one layer.
 
-    The dense mixture computes all the experts, so that its gradient needs no estimate:
+    The dense mixture computes all the experts, so its gradient needs no estimate:
 
         y = sum over i of p_i E_i(x),   p = score_function(logits),   i = 0 .. E-1
 
-    Each estimator takes the place of the layer's own, with the layer's score function and, where
-    it is defined for it, the layer's normalisation. Every one gets the same parameters, batches and
+    Each estimator replaces the layer's own, with the layer's score function and, if the estimator
+    is defined for it, the layer's normalisation. All of them get the same parameters, batches and
     random draws. Only loss(hidden_states, batch) is differentiated: auxiliary losses are left out.
     The estimators run in training mode, the dense mixture in evaluation mode, so that noise in the
-    router counts as the estimators' deviation. The layer itself, its state and gradients and the
-    state of torch's generators are left alone.
+    router counts as the estimators' deviation. The layer itself, its state, its gradients and the
+    state of torch's generators are not changed.
 
-    What the numbers do not say: training goes well or badly over thousands of steps, and a gradient
-    close to the dense mixture's is not in itself better training. The layer computes K experts, not
-    E; the right gradient for what it computes may be another one.
+    What this does not measure: training succeeds or fails over thousands of steps, and a gradient
+    close to the dense mixture's does not by itself mean better training. The layer computes K
+    experts, not E; the right gradient for what it computes may be another one.
 
     Args:
-        moe: the layer, trained so far as the comparison is to be about; not one whose router needs
-            router_input, which a batch has none of.
+        moe: the layer, at the stage of training to be compared; its router must not need
+            router_input, which a batch does not have.
         batches: each is x [..., H], or a tuple or list whose first entry is x.
         loss: called as loss(hidden_states [..., H], batch), returns a scalar.
         estimators: registered names, or instances, which are copied. None is every registered one
-            that is defined for the layer's score function and goes with its router and experts.
+            that is defined for the layer's score function and compatible with its router and
+            experts.
         seeds: S, the number of draws for each batch.
-        warm_up: updates that an estimator with state gets before it is measured, over the batches
-            in turn.
+        warm_up: the number of updates that an estimator with state gets before it is measured, over
+            the batches in turn.
 
     Returns:
         A result for each estimator.
 
     Raises:
-        TypeError: an argument has another type, moe is sharded, or a batch or a loss is no tensor.
+        TypeError: an argument has another type, moe is sharded, or a batch or loss is not a tensor.
         ValueError: there are no batches or no estimators, seeds is below 1, a name is unknown, an
             estimator is not defined for the layer, the loss is not a scalar or does not depend on
             the hidden states, or no parameter of the router requires a gradient.

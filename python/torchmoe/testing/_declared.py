@@ -46,7 +46,7 @@ def check_declared(
         eps: the smallest step.
 
     Raises:
-        GradcheckError: the gradient is another one.
+        GradcheckError: the gradient is wrong.
         UnstableSelectionError: the surrogate makes a choice that changes within the smallest step.
         TypeError: the surrogate cannot be called as the function is, or there is none.
         RuntimeError: it returns something else.
@@ -54,7 +54,7 @@ def check_declared(
     subject = Subject(OWNER, function, inputs, kwargs)
     declared = _declared(function, surrogate)
     _check_signature(function, declared, subject)
-    # Evaluated at the point first, then beside it.
+    # Evaluated at the point first, then next to it.
     constants = _Constants()
 
     def learner(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -190,9 +190,9 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 class _Constants(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives what is detached the values that it has at the first evaluation.
+    """Gives detached tensors the values that they have at the first evaluation.
 
-    A gradient takes what is detached for a constant. A difference does so too, with this.
+    A gradient treats what is detached as a constant. With this a difference does so too.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ _ENOUGH = 3
 _SHRINK, _GAIN, _PATIENCE = 4.0, 0.5, 3
 # Steps, relative to the one that gave a disagreement, at which it must stand.
 _CONFIRMED_AT = (0.7, 0.45)
-# A smaller step than so many machine epsilons may leave the narrowest type's numbers as they are.
+# A smaller step than so many machine epsilons may not change values in the narrowest type.
 _RESOLVED = 16.0
 # How exact a gradient can be expected to be, in machine epsilons of the narrowest type.
 _ROUNDINGS = 32.0
@@ -140,8 +140,8 @@ def check_derivatives(
     three steps. It is then narrowed down to one entry, by halves.
 
     Args:
-        function: from tensors by name to outputs by name. Pure, but for draws from torch's default
-            generator, which are the same in every call.
+        function: from tensors by name to outputs by name. Pure, except for draws from torch's
+            default generator, which are the same in every call.
         tensors: at which to differentiate, floating.
         gradient_of: the function whose gradient is checked, with the same outputs; `function` by
             default.
@@ -288,7 +288,7 @@ class _Check:
         if not wrong.any():
             return None
         suspects = wrong.nonzero().flatten().tolist()
-        # A layout is at fault only where the same numbers are right in another.
+        # A layout is at fault only where the same values are right in another.
         order = [(LAYOUTS.index(self._incoming[a].layout), a) for a in suspects]
         return self._located(probe, measured, min(order)[1], place)
 

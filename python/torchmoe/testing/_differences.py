@@ -5,10 +5,10 @@ is
 
     d(h) = sum over k = 1, 2, 3 of c_k (phi(k h) - phi(-k h)) / h,  c = (3/4, -3/20, 1/60),
 
-with an error of order h^6. Two numbers come with it: what the formula of order h^4 differs by,
-which bounds that error, and the noise of phi, from its fifth and sixth differences (J. Moré and
-S. Wild, Estimating computational noise, SIAM J. Sci. Comput. 33, 2011). Steps can therefore be so
-large that rounding, of a float32 softmax inside a float64 layer too, is small beside them.
+with an error of order h^6. Two values come with it: the distance to the formula of order h^4, which
+bounds that error, and the noise of phi, from its fifth and sixth differences (J. Moré and S. Wild,
+Estimating computational noise, SIAM J. Sci. Comput. 33, 2011). Steps can therefore be so large that
+rounding is small compared with them, even that of a float32 softmax inside a float64 layer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FIFTH_DIFFERENCE = (-1.0, 5.0, -10.0, 10.0, -5.0, 1.0)
 _SIXTH_VARIANCE, _FIFTH_VARIANCE = 924.0, 252.0
 # The deviation of one rounding, in machine epsilons, and the share of it that is no curvature.
 _ROUNDING, _HEARD = 0.25, 1e-3
-# Noise of more machine epsilons than this is no rounding: a kink lies within the step.
+# Noise of more machine epsilons than this is not rounding: there is a kink within the step.
 _EXPLAINED = 4.0
 # A bound that thousands of differences stay within.
 _DEVIATIONS = 8.0
@@ -56,8 +56,8 @@ class Incoming:
 
     Attributes:
         output: its name.
-        layout: "contiguous"; "transposed", the same numbers with the strides of a transposed
-            tensor; or "expanded", one number with strides of 0, as `sum().backward()` sends.
+        layout: "contiguous"; "transposed", the same elements with the strides of a transposed
+            tensor; or "expanded", one element with strides of 0, as `sum().backward()` sends.
         values: in the output's shape, dtype and layout.
     """
 
@@ -211,7 +211,7 @@ class Differences:
     def _rows(self, outputs: Tensors) -> Tensor:
         """[R]: the products of outputs and incoming gradients, added up in each row of an output.
 
-        `_row_of` says which incoming gradient a number belongs to.
+        `_row_of` says which incoming gradient an element belongs to.
         """
         rows = [_rows_of(_product(one, outputs)) for one in self._incoming]
         return torch.cat([row.cpu() for row in rows])

@@ -1,9 +1,9 @@
 """Checks the gradients of routers, experts and layers against finite differences.
 
-`torch.autograd.gradcheck` compares a gradient with finite differences. Around a router this goes
-wrong in quiet ways: a step of the finite difference can change which expert a token chooses, and
-then the difference measures a jump; a draw of noise differs between two evaluations; float32
-drowns the difference in rounding. `gradcheck` here takes care of the three.
+`torch.autograd.gradcheck` compares a gradient with finite differences. With a router this fails
+silently: a step of the finite difference can change which expert a token chooses, and the
+difference then measures a jump; noise differs between two evaluations; in float32 the difference is
+lost in rounding. `gradcheck` here handles all three.
 """
 
 from __future__ import annotations
@@ -66,55 +66,54 @@ def gradcheck(
     raise_exception: bool = True,
     **options: Any,  # noqa: ANN401 (torch's own)
 ) -> bool:
-    """Whether autograd's gradients are the derivatives, made safe for functions that choose.
+    """Whether autograd's gradients are the derivatives; safe for functions that make choices.
 
     With G a random incoming gradient of an output f, v a direction in an input or parameter theta,
     and J = df / dtheta, it compares
 
         <J^T G, v>, by autograd, with d/ds <G, f(theta + s v)> at s = 0, by finite differences,
 
-    for each floating-point tensor in the output, however nested, by itself, and for incoming
+    for each floating-point tensor in the output separately, however nested, and for incoming
     gradients that are contiguous, transposed and expanded.
 
-    - v are random directions in the whole tensor, which see an error in any of its entries, in
-      rows, and single entries. Where one finds an error it is halved until one entry is left. With
-      full=True `torch.autograd.gradcheck` goes through every entry instead.
-    - Everything is computed in float64, on copies: of the inputs and, for a module, of the module.
-      What you pass is not changed. Where numbers pass through a narrower type on the way, as in a
-      softmax in float32, steps and bounds follow that type; a derivative that is wrong by 3e-4 is
-      seen all the same.
-    - Inputs are moved away from ties. Where a token's scores in `select_experts` are less than
-      `margin` apart, the best top_k + 1 of them in order, noise from a fixed seed is added to the
-      floating-point inputs, more with each attempt; and likewise where any choice changes within
+    - The directions v are random ones in the whole tensor, which detect an error in any of its
+      entries, rows, and single entries. A direction that finds an error is halved until one entry
+      is left. With full=True `torch.autograd.gradcheck` goes through every entry instead.
+    - Everything is computed in float64, on copies of the inputs and of the module. What you pass is
+      not changed. If values are cast to a narrower type on the way, as in a softmax in float32,
+      steps and bounds follow that type; a derivative that is wrong by 3e-4 is still detected.
+    - Inputs are moved away from ties. If neighbours among a token's best top_k + 1 scores in
+      `select_experts` are less than `margin` apart, noise from a fixed seed is added to the
+      floating-point inputs, more with each attempt. The same is done if any choice changes within
       the smallest step.
     - No evaluation may choose differently from the first. All integers that `torchmoe` ops return,
       and those that torch's topk, sort, argmax, comparisons and other choosing ops make from
       floats, are compared at each step of the finite difference.
-    - Every evaluation draws the same random numbers from torch's default generator. The generator's
-      state is left alone.
-    - A check of more than two seconds says on standard error how long it will take, and how far it
-      is.
+    - Every evaluation draws the same random numbers from torch's default generator, whose state is
+      not changed.
+    - A check that takes more than two seconds reports on standard error how long it will take, and
+      its progress.
 
     A straight-through estimator, `scale_gradient` and `attach_loss` replace the derivative on
-    purpose: on a function with one of them the check fails, and says so. `check_surrogate` compares
-    such a gradient with what it is meant to be.
+    purpose: the check fails on a function that has one of them, and says so. `check_surrogate`
+    compares such a gradient with the intended one.
 
     Args:
-        module_or_function: a module, or a function of the inputs. A function that uses a module of
-            its own must bring it in float64; pass the module itself to have its parameters checked.
-            Not compiled.
+        module_or_function: a module, or a function of the inputs; not compiled. A module that a
+            function uses must already be float64; to have its parameters checked, pass the module
+            itself.
         inputs: the positional arguments: one tensor, or a sequence. If any floating-point tensor
-            among them requires a gradient, those that do are checked, else all of them are.
+            among them requires a gradient, those that do are checked, otherwise all of them.
         kwargs: keyword arguments of the call, not checked.
-        seed: of the random directions, of the draws, and of the noise that breaks ties.
+        seed: for the random directions, the draws, and the noise that breaks ties.
         eps: the smallest step of the finite difference, and the only one with full=True.
         margin: smallest allowed distance between a token's scores; 100 * eps by default.
-        full: checks every entry of every tensor, in a time that grows with their number.
-        check_forward_ad: compares forward mode with the backward pass too. What has no forward mode
-            and says so by an error is not wrong: that is said on standard error.
+        full: checks every entry of every tensor; the time grows with their number.
+        check_forward_ad: also compares forward mode with the backward pass. A function that raises
+            because it has no forward mode is not wrong; this is noted on standard error.
         check_batched_grad: compares gradients that vmap forms for several incoming gradients at
-            once with those formed one by one; where vmap cannot run the backward pass, as where it
-            writes into a tensor that it has made, this is said likewise.
+            once with those formed one by one. If vmap cannot run the backward pass, for example
+            because it writes into a new tensor in place, this is noted in the same way.
         raise_exception: raise on a wrong gradient instead of returning False.
         **options: for `torch.autograd.gradcheck`, with full=True: atol, rtol, nondet_tol,
             fast_mode, ...
@@ -125,8 +124,8 @@ def gradcheck(
     Raises:
         GradcheckError: a gradient is wrong (torch.autograd.gradcheck.GradcheckError, a
             RuntimeError). The message names tensors, entries, tokens and experts.
-        UnstableSelectionError: a tie does not go away, or a step changed a choice; the message
-            names the token.
+        UnstableSelectionError: a tie remains, or a step changed a choice; the message names the
+            token.
         TypeError: an argument has another type, or the module is sharded.
         ValueError: a number is out of range, an option is given without full=True, or there is
             nothing to check: no floating-point input and no parameter, or no output that requires a
@@ -302,7 +301,7 @@ class _Checked:
         self._first, self._outputs = self._observe(self._subject.tensors)
 
     def _observe(self, tensors: Mapping[str, Tensor]) -> tuple[Observation, dict[str, Tensor]]:
-        """What is decided and returned, with a graph from `tensors` or from leaves like them."""
+        """The choices and outputs, with a graph from `tensors` or from leaves like them."""
         leaves = {
             n: t if t.requires_grad else t.detach().requires_grad_() for n, t in tensors.items()
         }

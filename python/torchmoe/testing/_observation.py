@@ -1,8 +1,8 @@
 """What one evaluation of a function decided, seen below autograd, and the same draws for each.
 
-A difference quotient says something about a gradient only where both of its sides take the same
-side of every choice. An `Observer` notes what there was to choose, and the narrowest type of
-numbers on the way, which says how exact an evaluation is.
+A difference quotient says something about a gradient only if both of its evaluations make the same
+choices. An `Observer` records the choices, and the narrowest floating type on the way, which limits
+how exact an evaluation is.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _WITH_KINK_AT_ZERO = frozenset(
     f"aten::{name}" for name in ("abs", "leaky_relu", "leaky_relu_", "relu", "relu_", "sign")
 )
 
-# Ops of torch through which numbers pass into another type, beside those that are told a dtype.
+# Ops of torch that cast to another type, in addition to those with an argument dtype.
 _CASTING = frozenset(("aten::_to_copy", "aten::copy_"))
 
 # Those whose choice is a token's experts, of shape [T, K].
@@ -84,7 +84,7 @@ class Observation:
         kinks: op and where its input is above 0, bool, in the order of the calls.
         gaps: [T] for each choice of the best scores: the distance to the next choice.
         replaced_derivatives: ops that give another gradient than their derivative on purpose.
-        narrowest: the floating type of least precision into which wider numbers were cast.
+        narrowest: the floating type of least precision to which wider values were cast.
     """
 
     decisions: list[tuple[str, Tensor]] = field(default_factory=list)
@@ -138,7 +138,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _note_cast(self, name: str, args: tuple[Any, ...], result: object) -> None:
-        # What is shaped like a number does not hold it.
+        # What has the shape of a scalar does not have its value.
         if name.endswith("_like") or name.startswith("aten::new_") or not is_float(result):
             return
         assert isinstance(result, Tensor)
@@ -206,7 +206,7 @@ def changed_choice(first: Observation, now: Observation) -> str | None:
 
 
 def changed_kink(first: Observation, now: Observation) -> bool:
-    """Whether an op with a kink met numbers on the other side of it."""
+    """Whether an op with a kink got elements on the other side of it."""
     if len(first.kinks) != len(now.kinks):
         return True
     pairs = zip(first.kinks, now.kinks, strict=True)
@@ -232,7 +232,7 @@ def same_draws(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 def is_float(value: object) -> bool:
-    """Whether it is a tensor of real floating numbers."""
+    """Whether it is a real floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 

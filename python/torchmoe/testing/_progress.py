@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-# Seconds of which nobody asks what is going on, and between two lines.
+# Seconds that a check may take without a line, and between two lines.
 _SHORT, _BETWEEN = 2.0, 5.0
 
 

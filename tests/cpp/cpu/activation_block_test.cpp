@@ -104,7 +104,7 @@ const char* class_of(float x) {
   return std::isnan(x) ? "NaN" : !std::isinf(x) ? "finite" : x > 0 ? "inf" : "-inf";
 }
 
-/// Counts wrong numbers and keeps a text of the first.
+/// Counts wrong elements and keeps a text of the first.
 class Wrong {
  public:
   void check(const char* what, double actual, Bounded expected, double given) {
@@ -280,7 +280,7 @@ std::string check_backward(
   return wrong.text();
 }
 
-/// `numbers` in rows of `columns`, the last filled up with the first number.
+/// `numbers` in rows of `columns`, the last row filled up with the first element.
 Tensor in_rows(const std::vector<float>& numbers, int64_t columns) {
   const auto count = static_cast<int64_t>(numbers.size());
   const int64_t rows = (count + columns - 1) / columns;

@@ -16,7 +16,7 @@ namespace torchmoe::test {
 constexpr double kLeastNormal = 0x1p-126;
 constexpr double kLeast = 0x1p-149;  // what a subnormal result rounds by, twice
 
-/// A number and how far a float32 result may be from it.
+/// A value and how far a float32 result may be from it.
 struct Bounded {
   double value;
   double error;

@@ -31,7 +31,7 @@ inline ExpectedProduct expected_product(const Tensor& left, const Tensor& right)
   return {left.matmul(right), (terms + 1) * kUnit * left.abs().matmul(right.abs())};
 }
 
-/// Empty when every number is within the tolerance, or the very inf or a NaN that is expected.
+/// Empty when every element is within the tolerance, or the very inf or a NaN that is expected.
 inline std::string mismatch(const Tensor& actual, const ExpectedProduct& expected) {
   const Tensor a = actual.to(torch::kDouble);
   const Tensor& b = expected.sums;

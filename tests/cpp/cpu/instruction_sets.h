@@ -1,5 +1,5 @@
-// Every instruction set of csrc/cpu/simd that this processor has, and the numbers its functions read
-// and write.
+// Every instruction set of csrc/cpu/simd that this processor has, and the elements that its
+// functions read and write.
 #pragma once
 
 #include <algorithm>
@@ -75,7 +75,7 @@ class Guarded {
     std::fill(memory_.get(), end_, '\xff');
   }
 
-  /// The last `count` numbers.
+  /// The last `count` elements.
   template <typename T>
   T* last(int64_t count) const {
     return reinterpret_cast<T*>(end_ - count * sizeof(T));
@@ -99,7 +99,7 @@ class Stored {
 
   cpu::Numbers numbers() const { return {first(values_.numel()), type_}; }
 
-  /// The last rows' last numbers: what comes before them belongs to somebody else.
+  /// The last elements of the last rows: what comes before them belongs to others.
   cpu::NumberRows last(int64_t rows, int64_t numbers) const {
     const int64_t width = values_.size(1);
     const int64_t used = std::max<int64_t>(0, (rows - 1) * width + numbers);

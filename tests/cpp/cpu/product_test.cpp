@@ -46,7 +46,7 @@ class Products {
   explicit Products(const Simd& simd)
       : simd_(simd), scratch_(simd.product_scratch * static_cast<int64_t>(sizeof(float))) {}
 
-  /// The product, into rows `gap` numbers apart.
+  /// The product, into rows `gap` elements apart.
   Tensor operator()(Form form,
                     const NumberRows& left,
                     const NumberRows& right,
@@ -70,7 +70,7 @@ class Products {
   Guarded scratch_;
 };
 
-/// Operands of a form, of which a test uses the last rows and numbers.
+/// Operands of a form, of which a test uses the last rows and elements.
 class Operands {
  public:
   Operands(Form form, const Types& types, int64_t m, int64_t n, int64_t k)

@@ -1,4 +1,4 @@
-// What the instruction sets write of float32 numbers in a narrower type.
+// How the instruction sets store float32 values in a narrower type.
 #include <bit>
 #include <cstring>
 #include <limits>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-/// All 16-bit numbers, what lies halfway to the next one and beside that, and bits of all kinds.
+/// All 16-bit values, their midpoints to the next value and neighbours of these, and random bits.
 template <typename T>
 std::vector<float> numbers_to_round() {
   std::vector<float> numbers;

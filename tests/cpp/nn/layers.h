@@ -1,4 +1,4 @@
-// Small layers, and parts of one's own, that several tests of this room use.
+// Small layers, and custom parts, that several tests of this room use.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace torchmoe::test {
 
-// Of 6 numbers a token, 4 experts of which a token gets 2.
+// Hidden size 6, 4 experts of which a token gets 2.
 inline nn::MoEOptions sizes() {
   return {6, 5, 4, 2};
 }

@@ -1,4 +1,4 @@
-// Trains torchmoe::nn::MoE a few steps as a file describes it; the Python tests compare the numbers.
+// Trains torchmoe::nn::MoE a few steps as a file describes it; the Python tests compare the values.
 //
 //   torchmoe_parity REQUEST RESULT
 //
@@ -58,7 +58,7 @@ class Fields {
   c10::impl::GenericDict dict_;
 };
 
-// ---- parts of one's own, the same as in the Python test ------------------------------------------
+// ---- custom parts, the same as in the Python test -----------------------------------------------
 
 struct ScalesImpl : torch::nn::Cloneable<ScalesImpl> {
   ScalesImpl(int64_t num_experts, int64_t hidden_size) : sizes{num_experts, hidden_size} {

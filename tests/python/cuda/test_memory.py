@@ -65,7 +65,7 @@ def size_of(*tensors: Tensor) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
 def test_expert_mlp_holds_pre_activations_and_integers(activation: str, dtype: torch.dtype) -> None:
-    """Beside its inputs and its output: N * P numbers, E + 1 offsets, 2 N rows and slots."""
+    """Besides its inputs and output: N * P elements, E + 1 offsets, 2 N rows and slots."""
     s = Situation("memory", routing="dropped", T=512, H=256, I=64, E=16, K=4)
     inputs = moved(
         {

@@ -61,7 +61,7 @@ SKEWED = Situation("skewed", routing="one_expert", T=300, H=24, I=40, E=300, K=1
 
 
 class CudaTests(OpTests):
-    """What an op keeps on a GPU beside the checklist."""
+    """What an op must keep on a GPU, in addition to the checklist."""
 
     def test_integers_and_shapes_are_the_cpu_ops(self, variant: Inputs) -> None:
         for name in self.case.situations:
@@ -76,7 +76,7 @@ class CudaTests(OpTests):
             OpTests.test_opcheck(self, situation)
 
     def test_two_runs_are_equal(self, variant: Inputs) -> None:
-        """Alone and beside kernels that fill the device."""
+        """Alone and at the same time as kernels that fill the device."""
         wanted = (torch.float32, torch.bfloat16)
         for situation in (THREADS, SKEWED):
             for dtype in [t for t in wanted if t in self.case.dtypes] or self.case.dtypes:

@@ -142,7 +142,7 @@ def test_the_set_changes_at_the_distance_and_not_before(top_k: int) -> None:
     def moved(factor: float) -> Tensor:
         return chosen_sets(got.logits(x + (factor * distance)[:, None] * way), top_k)
 
-    # A difference of two logits is known to some 1e-15, which is not much beside 1e-9 of it here.
+    # A difference of two logits is known to some 1e-15, which is small next to 1e-9 of it here.
     assert distance.min() > 1e-4
     assert torch.equal(moved(1 - 1e-9), before)
     after = moved(1 + 1e-9)

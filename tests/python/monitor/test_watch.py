@@ -455,7 +455,7 @@ def test_merged_records_keep_the_sums(
         records = [record for record in watcher.to_records() if record["layer"] == name]
         assert len(records) <= max_records
         assert len(records) > max_records // 2 or len(records) == count
-        # One resolution throughout, but for the last, which still fills up.
+        # One resolution throughout, except for the last, which still fills up.
         sizes = [record["forwards"] for record in records]
         assert set(sizes[:-1]) == {sizes[0]}
         assert sizes[-1] <= sizes[0]

@@ -169,7 +169,7 @@ def check_compiled(
     masked: bool = True,
     options: Callable[[int], dict[str, Any]] = lambda call: {},
 ) -> None:
-    """One compilation for all shapes, and the eager numbers, the state moving in between."""
+    """One compilation for all shapes, and the eager values, the state moving in between."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(moe, fullgraph=True, dynamic=True, backend=counter)
     for call, shape in enumerate(shapes):

@@ -338,7 +338,7 @@ def with_experts(stacked: MoE, name: str, experts: ExpertFunction) -> MoE:
 
 @every_estimator
 def test_experts_of_any_kind(name: str) -> None:
-    """Modules, a function and the stacked experts give the same numbers."""
+    """Modules, a function and the stacked experts give the same values."""
     torch.manual_seed(0)
     stacked = make(name, activation="silu", dtype=F64)
     listed = ExpertList(One(stacked.experts, i) for i in range(E))

@@ -62,7 +62,7 @@ def test_compile_once_for_all_token_counts(token_mask: bool) -> None:
 
 
 def narrow_tolerance(layer: ExpertCommunication, dtype: torch.dtype, y: Tensor) -> float:
-    """Ten numbers in a row are rounded to dtype, each as large as the longest sum that meets it.
+    """Ten values in a row are rounded to dtype, each as large as the longest sum that meets it.
 
     x, the four products of the experts and the projections with their operands, and the two sums.
     """

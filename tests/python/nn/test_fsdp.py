@@ -34,7 +34,7 @@ RANKS = 2
 
 
 class Plain(Experts):
-    """Experts of one's own, called with what experts are called with and nothing else."""
+    """Custom experts, called with the arguments of experts and nothing else."""
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         return 2 * super().forward(x, indices, weights)

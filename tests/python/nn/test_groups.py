@@ -158,7 +158,7 @@ def test_equals_the_loop(
     if bias is not None:
         scores = scores + bias
     if bias is None and num_groups == 1:
-        scores = logits  # their order is that of their softmax, but for rounding
+        scores = logits  # their order is that of their softmax, except for rounding
     got = estimator.select(logits, selection_bias=bias)
     assert torch.equal(got, choose(scores, logits, num_groups, top_groups, top_k))
     size = num_experts // num_groups

@@ -1,6 +1,6 @@
-"""No array has as many numbers as every expert's activations of every token, at any order.
+"""No array has as many elements as every expert's activations of every token, at any order.
 
-Top-k routing has T K rows of I numbers; computing all experts would take T E of them.
+Top-k routing has T K rows of I elements; computing all experts would take T E of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ F64 = torch.float64
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in a result, those of views by what they show."""
+    """The most elements in a result; a view has those that it shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_of_a_layer(order: str, estimator: str) -> None:
 
 
 def test_all_experts_would_be_seen() -> None:
-    """With as many choices as experts there are as many numbers."""
+    """With as many choices as experts there are as many elements."""
     moe = MoE(H, I, E, E, dtype=F64)
     seen = largest("backward", layer_loss(moe), layer_values(moe, x=torch.randn(T, H, dtype=F64)))
     assert seen.numbers >= ALL

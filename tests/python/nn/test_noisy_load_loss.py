@@ -102,7 +102,7 @@ def test_the_same_draws_and_numbers_with_and_without_the_term() -> None:
         assert torch.equal(a, b)
 
 
-# ---- what a loss of one's own sees
+# ---- what a custom loss gets
 
 
 class Collected:
@@ -179,7 +179,7 @@ def test_subclasses_of_the_router() -> None:
     assert_close(routing.losses["load_loss"], by_formula(clean, routing.logits, 2 * NOISE))
 
 
-# ---- routers around it, and of one's own
+# ---- routers around it, and custom ones
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A layer's output stands in a tensor's place: the error says what to do."""
+"""A layer's output is used in place of a tensor: the error says what to do."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ H, INNER, E, K = 6, 40, 5, 2
 
 
 class LoRA(nn.Module):
-    """Adds what an adapter has learnt; has first values of its own, which nobody asked for."""
+    """Adds what an adapter has learnt; has first values of its own, which must not be used."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def adapted(module: nn.Module, name: str, *adapters: nn.Module) -> parametrize.P
 
 
 def reset(module: nn.Module) -> None:
-    """First values, over numbers that none of them is."""
+    """First values, written over values that differ from all of them."""
     torch.manual_seed(3)
     module.reset_parameters()
 

@@ -100,7 +100,7 @@ def test_first_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in CHOOSING if name not in DRAWN])
 def test_linearize(name: str) -> None:
-    """Not of draws, which what torch.func.linearize returns makes anew."""
+    """Not of draws, which the result of torch.func.linearize makes again."""
     function, values = case(name)
     directions = directions_of(values)
     value, linear = linearize(function, values)
@@ -161,7 +161,7 @@ def test_a_list_of_experts_refuses_ids_that_differ_by_sample(
     moe = make(experts=listed(), gate=Gate(estimator=estimator))
     function, values = layer_loss(moe), layer_values(moe, x=torch.randn(B, 1, S, H, dtype=F64))
     in_dims = ({name: 0 if name == "x" else None for name in values},)
-    message = "ExpertList: indices must hold numbers that can be read back, got a batch of vmap"
+    message = "ExpertList: indices must hold values that can be read back, got a batch of vmap"
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         vmap(outer(function), in_dims)(values)
 

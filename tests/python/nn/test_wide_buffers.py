@@ -1,4 +1,4 @@
-"""State that moves in small steps stays wide, whoever put a 16-bit tensor in its place."""
+"""State that moves in small steps stays wide, even if a 16-bit tensor is put in its place."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ class TestLimitCapacity(OpTests):
             if len(got) < len(wanted):
                 others = set(range(num_experts)) - set(got)
                 room = [e for e in others if given_away[e] < int(capacity[e])]
-                assert not room, "dropped beside an expert with room"
+                assert not room, "dropped while an expert has room"
 
     def test_equal_priorities_keep_their_order(self) -> None:
         """More slots than the 16 that an unstable sort may order by insertion."""

@@ -108,9 +108,9 @@ def test_a_gradient_of_another_shape(op: str, device: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_gradient_on_another_device(op: str) -> None:
-    """Its numbers would be read where there are none."""
+    """Its elements would be read where there are none."""
     inputs = inputs_of(op)
-    # The plan of a permutation is what the gradient has to be beside.
+    # The gradient must be on the device of the permutation's plan.
     name = "expert_offsets" if op == "_permute_backward" else "grad"
     with pytest.raises(RuntimeError, match=rf"^{op}: {name} must be on the device of"):
         call(op, inputs | {"grad": inputs["grad"].to("meta")})

@@ -17,7 +17,7 @@ from situations import Situation
 
 
 def eighths(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers whose sums are exact in every dtype; many are equal."""
+    """Values whose sums are exact in every dtype; many are equal."""
     return (torch.randint(-16, 17, shape) / 8).to(dtype)
 
 

@@ -90,7 +90,7 @@ def step(moe: MoE, x: Tensor, direction: Tensor) -> Result:
 
 
 def assert_agree(ours: Result, peer: Result, sizes: Sizes) -> None:
-    """The same slots, and the same numbers within what their sums may err by."""
+    """The same slots, and the same values within the error of their sums."""
     assert torch.equal(ours.kept, peer.kept)
     assert ours.losses.keys() == peer.losses.keys()
     assert ours.gradients.keys() == peer.gradients.keys()
@@ -115,7 +115,7 @@ def copy_router(moe: MoE, weight: Tensor) -> None:
 
 
 def randomize(modules: Iterable[nn.Module]) -> None:
-    """Draws every parameter anew: peers start their experts as copies of one another, or empty."""
+    """Draws every parameter again: peers start their experts as copies of one another, or empty."""
     for module in modules:
         for parameter in module.parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)

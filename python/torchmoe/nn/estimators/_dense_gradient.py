@@ -26,8 +26,8 @@ def attach_dense_gradient(y: Tensor, probs: Tensor, x: Tensor, experts: ExpertFu
     Returns:
         y's values; backward gives probs[t, i] the gradient <dL/dy_t, E_i(x_t)>.
     """
-    # The parameters of this call, which need not be the module's own: functional_call lends it
-    # others. Those of experts that FSDP shards are whole in the experts' own forward passes only.
+    # The parameters of this call, which need not be the module's own: functional_call substitutes
+    # others. If FSDP shards the experts, theirs are whole in the experts' own forward passes only.
     parameters: dict[str, Tensor] = {}
     if isinstance(experts, nn.Module) and not gathers_in_forward(experts):
         parameters = dict(experts.named_parameters())
@@ -91,7 +91,7 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def _outputs(ctx: Any, saved: tuple[Tensor, ...]) -> Iterator[Tensor]:  # noqa: ANN401
-    """What each expert makes of all tokens."""
+    """The output of each expert for all tokens."""
     x, probs, *parameters = saved
     for i in range(probs.shape[1]):
         ids = torch.full((x.shape[0], 1), i, device=x.device)

@@ -14,10 +14,10 @@ _BEST_OF_GROUP = 2  # how many experts' scores make up a group's
 def limit_to_groups(scores: Tensor, logits: Tensor, num_groups: int, top_groups: int) -> Tensor:
     """The scores with -inf for experts outside a token's best groups (arXiv 2412.19437).
 
-    A group's score is the sum of its two best experts' (of one where it has no more); ties go to
-    the group whose two have the larger sum of exp(logit), what scores that have underflowed are
-    proportional to, then to the lower group. A mask of 0 instead of -inf would let an expert
-    outside the groups win over negative scores.
+    A group's score is the sum of the scores of its two best experts (of one if it has no more).
+    Ties go to the group whose best two have the larger sum of exp(logit), to which scores that have
+    underflowed are proportional, then to the lower group. With a mask of 0 instead of -inf an
+    expert outside the groups could win over negative scores.
 
     Args:
         scores: [T, E].

@@ -1,4 +1,4 @@
-"""Experts that a token did not choose stand in with what they gave on average."""
+"""An average output takes the place of each expert that a token did not choose."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction, call_exp
 
 
 class DefaultVector(Estimator, Remembering):
-    """Every score is in the output, so that every expert's score gets a gradient at top-k cost.
+    """Every expert's score enters the output and so gets a gradient, at the cost of top-k routing.
 
         forward   y = sum_{i in S} w_i E_i(x) + sum_{i not in S} p_i d_i
         backward  its derivative: dL/dp_i = <dL/dy, E_i(x)> for the experts of S, <dL/dy, d_i> for
                   the others, no gradient for d
         update    d_i <- decay * d_i + (1 - decay) * mean of E_i(x) over the tokens it served
 
-    S are the experts that served the token: a slot dropped by capacity counts as not in S. d is the
-    buffer `default_vectors`, 0 at first; the forward pass reads it, `MoE.update` moves it, and an
-    expert that served no token keeps its own (Default MoE, Panda et al., arXiv 2504.12463). In
-    evaluation the output is the same.
+    S are the experts that served the token: the expert of a slot dropped by capacity is not in S. d
+    is the buffer `default_vectors`, 0 at first. The forward pass reads it and `MoE.update` moves
+    it; the vector of an expert that served no token does not change (Default MoE, Panda et al.,
+    arXiv 2504.12463). The output in evaluation is the same.
 
-    Beside the layer itself this takes 2 T E H FLOPs forward and as many backward, and keeps the
-    tokens and the outputs of all T K slots, [T K, H] each, for the backward pass.
+    In addition to the layer itself this takes 2 T E H FLOPs forward and as many backward, and keeps
+    the tokens and the outputs of all T K slots, [T K, H] each, for the backward pass.
 
     Args:
-        decay: weight of the past in d, in [0, 1); 0.99 remembers about a hundred updates. A short
-            memory moves with every batch and is noise in the output.
+        decay: weight of the past in d, in [0, 1); 0.99 remembers about a hundred updates. With a
+            short memory d changes with every batch and adds noise to the output.
 
     Attributes:
         default_vectors: [E, H] buffer, float32 or wider.

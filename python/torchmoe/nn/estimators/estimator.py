@@ -1,7 +1,7 @@
 """Gradient estimators: how a layer chooses, weighs and combines, and what its router learns from.
 
-The choice of experts is an integer and has no gradient. An estimator says what to use instead. It
-is one small module; `MoE.forward` calls three methods of it in this order:
+The choice of experts is an integer and has no gradient. An estimator defines what to use instead.
+It is a small module; `MoE.forward` calls three of its methods in this order:
 
     select(logits)                                  -> indices [T, K]  override to sample
     weigh(logits, indices)                          -> weights [T, K]  override for a gate rule
@@ -10,16 +10,16 @@ is one small module; `MoE.forward` calls three methods of it in this order:
 
 All that a layer asks of it, each with a default:
 
-    when it is made   bind, and what the class tells: score_functions, normalizes, takes_groups,
+    when it is made   bind, and what the class declares: score_functions, normalizes, takes_groups,
                       takes_selection_bias, draws, takes_experts_alone, fills_slots, refusal
-    forward           select, weigh, combine; rank and tie_break where slots are rerouted;
-                      has_constant_weights where the router is frozen
+    forward           select, weigh, combine; rank and tie_break if slots are rerouted;
+                      has_constant_weights if the router is frozen
     once per step     update
     by the user       reset_parameters, and what bind was told: score_function, normalize, top_k,
                       num_experts, num_groups
 
-The rest helps subclasses (probs, default_normalize, gate_estimator, settings) and whoever tests
-them (surrogate).
+The rest helps subclasses (probs, default_normalize, gate_estimator, settings) and their tests
+(surrogate).
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def call_experts(experts: ExpertFunction, x: Tensor, indices: Tensor, weights: T
 
 
 class Estimator(Part):
-    """Base class of the gradient estimators; as it stands, the exact derivative of the weights.
+    """Base class of the gradient estimators; by itself it is the exact derivative of the weights.
 
-    A layer sets the attributes below through `bind` before it first calls one of the methods. An
-    estimator of your own overrides what differs:
+    A layer sets the attributes below through `bind` before it calls any of the methods. Your own
+    estimator overrides what differs:
 
         class Temperature(Estimator):
             def weigh(self, logits, indices):
@@ -64,27 +64,26 @@ class Estimator(Part):
 
         moe = MoE(64, 128, 8, 2, gate=Gate(estimator=Temperature()))
 
-    One with state keeps it in buffers, registered in `bind`, and changes them in `update` only:
-    forward passes are repeated by activation checkpointing and gradient accumulation, updates are
-    not.
+    An estimator with state keeps it in buffers, registered in `bind`, and changes them in `update`
+    only: activation checkpointing and gradient accumulation repeat forward passes, but not updates.
 
     Attributes:
         top_k: K.
         num_experts: E.
         hidden_size: H.
         score_function: the gate's score function.
-        normalize: the gate's normalisation, or `default_normalize()` where it leaves the choice.
+        normalize: the gate's normalisation, or `default_normalize()` if the gate sets none.
         num_groups: the gate's number of groups of experts.
         top_groups: how many of them a token chooses from.
-        gate_estimator: the gradient that `weigh` asks `torchmoe.ops.gate_weights` for.
+        gate_estimator: the gradient that `weigh` requests from `torchmoe.ops.gate_weights`.
         score_functions: the score functions that the estimator is defined for.
         normalizes: the normalisations that it is defined for.
-        takes_groups: whether its selection heeds the gate's groups.
-        takes_selection_bias: whether its selection heeds a selection bias.
+        takes_groups: whether its selection respects the gate's groups.
+        takes_selection_bias: whether its selection respects a selection bias.
         fills_slots: whether its selection gives every token that counts top_k experts.
-        draws: whether its selection is a draw for each token, or a draw is made on the way to it.
-        takes_experts_alone: whether `combine` asks for the output of each expert by itself.
-        refusal: why it is not defined for the others: the end of that error's requirement.
+        draws: whether its selection is random for each token, or needs random draws.
+        takes_experts_alone: whether `combine` needs the output of each expert alone.
+        refusal: why it is not defined for the others; ends the requirement in that error message.
         settings: the names of its own attributes that repr shows.
     """
 
@@ -183,10 +182,10 @@ class Estimator(Part):
         self.normalize = self.default_normalize() if normalize is None else normalize
 
     def default_normalize(self) -> str:
-        """The normalisation where the gate leaves the choice.
+        """The normalisation if the gate sets none.
 
-        "topk", but "none" for top_k = 1, whose "topk" weight is always 1, and for an estimator that
-        is not defined for "topk".
+        "topk", except "none" for top_k = 1, whose "topk" weight is always 1, and for an estimator
+        that is not defined for "topk".
         """
         return "topk" if self.top_k > 1 and "topk" in self.normalizes else "none"
 
@@ -199,7 +198,7 @@ class Estimator(Part):
     ) -> Tensor:
         """Chooses the experts.
 
-        One that samples overrides this and draws its noise from torch's default generator.
+        An estimator that samples overrides this and draws its noise from torch's default generator.
 
         Args:
             logits: [T, E].
@@ -217,10 +216,10 @@ class Estimator(Part):
         )
 
     def rank(self, logits: Tensor, *, selection_bias: Tensor | None = None) -> Tensor:
-        """What the experts are ranked by, here and where a layer reroutes a slot.
+        """What the experts are ranked by, here and when a layer reroutes a slot.
 
-        The logits; with a selection bias or groups of experts score_function(logits), plus the
-        bias, and -inf for experts outside the token's groups.
+        These are the logits. With a selection bias or groups of experts they are
+        score_function(logits) plus the bias, and -inf for experts outside the token's groups.
 
         Args:
             logits: [T, E].
@@ -240,17 +239,17 @@ class Estimator(Part):
         return scores
 
     def tie_break(self, logits: Tensor, *, selection_bias: Tensor | None = None) -> Tensor | None:
-        """What decides between experts that `rank` equally: the logits.
+        """What decides between experts whose `rank` is equal: the logits.
 
-        Scores that have underflowed are equal, and so are those that a bias has absorbed; the
-        logits they were formed from are not.
+        Scores that have underflowed, or that a bias has absorbed, can be equal where the logits
+        they were formed from differ.
 
         Args:
             logits: [T, E].
             selection_bias: [E] or None.
 
         Returns:
-            [T, E], without a gradient; None where the logits themselves rank.
+            [T, E], without a gradient; None if the logits themselves rank the experts.
         """
         if selection_bias is None and self.num_groups == 1:
             return None
@@ -315,15 +314,15 @@ class Estimator(Part):
         """
 
     def reset_parameters(self) -> None:
-        """Gives parameters and buffers their first values again; for subclasses that have some."""
+        """Resets parameters and buffers to initial values; for subclasses that have some."""
 
     def has_constant_weights(self, columns: int) -> bool:
-        """Whether `weigh` gives weights that do not depend on the logits, with their derivative.
+        """Whether the weights from `weigh`, and their derivative, do not depend on the logits.
 
-        An estimator of your own whose weights do depend on them overrides it with `weigh`.
+        If your own `weigh` gives weights that do depend on them, override this too.
 
         Args:
-            columns: of the ids [T, columns] that weights are formed for.
+            columns: the number of columns of the ids that weights are formed for.
         """
         is_alone = columns == 1 and self.normalize == "topk"
         return self.gate_estimator == "exact" and (is_alone or self.normalize == "uniform")
@@ -352,10 +351,10 @@ class Estimator(Part):
     def surrogate(self, logits: Tensor, selected: Tensor, indices: Tensor) -> Tensor | None:
         """The weights from which the router learns, where they are not the layer's own.
 
-        An estimator that replaces the derivative on purpose declares here by what: the gradient of
-        the logits is that of sum_i s_i G_i, with s the result and G_i = <dL/dy, E_i(x)>. It is for
-        readers and for `torchmoe.testing.check_surrogate`, which differentiates it numerically; no
-        layer calls it.
+        An estimator that replaces the derivative on purpose declares the replacement here: the
+        gradient of the logits is that of sum_i s_i G_i, with s the result and G_i = <dL/dy,
+        E_i(x)>. It documents the estimator, and `torchmoe.testing.check_surrogate` differentiates
+        it numerically; no layer calls it.
 
         Args:
             logits: [T, E].
@@ -363,7 +362,7 @@ class Estimator(Part):
             indices: [T, K], the ids as routed.
 
         Returns:
-            s [T, E]; or None where the gradient is the derivative of the layer's output.
+            s [T, E]; or None if the gradient is the derivative of the layer's output.
         """
         del logits, selected, indices  # for subclasses
         return None

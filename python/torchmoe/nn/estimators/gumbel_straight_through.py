@@ -17,8 +17,8 @@ class GumbelStraightThrough(StraightThrough):
 
     At temperature 1 the experts are a draw of top_k without replacement from softmax(z) (the
     Gumbel-top-k trick: Kool et al., arXiv 1903.06059). Weights and losses are formed from z
-    without the noise. A token's experts thus change from step to step, and every expert gets a
-    chance, the more so the higher the temperature.
+    without the noise. A token's experts therefore change from step to step, and every expert has a
+    chance, which grows with the temperature.
 
     The noise comes from torch's default generator, so that activation checkpointing replays it.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torchmoe.nn.gate import Gate
     from torchmoe.nn.moe import MoE
 
-# What torchmoe.nn exports too.
+# torchmoe.nn exports these too.
 __all__ = [
     "DefaultVector",
     "Estimator",
@@ -53,7 +53,7 @@ def register_estimator(name: str, factory: Callable[[], Estimator]) -> None:
     """Makes Gate(estimator=name) build its estimator with factory(), a new one for each layer.
 
     Raises:
-        TypeError: name is no string, or factory not callable.
+        TypeError: name is not a string, or factory is not callable.
         ValueError: the name is taken.
     """
     if not isinstance(name, str):

@@ -29,14 +29,13 @@ class SparseMixer(Estimator):
                   probability 1/4 says so, else 1/3;  in evaluation c = 1
         backward  dL/dz = dL/dw_j * m * (onehot(expert) - q), with m instead of w_j
 
-    The factors 1/4 and 1/3 are those of Heun's third-order method, which estimates the gradient of
-    the expectation over the draw. The masks follow from the ids as selected, so that a slot that
-    capacity drops leaves the other weights alone. Draws come from torch's default generator, so
-    that activation checkpointing replays them.
+    The factors 1/4 and 1/3 come from Heun's third-order method, which estimates the gradient of the
+    expectation over the draw. The masks follow from the ids as selected, so a slot that capacity
+    drops does not change the other weights. Draws come from torch's default generator, so that
+    activation checkpointing replays them.
 
-    It costs a few element-wise passes over [T, E] per slot. Small next to logits that differ by
-    their own size, a jitter of 0.01 leaves an expert alone in most tokens; then m = 1 and its
-    gradient is 0.
+    It costs a few element-wise passes over [T, E] per slot. If the logits differ by about their own
+    size, a jitter of 0.01 leaves a single expert for most tokens; then m = 1 and its gradient is 0.
 
     Args:
         jitter: half the relative distance from the largest logit within which experts compete.
@@ -129,7 +128,7 @@ class SparseMixer(Estimator):
 
 
 def _best(scores: Tensor, taken: Tensor, token_mask: Tensor | None) -> Tensor:
-    """The id [T, 1] of the largest score, never a taken one while another is left."""
+    """The id [T, 1] of the largest score, never a taken id while another is left."""
     # select_experts ranks NaN last, after -inf, so that a taken expert comes after the others even
     # where all of them are masked.
     ranked = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

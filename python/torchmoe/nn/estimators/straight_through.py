@@ -15,8 +15,8 @@ class StraightThrough(Estimator):
         forward   w_j as the gate says
         backward  dL/dp_i = sum of g_j over the slots j with i_j = i, 0 for the other experts
 
-    with g_j = dL/dw_j. It costs nothing. The router learns also where the weights themselves do not
-    move: at top_k = 1 with normalize "topk", and with "uniform".
+    with g_j = dL/dw_j. It costs nothing. The router learns even if the weights are constant: at
+    top_k = 1 with normalize "topk", and with "uniform".
     """
 
     gate_estimator = "straight_through"

@@ -12,20 +12,20 @@ from torchmoe.nn.experts import Experts
 
 
 class StraightThroughDense(Estimator):
-    """The router learns from every expert, those that a token did not choose included.
+    """The router learns from every expert, including those that a token did not choose.
 
         forward   y = sum over chosen experts of w_j E_{i_j}(x), as the gate says
         backward  dL/dp_i = G_i = <dL/dy, E_i(x)> for all E experts, selection, capacity and
                   normalisation counting as the identity
 
-    The experts' parameters learn through the chosen experts only, and so does x but for its path
-    through the router (DenseMixer, Yao et al., https://openreview.net/forum?id=4HGIIekCx3). At
+    The experts' parameters learn through the chosen experts only, and so does x, except for its
+    path through the router (DenseMixer, Yao et al., https://openreview.net/forum?id=4HGIIekCx3). At
     top_k = num_experts and normalize "none" it is the exact gradient.
 
-    The forward pass costs what it costs without. The backward pass computes every expert once for
-    every token: 2 T E H I times the number of matrices in an expert (3 gated, 2 plain) in FLOPs,
-    where forward and backward of the layer itself take three times that for T K instead of T E.
-    With `Experts` one op does it in pieces of 128 tokens; other experts are called once each.
+    The forward pass costs nothing extra. The backward pass computes every expert once for every
+    token: 2 T E H I times the number of matrices in an expert (3 gated, 2 plain) in FLOPs. The
+    forward and backward passes of the layer itself take three times that, with T K in place of T E.
+    With `Experts` one op does this in blocks of 128 tokens; other experts are called once each.
     """
 
     # The weights' own gradient is not used; this one is defined for every normalisation.

@@ -1,4 +1,4 @@
-"""Routers: how tokens, or whole sequences, become logits or a choice of experts; one file each."""
+"""Routers, one file each: they turn tokens or whole sequences into logits or chosen experts."""
 
 from torchmoe.nn.routers.context_router import ContextRouter, RouterOutput
 from torchmoe.nn.routers.cosine_router import CosineRouter
@@ -7,7 +7,7 @@ from torchmoe.nn.routers.hash_router import HashRouter
 from torchmoe.nn.routers.router import Router
 from torchmoe.nn.routers.sequence_router import SequenceRouter
 
-# What torchmoe.nn exports too.
+# torchmoe.nn exports these too.
 __all__ = [
     "ContextRouter",
     "CosineRouter",

@@ -1,4 +1,4 @@
-"""What routers with a parameter for each expert have in common: the experts' usage."""
+"""The experts' usage, which routers with a parameter for each expert have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _USAGE_DECAY = 0.99
 
 
 class UsageTracking(RouterDeclaration, Remembering):
-    """Keeps the running share of the slots of each expert where that is wanted.
+    """Keeps the running average of each expert's share of the slots, if asked to.
 
     Attributes:
         num_experts: E.
@@ -51,7 +51,7 @@ class UsageTracking(RouterDeclaration, Remembering):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        """Makes the buffer, empty, if one of the two is true.
+        """Creates the buffer, uninitialised, if one of the two flags is true.
 
         Args:
             usage_scaling: see `scale_by_usage`.
@@ -74,7 +74,7 @@ class UsageTracking(RouterDeclaration, Remembering):
             nn.init.constant_(self.usage, 1.0 / self.num_experts)
 
     def scale_by_usage(self, weight: Tensor) -> Tensor:
-        """The weight [E, ...], its gradient in row i times 1 - usage_i where that is wanted."""
+        """The weight [E, ...]; with usage_scaling the gradient of row i is times 1 - usage_i."""
         if not self.usage_scaling or self.usage is None:
             return weight
         return ops.scale_gradient(weight, (1 - wide(self.usage)).unsqueeze(-1))
@@ -83,7 +83,7 @@ class UsageTracking(RouterDeclaration, Remembering):
     def update(self, tokens_per_expert: Tensor, num_slots: Tensor) -> None:
         """Moves usage towards the shares of one step.
 
-        Changes nothing where no usage is kept, or when no token was counted.
+        Does nothing if no usage is kept, or if no token was counted.
 
         Args:
             tokens_per_expert: [E] integers: slots per expert, summed over micro-batches and
@@ -91,9 +91,9 @@ class UsageTracking(RouterDeclaration, Remembering):
             num_slots: integer scalar: their sum.
 
         Raises:
-            TypeError: tokens_per_expert is no tensor.
+            TypeError: tokens_per_expert is not a tensor.
             RuntimeError: it has another shape or device.
-            ValueError: a count is negative or no number, which is seen on the CPU only.
+            ValueError: a count is negative or not a number (checked on the CPU only).
         """
         if self.usage is None:
             return
@@ -110,12 +110,12 @@ class UsageTracking(RouterDeclaration, Remembering):
         usage.copy_(torch.where(num_slots > 0, moved, usage))
 
     def usage_repr(self) -> list[str]:
-        """What extra_repr says of it."""
+        """What extra_repr shows of it."""
         if self.usage_scaling:
             return ["usage_scaling=True"]
         return [] if self.usage is None else ["track_usage=True"]
 
 
 def usage_of(router: nn.Module) -> Tensor | None:
-    """A router's usage, where it keeps any."""
+    """A router's usage, or None if it keeps none."""
     return cast(Tensor, router.usage) if declared_by_router(router).keeps_usage else None

@@ -1,4 +1,4 @@
-"""Context routers around a router that scores tokens one by one."""
+"""Context routers that wrap a router that scores tokens one by one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchmoe.nn.routers.context_router import ContextRouter
 
 
 class WrappingRouter(ContextRouter):
-    """Holds the router that scores, and is asked for its usage in its place.
+    """Holds the router that scores, and passes on its usage.
 
     Args:
         router: a module from gate inputs [T, H] to logits [T, E] with num_experts or out_features.
@@ -38,7 +38,7 @@ class WrappingRouter(ContextRouter):
         self.num_experts = self._size("num_experts", "out_features")
 
     def _size(self, *names: str) -> int:
-        """The size that the router inside tells under one of these names."""
+        """The size that the router inside declares under one of these names."""
         for name in names:
             if isinstance(size := getattr(self.router, name, None), int):
                 return size

@@ -1,8 +1,8 @@
 """Routers that read more than one token at a time, or choose the experts themselves.
 
-A router that looks at each token alone is any module from the gate inputs [T, G] to logits [T, E].
-One that looks at a whole sequence or batch, or gives a choice instead of logits, is a
-`ContextRouter`. `route` calls either.
+A router that looks at each token alone is any module from gate inputs [T, G] to logits [T, E]. One
+that looks at a whole sequence or batch, or that returns chosen ids in addition to logits, is a
+`ContextRouter`. `route` calls either kind.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from torchmoe.nn.declarations import RouterDeclaration, declared_by_router
 
 
 class RouterOutput(NamedTuple):
-    """What a `ContextRouter` returns, and a router that tells its noise."""
+    """What a `ContextRouter` returns, or a router that returns its logits before noise too."""
 
     logits: Tensor
     """[..., E]: x's leading dimensions, one row for each token."""
     indices: Tensor | None = None
-    """[..., K'] int64, best first, where the router chooses itself; -1 = not routed."""
+    """[..., K'] int64, best first, if the router chooses itself; -1 = not routed."""
     details: Mapping[str, Tensor] | None = None
-    """What there is to look at, by name; `Routing.details` passes it on."""
+    """Further values by name, for inspection; `Routing.details` passes them on."""
     clean_logits: Tensor | None = None
-    """[..., E], the logits before Gaussian noise was added to them; None where none was."""
+    """[..., E], the logits before Gaussian noise was added to them; None if none was."""
     noise_deviation: float | None = None
-    """That of the noise, above 0; None where none was added."""
+    """The standard deviation of the noise, above 0; None if none was added."""
 
 
 class ContextRouter(RouterDeclaration, Part):
-    """Base class of routers that see x as the layer got it, with its sequences.
+    """Base class of routers that see x in its original shape, with its sequences.
 
-    One of your own overrides `forward`:
+    Your own router overrides `forward`:
 
         class Neighbour(ContextRouter):
             def __init__(self, hidden_size, num_experts):
@@ -49,9 +49,9 @@ class ContextRouter(RouterDeclaration, Part):
                 before = torch.nn.functional.pad(x, (0, 0, 1, -1))  # each token's predecessor
                 return RouterOutput(self.linear(torch.cat([x, before], dim=-1)))
 
-    It may tell more of itself, see `RouterDeclaration`. One that chooses may return indices, and
-    the estimator's `select` is then not called. A causal language model must not use a router that
-    looks ahead: what its held-out loss says would not be true of text that is yet to be written.
+    It may declare more about itself, see `RouterDeclaration`. A router that chooses may return
+    indices; the estimator's `select` is then not called. A causal language model must not use a
+    router that looks ahead: its held-out loss would not hold for text that is still to be written.
 
     Attributes:
         num_experts: E.
@@ -70,7 +70,7 @@ class ContextRouter(RouterDeclaration, Part):
             token_mask: x's leading dimensions, bool, True = the token counts.
 
         Returns:
-            Logits, and whatever else there is.
+            The logits, and the optional fields if they apply.
         """
         raise NotImplementedError
 
@@ -87,22 +87,22 @@ def route(
 
     Args:
         router: a `ContextRouter`, or any module from gate inputs [T, G] to logits [T, E], which
-            reads router_input instead of x where that is given.
+            reads router_input instead of x if it is given.
         x: [..., H], 0 where token_mask is False.
         num_experts: E.
         router_input: see `MoE.forward`.
         token_mask: x's leading dimensions, bool.
 
     Returns:
-        logits and clean_logits [T, E], float32 or wider, indices [T, K'] or None, and the rest as
-        it is.
+        logits and clean_logits [T, E], float32 or wider, indices [T, K'] or None, and the other
+        fields unchanged.
 
     Raises:
         RuntimeError: router_input or what the router returns has another shape or dtype.
-        ValueError: noise_deviation is no finite number above 0.
-        TypeError: router_input is no tensor, a ContextRouter returns something else than a
-            RouterOutput, another router something else than a tensor, or a router indices although
-            it does not choose.
+        ValueError: noise_deviation is not a finite number above 0.
+        TypeError: router_input is not a tensor, a ContextRouter does not return a RouterOutput,
+            another router does not return a tensor, or a router returns indices although it
+            declares that it does not choose.
     """
     leading = x.shape[:-1]
     num_tokens = math.prod(leading)
@@ -145,7 +145,7 @@ def route(
             f"got {got}"
         )
     _check_deviation(given.noise_deviation)
-    # A router of the user's own may return a 16-bit type, under autocast at the latest.
+    # A custom router may return a 16-bit type, under autocast at least.
     return cast(RouterOutput, given)._replace(
         logits=wide(logits).reshape(num_tokens, num_experts),
         indices=_flat_indices(given.indices, leading, num_tokens),
@@ -157,8 +157,8 @@ def score(router: nn.Module, x: Tensor) -> RouterOutput:
     """Calls a router that scores each token alone.
 
     Args:
-        router: a module from gate inputs [T, G] to logits [T, E]. One that has `tells_noise` set,
-            as `Router` has while it adds any, is asked for a RouterOutput by as_output=True.
+        router: a module from gate inputs [T, G] to logits [T, E]. If its `tells_noise` is set, as
+            that of `Router` is while it adds noise, it is called with as_output=True.
         x: [T, G].
 
     Returns:
@@ -181,7 +181,7 @@ def _check_deviation(deviation: object) -> None:
 
 
 def _masked(router_input: Tensor, leading: torch.Size, token_mask: Tensor | None) -> Tensor:
-    """The gate's own input, with nothing in it where no token counts."""
+    """The gate's own input, 0 where no token counts."""
     if not isinstance(router_input, Tensor):
         raise TypeError(
             f"MoE: router_input must be a tensor or None, got {type(router_input).__name__}"

@@ -29,20 +29,21 @@ class CosineRouter(UsageTracking):
 
         logit_i = cos(A x, e_i) / tau,   tau = max(exp(log_temperature), min_temperature)
 
-    A projects, e_i is the expert's embedding. The length of neither matters, so that tokens have no
-    reason to gather around the experts' embeddings (X-MoE, Chi et al., arXiv 2204.09179). Where tau
-    is at its least, log_temperature gets no gradient, and tau stays there.
+    A is a projection, e_i the expert's embedding. Neither length matters, so tokens have no reason
+    to gather around the experts' embeddings (X-MoE, Chi et al., arXiv 2204.09179). At the minimum
+    of tau, log_temperature gets no gradient and tau stays there.
 
-    Outside the forward pass of a router that is sharded, `temperature`, `directions`, `rows`,
-    `project` and `match_percentages` gather its parameters, for which all processes must ask.
+    If the router is sharded, `temperature`, `directions`, `rows`, `project` and
+    `match_percentages`, called outside its forward pass, gather its parameters; all processes must
+    call them.
 
     Args:
         hidden_size: H.
         num_experts: E.
         projection_size: P, the dimensions of the space; None is half the number of experts,
             at least 2.
-        temperature: tau at first. Logits are within 1 / tau of 0.
-        min_temperature: the least tau may become.
+        temperature: the initial tau. Logits are in [-1 / tau, 1 / tau].
+        min_temperature: the minimum of tau.
         usage_scaling: multiplies the gradient of expert i's row of `embeddings` by 1 - usage_i, see
             `Router`.
         track_usage: keeps `usage`, see `Router`.
@@ -52,8 +53,8 @@ class CosineRouter(UsageTracking):
     Attributes:
         projection: [P, H] parameter, P = projection_size.
         embeddings: [E, P] parameter.
-        log_temperature: [1] parameter; `fully_shard` takes none without a dimension, which it was
-            once and may still be in a state dict.
+        log_temperature: [1] parameter; `fully_shard` cannot shard a scalar, as which a state dict
+            may also have it.
         usage: [E] buffer or None, see `Router`.
         usage_decay: weight of the past in it, 0.99.
 
@@ -111,7 +112,7 @@ class CosineRouter(UsageTracking):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the projection as nn.Linear does, embeddings in any direction; sets tau, usage."""
+        """Draws the projection as nn.Linear does and random embeddings; sets tau and usage."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         with whole_tensors(self):
             nn.init.uniform_(self.projection, -bound, bound)
@@ -144,9 +145,9 @@ class CosineRouter(UsageTracking):
 
     @property
     def rows(self) -> Tensor:
-        """What `project` is multiplied with, directions / tau: [E, P]."""
-        # One factor for each expert: the sum over all numbers at once, which the gradient of a
-        # single factor is, depends on the number of threads.
+        """What `project` is multiplied by, directions / tau: [E, P]."""
+        # One factor for each expert: the gradient of a single factor would be a sum over all
+        # elements, which depends on the number of threads.
         factor = self.temperature.reciprocal().expand(self.num_experts)
         return factor.unsqueeze(1) * self.directions
 
@@ -163,7 +164,7 @@ class CosineRouter(UsageTracking):
 
     @torch.no_grad()
     def match_percentages(self, x: Tensor) -> Tensor:
-        """How well each expert's direction matches each token's, as people read it.
+        """How well each expert's direction matches each token's, in percent.
 
         Args:
             x: [T, H] in the dtype of the parameters, or a narrower one.
@@ -202,5 +203,5 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def percent(cosine: Tensor) -> Tensor:
-    """A match as users read it: 0 for opposite directions, 50 for unrelated, 100 for equal ones."""
+    """A match in percent: 0 for opposite directions, 50 for unrelated ones, 100 for equal ones."""
     return 50 * (1 + cosine.clamp(-1, 1))

@@ -19,32 +19,31 @@ AMONG = ("batch", "sequence")
 
 
 class ExpertChoiceRouter(WrappingRouter):
-    """Every expert picks the tokens that it scores highest, as many as any other expert.
+    """Every expert picks the tokens that it scores highest, the same number for each expert.
 
-    An expert picks ceil(top_k T / E) tokens by score_function(logits), ties to the earlier token
-    (logits decide where the scores underflow),
-    so that the load is even by construction and a token gets top_k experts on average: none, some,
-    or all (Zhou et al., arXiv 2202.09368). The weights are the scores themselves where the gate
-    leaves the normalisation open.
+    An expert picks ceil(top_k T / E) tokens by score_function(logits); ties go to the earlier token
+    (logits decide where the scores underflow). The load is therefore even by construction. A token
+    gets top_k experts on average: none, some, or all (Zhou et al., arXiv 2202.09368). The weights
+    are the scores themselves unless the gate sets a normalisation.
 
-    Whether an expert picks a token depends on all other tokens that it could pick, so that a causal
-    language model cannot use it; with `among` "batch" also on the other sequences.
+    Whether an expert picks a token depends on all other tokens that it could pick (with `among`
+    "batch" also on the other sequences), so a causal language model cannot use it.
 
     Args:
         router: scores the tokens: Router, CosineRouter, or any module [T, H] -> [T, E].
         top_k: K, that of the layer: experts per token on average.
-        among: whose tokens an expert picks from: those of the "batch", or of each "sequence" on its
-            own (the last leading dimension of x), ceil(top_k S / E) of each.
-        most_per_token: columns of the result, K': a token keeps the best of the experts that picked
-            it, at most so many, and is lost to the others, which then serve fewer. None is E, so
-            that none is lost.
-        score_function: of the logits, "softmax" or "sigmoid": that of the layer's gate.
+        among: which tokens an expert picks from: all tokens of the "batch", or each "sequence" by
+            itself (the last leading dimension of x), ceil(top_k S / E) of each.
+        most_per_token: columns of the result, K': a token keeps at most so many of the experts that
+            picked it, the best ones; the others then serve fewer tokens. None is E, so that no pick
+            is lost.
+        score_function: "softmax" or "sigmoid", the same as that of the layer's gate.
 
     Attributes:
         router: see above.
 
     Raises:
-        TypeError: a size is not an int, or router no module that scores each token alone.
+        TypeError: a size is not an int, or router is not a module that scores each token alone.
         ValueError: a value is out of range.
     """
 
@@ -90,7 +89,7 @@ class ExpertChoiceRouter(WrappingRouter):
 
         Args:
             x: [..., H] in the dtype of the router's parameters; [..., S, H] with among "sequence".
-            router_input: [..., G], scored instead of x where given.
+            router_input: [..., G], scored instead of x if given.
             token_mask: x's leading dimensions, bool; no expert picks a token where it is False.
 
         Returns:
@@ -118,7 +117,7 @@ class ExpertChoiceRouter(WrappingRouter):
         )
 
     def _picked(self, logits: Tensor, mask: Tensor | None, length: int) -> Tensor:
-        """Who picked each token of groups of `length` tokens: [T, K'] int64."""
+        """The experts that picked each token, in groups of `length` tokens: [T, K'] int64."""
         num_tokens = logits.shape[0]
         groups = num_tokens // length if length else 0
         scores = self._scores(wide(logits))
@@ -143,8 +142,8 @@ class ExpertChoiceRouter(WrappingRouter):
     def _scores(self, logits: Tensor) -> Tensor:
         """What tokens are picked by: [T, E], finite unless NaN.
 
-        The scores; in place of one that underflows its logarithm, which is below every score and in
-        the same order.
+        These are the scores; a score that underflows is replaced by its logarithm, which is below
+        every score and keeps the order.
         """
         if self.score_function == "sigmoid":
             scores, logarithms = logits.sigmoid(), torch.nn.functional.logsigmoid(logits)

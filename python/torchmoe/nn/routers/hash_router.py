@@ -1,4 +1,4 @@
-"""Nothing learned: a token's id says which experts serve it."""
+"""A router that learns nothing: a token's id determines which experts serve it."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ Numbers = TypeVar("Numbers", int, Tensor)
 class HashRouter(RouterDeclaration, Remembering):
     """The experts are a fixed hash of the token's id (Roller et al., arXiv 2106.04426).
 
-    Each pair of an id and an expert has a random number that never changes, and an id goes to the
-    top_k experts with the largest. They get logit 0 and the others one so low that its score is 0:
+    Each pair of an id and an expert has a fixed random number, and an id goes to the top_k experts
+    with the largest ones. These get logit 0, and the others a logit so low that its score is 0:
     with score_function "softmax" every weight is 1 / top_k, whatever the normalisation. There is
-    nothing to learn, and the loads are as even as the ids' frequencies: one frequent id loads its
+    nothing to learn. The loads are as even as the ids' frequencies: a frequent id loads its
     experts.
 
     Args:
         num_experts: E.
-        top_k: K, that of the layer.
-        seed: another one is another hash; layers with different seeds mix the ids differently.
+        top_k: K, as in the layer.
+        seed: selects the hash; layers with different seeds group the ids differently.
 
     Raises:
         TypeError: a size or seed is not an int.
         ValueError: a size is out of range.
     """
 
-    # A selection bias or groups of experts, rerouting and assistance would lead a token to experts
+    # A selection bias, groups of experts, rerouting or assistance would send a token to experts
     # whose score is 0.
     chooses = True
     scores_all = False
@@ -72,7 +72,7 @@ class HashRouter(RouterDeclaration, Remembering):
             logits [T, E] float32, without a gradient.
 
         Raises:
-            RuntimeError: token_ids are no integers [T], as where the layer got no router_input.
+            RuntimeError: token_ids are not integers [T], as when the layer got no router_input.
         """
         if token_ids.dim() != 1 or token_ids.is_floating_point() or token_ids.is_complex():
             raise RuntimeError(
@@ -99,7 +99,7 @@ def _wrapped(number: int) -> int:
 
 
 def _mix(numbers: Numbers) -> Numbers:
-    """A bijection of int64 in which every bit of the result depends on every bit of the number."""
+    """A bijection of int64 in which every bit of the result depends on every bit of the input."""
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
         numbers = _times(numbers ^ _shifted(numbers, shift), factor)
     return numbers ^ _shifted(numbers, 31)

@@ -25,7 +25,7 @@ from torchmoe.nn.routers.context_router import RouterOutput
 
 
 class Router(UsageTracking):
-    """A linear map to one logit per expert, with noise for exploration if wanted.
+    """A linear map to one logit per expert, with optional noise for exploration.
 
     The noise is drawn in training mode only, from torch's default generator, so that activation
     checkpointing replays it.
@@ -37,11 +37,11 @@ class Router(UsageTracking):
         input_jitter: eps; the router sees x times a factor drawn uniformly from [1 - eps, 1 + eps]
             per entry (Switch Transformer, arXiv 2101.03961). The experts see x itself.
         logit_noise: standard deviation of Gaussian noise added to the logits (after Shazeer et al.,
-            arXiv 1701.06538). The noisy logits are the layer's logits: they rank, weigh and enter
-            the losses, of which `load_loss` takes the logits before noise as well.
+            arXiv 1701.06538). The noisy logits are the layer's logits: ranking, weights and losses
+            use them; `load_loss` also uses the logits before noise.
         usage_scaling: multiplies the gradient of expert i's row of `weight` by 1 - usage_i, so that
             experts in frequent use learn to attract tokens more slowly. It needs `usage`.
-        track_usage: keeps `usage`, which `MoE.update` moves, for whatever reads it: a dynamic
+        track_usage: keeps `usage`, which `MoE.update` moves, for the parts that read it: a dynamic
             capacity, assistance, or the balancing loss with fractions from history.
         device: where the parameters are made.
         dtype: their dtype.
@@ -111,7 +111,7 @@ class Router(UsageTracking):
 
     @property
     def tells_noise(self) -> bool:  # type: ignore[override]
-        """Whether noise is added to the logits, which `forward` tells by as_output=True."""
+        """Whether noise is added to the logits; `forward` returns it if as_output=True."""
         # The forward of a subclass may take x alone.
         return (
             self.training and self._logit_noise is not None and type(self).forward is Router.forward

@@ -19,7 +19,7 @@ POOLINGS = ("attention", "given", "mean", "first")
 
 
 class SequenceRouter(WrappingRouter):
-    """Pools the tokens of a sequence to one gate input, whose experts serve all of its tokens.
+    """Pools the tokens of a sequence into one gate input, whose experts serve all its tokens.
 
         a = pooling weights of the counted tokens, which add up to 1
         g = sum over s of a_s x_s,   logits of every token of the sequence = router(g)
@@ -31,8 +31,8 @@ class SequenceRouter(WrappingRouter):
     | "mean" | the same for all |
     | "first" | 1 for the first counted token, such as CLS, 0 for the others |
 
-    Every decision but that of "first" depends on all tokens, so that a causal language model cannot
-    use it. Task-level routing: Kudugunta et al., arXiv 2110.03742.
+    Except with "first", the decision depends on all tokens, so a causal language model cannot use
+    it. Task-level routing: Kudugunta et al., arXiv 2110.03742.
 
     Args:
         router: scores the gate input: Router, CosineRouter, or any module [T, H] -> [T, E].
@@ -45,7 +45,7 @@ class SequenceRouter(WrappingRouter):
 
     Raises:
         ValueError: pooling is unknown.
-        TypeError: router is no module that scores each token alone, or does not tell its sizes.
+        TypeError: router is not a module that scores each token alone, or declares no sizes.
     """
 
     decides_for = "sequence"
@@ -65,7 +65,7 @@ class SequenceRouter(WrappingRouter):
 
     @property
     def looks_ahead(self) -> str | None:  # type: ignore[override]
-        """None with pooling "first" alone."""
+        """None with pooling "first"; otherwise the reason."""
         if self.pooling == "first":
             return None
         pooling = self.pooling
@@ -91,7 +91,7 @@ class SequenceRouter(WrappingRouter):
 
         Returns:
             logits [..., S, E], and in details "pooling_weights" [..., S], float32 or wider, and
-            "gate_input" [..., H]. Of a sequence in which no token counts both are 0.
+            "gate_input" [..., H]. Both are 0 for a sequence in which no token counts.
 
         Raises:
             RuntimeError: a shape does not fit, or router_input is missing with pooling "given".
@@ -126,7 +126,7 @@ class SequenceRouter(WrappingRouter):
             values = wide(router_input.reshape(sequences, length))
         else:
             values = self._values(rows, sequences, length, mask)
-        # What is returned lies on the way to the logits, so that its gradient can be asked for.
+        # The returned tensor is used to form the logits, so that its gradient can be taken.
         weights = _shares(values, mask, plan).view(*leading, length)
         gate_input = ops.unpermute(rows, weights.view(sequences, length), plan)  # [B, H]
         gate_input = gate_input.view(*leading, gate_input.shape[-1])

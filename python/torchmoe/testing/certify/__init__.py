@@ -1,7 +1,7 @@
-"""Whether the laws of mixture-of-experts layers hold for a layer of any make.
+"""Whether the laws of mixture-of-experts layers hold for a given layer.
 
-A law is data (`law.py`) in a file of its own (`laws/`); `entry.py` asks them of a `Subject`, which
-is the layer copied and read through a `torchmoe.Adapter`; what comes out is a `Certificate`.
+A law is data (`law.py`) in a file of its own (`laws/`). `entry.py` tests the laws on a `Subject`,
+which is the layer copied and read through a `torchmoe.Adapter`. The result is a `Certificate`.
 """
 
 from torchmoe.testing.certify.certificate import Certificate, Finding, NotAsked

@@ -1,4 +1,4 @@
-"""What `certify` found, as data and as a table."""
+"""The result of `certify`, as data and as a table."""
 
 from __future__ import annotations
 
@@ -15,66 +15,66 @@ class Finding:
     law: str
     """The name of the law."""
     clause: str
-    """Which part of it, in a few words."""
+    """The part of the law, in a few words."""
     where: str
     """The tensor: "y", "aux_loss", "d/d NAME", a buffer's or an op's name."""
     expected: str
-    """A number at the worst entry, or what must be so."""
+    """The expected value at the worst entry, or what must hold."""
     got: str
-    """The same, as it was found."""
+    """The value, or what was found instead."""
     meaning: str
     """One sentence on what this usually means."""
     num_tokens: int
     """The smallest number of tokens, of 1, 2, 3 and so on, at which it was found."""
     smallest_input: str
-    """The call that gives these tokens, and their first numbers."""
+    """The call that gives these tokens, and their first elements."""
 
 
 @dataclass(frozen=True)
 class NotAsked:
-    """A law, or a part of one, that was not asked."""
+    """A law, or a part of one, that was not tested."""
 
     law: str
     clause: str
     """The part, or "all of it"."""
     why: str
     could_be_asked: bool
-    """Whether the law applies to the layer, so that nothing can be said of it without asking."""
+    """Whether the law applies to the layer, so that it remains open without this test."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The laws that hold for a layer, those that do not, and those that were not asked.
+    """The laws that hold for a layer, those that do not, and those that were not tested.
 
-    True in a condition where `passed` is.
+    As a condition it has the truth of `passed`.
     """
 
     layer: str
     """The name of its class."""
     laws: tuple[str, ...]
-    """The laws that were to be asked, in order."""
+    """The laws that were to be tested, in order."""
     formulas: dict[str, str]
     """What each law says."""
     failures: tuple[Finding, ...]
     not_asked: tuple[NotAsked, ...]
     notes: tuple[str, ...]
-    """What is worth knowing and breaks no law."""
+    """Observations that break no law."""
     seconds: float
 
     @property
     def passed(self) -> bool:
-        """No law is broken, and none that could be asked was left out."""
+        """Whether no law is broken, and none that could be tested was left out."""
         return not self.failures and not any(gap.could_be_asked for gap in self.not_asked)
 
     def __bool__(self) -> bool:
         return self.passed
 
     def held(self, law: str) -> str:
-        """What became of a law.
+        """The result for a law.
 
         Returns:
-            "held"; "broken"; "not asked", where nothing of it was; or "in part", where a clause
-            that could be asked was not.
+            "held"; "broken"; "not asked", if no part of it was tested; or "in part", if a clause
+            that could be tested was not.
         """
         if any(finding.law == law for finding in self.failures):
             return "broken"

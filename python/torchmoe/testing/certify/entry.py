@@ -1,4 +1,4 @@
-"""Asks the laws of a layer."""
+"""Tests the laws on a layer."""
 
 from __future__ import annotations
 
@@ -38,42 +38,42 @@ def certify(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Certificate:
-    """Asks a mixture-of-experts layer of any make whether the laws of such layers hold.
+    """Tests whether the laws of mixture-of-experts layers hold for a layer from any library.
 
         certificate = certify(MyMoE(64, num_experts=8))
         print(certificate)
         assert certificate
 
-    The layer maps [T, H] or [B, S, H] to its own shape and returns y, (y, loss), (y, logits) or a
-    record of them. It is copied, and left as it was found: parameters, buffers, gradients, mode
-    and random state. Where a law fails, it is asked again with 1, 2, 3 and so on tokens, so that a
-    finding names the smallest number that shows it.
+    The layer maps [T, H] or [B, S, H] to the same shape and returns y, (y, loss), (y, logits) or a
+    record of them. It is copied; its parameters, buffers, gradients, mode and the random state are
+    not changed. If a law fails, it is tested again with 1, 2, 3 and so on tokens, so that a finding
+    names the smallest number that shows it.
 
-    A layer whose router learns from something else than the derivative, on purpose, has a method
-    `surrogate(x)` that returns what the layer returns, and whose ordinary gradient is the one that
-    is meant.
+    If the layer's router learns, on purpose, from something other than the derivative, the layer
+    has a method `surrogate(x)` that returns what the layer returns and whose ordinary gradient is
+    the intended one.
 
-    Hooks of modules are copied along and run, those of parameters are not.
+    Hooks of modules are copied and run, those of parameters are not.
 
     Args:
         layer: any module, in any mode, on the CPU.
         inputs: [..., H], tokens to draw from; standard normal ones by default.
-        hidden_size: H, where neither the layer nor inputs show it.
-        adapter: tells what of the layer cannot be seen.
-        laws: "all", or the names of some of `known_laws`. "all" leaves out what is asked on request
-            only: "replicas", which starts two processes.
-        dtype: of the copies, float64 or float32. What the layer casts to narrower types on the way
-            is found by looking, and bounds follow.
-        seed: of tokens, directions, incoming gradients and draws.
+        hidden_size: H, if neither the layer nor inputs show it.
+        adapter: describes the layer where it cannot be recognised.
+        laws: "all", or the names of some of `known_laws`. "all" excludes laws that are tested only
+            on request: "replicas", which starts two processes.
+        dtype: of the copies, float64 or float32. Casts to narrower types inside the layer are
+            detected, and bounds follow them.
+        seed: for tokens, directions, incoming gradients and draws.
 
     Returns:
-        The certificate, True if no law is broken and none that could be asked was left out.
+        The certificate, True if no law is broken and none that could be tested was left out.
 
     Raises:
-        TypeError: an argument has another type, the layer is sharded, or nothing in what it returns
-            is a floating-point tensor.
-        ValueError: a law's name or dtype is unknown, inputs are no finite tokens, hidden_size is
-            not to be seen, or the adapter names what the layer does not have.
+        TypeError: an argument has another type, the layer is sharded, or nothing in its result is a
+            floating-point tensor.
+        ValueError: a law's name or dtype is unknown, inputs are not finite tokens, hidden_size
+            cannot be found, or the adapter names what the layer does not have.
         RuntimeError: the layer takes tokens neither as [T, H] nor as [1, T, H].
     """
     check_module("certify", "layer", layer)

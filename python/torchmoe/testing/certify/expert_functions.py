@@ -1,4 +1,4 @@
-"""One expert of a layer as a function of one token, where its parameters lie as usual."""
+"""One expert of a layer as a function of one token, if its parameters have a usual layout."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def differences(
     """A difference for every tensor further from its expected value than rounding explains.
 
     |got - expected| <= tolerance max(|expected|, |got|, floor), each maximum over the tensor; the
-    floor is a hundredth of the largest number among all tensors, whose terms may cancel elsewhere.
+    floor is a hundredth of the largest element among all tensors, whose terms may cancel elsewhere.
     None counts as zeros.
     """
     sizes = [t.abs().max().item() for t in expected.values() if t is not None and t.numel() > 0]

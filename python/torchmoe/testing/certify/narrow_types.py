@@ -1,4 +1,4 @@
-"""A layer in bfloat16 and under autocast, beside itself in float64."""
+"""A layer in bfloat16 and under autocast, compared with itself in float64."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _MUTABLE = (dict, list, set, Tensor)
 
 
 def shared_by_default(layer: nn.Module) -> Iterator[tuple[str, str]]:
-    """Attributes and buffers that lie in the default value of an argument, which all layers share.
+    """Attributes and buffers inside the default value of an argument, which all layers share.
 
     Yields:
         The module's path and the attribute's name.
@@ -43,7 +43,7 @@ def _inside(value: object) -> Iterator[object]:
 
 
 def same_content(one: object, two: object) -> bool:
-    """Whether two values hold the same numbers."""
+    """Whether two tensors or containers hold the same elements."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one.shape == two.shape and torch.equal(one, two)
     if isinstance(one, dict) and isinstance(two, dict):

@@ -1,4 +1,4 @@
-"""A layer that is being asked: private copies of it, run on seeded tokens."""
+"""A layer under test: private copies of it, run on seeded tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torchmoe.testing.certify.shared_state import shared_by_default
 NUM_TOKENS = 13
 _ROUNDINGS = 16
 #: In a 16-bit type, whose products are summed in float32: the longest chain between x and y has
-#: four roundings beside those of the sums: gate and up, their product, the expert's output, the
+#: four roundings besides those of the sums: gate and up, their product, the expert's output, the
 #: weighted sum.
 ROUNDINGS_16 = 8
 #: Methods that move a selection bias after a step.
@@ -32,7 +32,7 @@ _UPDATES = ("update_bias", "update_expert_bias", "update_selection_bias")
 
 
 class Mask(NamedTuple):
-    """How a layer is told which tokens count."""
+    """How a layer's forward takes the mask of tokens that count."""
 
     name: str
     """The keyword of forward."""

@@ -1,4 +1,4 @@
-"""How a layer calls its router: what routers read and return, and which parts go together."""
+"""How a layer calls its router: what routers read and return, and which parts are compatible."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def check_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def test_the_page_on_gating_shows_them_all() -> None:
-    text = (Path(__file__).parents[4] / "docs" / "gating.md").read_text()
+    text = (Path(__file__).parents[4] / "docs" / "gates.md").read_text()
     table = text.partition("\n## ")[0]
     rows = set(re.findall(r"^\| `(\w+)", table, flags=re.MULTILINE))
     assert rows == {kind.__name__ for kind in BUILT_IN}

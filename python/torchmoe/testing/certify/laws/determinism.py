@@ -28,7 +28,7 @@ def ask(subject: Subject, num_tokens: int) -> Iterator[Answer]:
 
 
 def _state(subject: Subject, num_tokens: int) -> Iterator[Answer]:
-    """load(save(layer)) = layer, also into a layer with other numbers."""
+    """load(save(layer)) = layer, also into a layer with other values."""
     x = subject.tokens(num_tokens)
     trained = subject.fresh()
     held = {name: id(buffer) for name, buffer in trained.named_buffers()}

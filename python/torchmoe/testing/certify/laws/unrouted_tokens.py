@@ -49,7 +49,7 @@ def _masked_tokens(subject: Subject, num_tokens: int) -> Iterator[Answer]:
             subject.seed,
         )
 
-    # What stands in a masked token does not matter.
+    # The values of a masked token do not matter.
     other = torch.where(mask.unsqueeze(-1), x, subject.tokens(num_tokens, stream=5))
     moved = subject.step(subject.steady(), other, mask=mask)
     gone = "what a masked token holds changes nothing"
