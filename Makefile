@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 BUILD := build
 # As many compilers, or processes of tests, as there are cores and gigabytes; MAX_JOBS says otherwise.
 JOBS := $(shell $(PYTHON) cmake/build_jobs.py)
-# A compiler's warning stops whoever changes the sources, and nobody who installs them.
+# A compiler's warning is an error for those who change the sources, not for those who install them.
 export CMAKE_ARGS := -DTORCHMOE_WERROR=ON $(CMAKE_ARGS)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash -o pipefail
@@ -20,7 +20,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch
+.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,8 +50,8 @@ library: $(VENV)/.complete
 	@mkdir -p $(BUILD)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
 
-# A C++ compiler is needed; torch.compile and its tests want Python's headers; ccache and Catch2 save time (CMake fetches Catch2 where it
-# is missing).
+# A C++ compiler is needed, and Doxygen for the site (make docs, make test); torch.compile and its tests want Python's headers; ccache and
+# Catch2 save time (CMake fetches Catch2 where it is missing).
 system:
 	@missing=""; \
 	command -v c++ > /dev/null || missing="$$missing g++"; \
@@ -60,6 +60,7 @@ system:
 	wanted="$$missing"; \
 	$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || wanted="$$wanted python3-dev"; \
 	command -v ccache > /dev/null || wanted="$$wanted ccache"; \
+	command -v doxygen > /dev/null || wanted="$$wanted doxygen"; \
 	test -e /usr/include/catch2 || wanted="$$wanted catch2"; \
 	if [ -n "$$wanted" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	  echo "make: installing$$wanted with apt-get"; \
@@ -75,27 +76,27 @@ train: develop  ## Train a small MoE language model on real text (ARGS="--help" 
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
 compare: develop  ## Train the MoE and a dense model of equal active parameters, half an hour (ARGS="--help")
-	$(BIN)/python examples/compare_lm.py $(ARGS)
+	$(BIN)/python -m studies.dense $(ARGS)
 
 compare-estimators: develop  ## Train the MoE with each gradient estimator, over an hour (ARGS="--help")
-	$(BIN)/python examples/compare_estimators.py $(ARGS)
+	$(BIN)/python -m studies.estimators $(ARGS)
 
 compare-routers: develop  ## Train the MoE with each causal router, and with experts that talk, half an hour (ARGS="--help")
-	$(BIN)/python examples/compare_routers.py $(ARGS)
+	$(BIN)/python -m studies.routers $(ARGS)
 
 balance: develop  ## Let a collapsed router recover under each way of balancing, minutes (ARGS="--help")
-	$(BIN)/python examples/balance.py $(ARGS)
+	$(BIN)/python -m studies.balance $(ARGS)
 
 classify: develop  ## Classify text with every router, those that look ahead too, minutes (ARGS="--help")
-	$(BIN)/python examples/classify.py $(ARGS)
+	$(BIN)/python -m studies.classification $(ARGS)
 
 walkthrough: develop  ## Show one gate decision step by step, with every number (ARGS="--help")
 	$(BIN)/python examples/gating_walkthrough.py $(ARGS)
 
-bench: develop  ## Time the layer beside its peers and the dense bound (ARGS="--help")
+bench: develop  ## Time the layer against its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
 
-report-cpu: develop  ## Measure the CPU kernels and write docs/cpu.md, minutes (ARGS="--help")
+report-cpu: develop  ## Measure the CPU kernels and write docs/measured_cpu.md, minutes (ARGS="--help")
 	$(BIN)/python -m benchmarks.cpu_report $(ARGS)
 
 # ---- Check -----------------------------------------------------------------------------------------------------------------
@@ -106,22 +107,25 @@ test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 # Each core takes a file of tests at a time, since what some files prepare once serves all of their tests. A thread that waits must not
-# spin: the tests beside it need the core.
+# spin: the tests that run at the same time need the core.
 PYTEST = OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-python: build-tests
+test-python: build-tests doxygen
 	$(PYTEST)
 
 # The products' kernels for instruction sets that this processor has but torch did not choose, and the way without any.
 test-capabilities: build-tests
 	@for capability in avx2 default; do echo "ATEN_CPU_CAPABILITY=$$capability"; \
 	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) --dist worksteal \
-	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan}.py || exit 1; done
+	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan}.py tests/python/test_questions.py || exit 1; done
 
 # The CUDA kernels, run thread by thread on the host: all but 1,300 tokens through every expert, which take minutes.
 test-emulation: build-tests  ## Run the CUDA kernels on the host through the tests of every op
 	PYTHONPATH="$(BUILD)/emulation" $(PYTEST) --dist worksteal tests/python/ops \
 	  -m "not above_kernels and not cpu_only" -k "not (AttachDense and more_than_one_block)"
+
+test-studies: develop  ## Run the full tests of the studies
+	$(PYTEST) tests/python/studies -m study
 
 # The Python of the targets below. Another than .venv's, such as a GPU machine's own, must have torch, cmake, pytest and hypothesis:
 # make test-cuda CUDA_PYTHON=python3
@@ -139,10 +143,10 @@ test-cuda: cuda-library  ## Run the tests that need a GPU
 	else echo "test-cuda: without Catch2's tests, which are not built here"; fi
 	$(CUDA_PATH) $(CUDA_PYTHON) -m pytest tests/python/cuda -m cuda
 
-report-cuda: cuda-library  ## Test, time and sanitize on a GPU, and write docs/cuda.md (ARGS="--help")
+report-cuda: cuda-library  ## Test, time and sanitize on a GPU, and write docs/measured_cuda.md (ARGS="--help")
 	$(CUDA_PATH) $(CUDA_PYTHON) -m benchmarks.cuda_report $(ARGS)
 
-# pytest needs them too: it runs a C++ program beside the Python layer.
+# pytest needs them too: it compares a C++ program with the Python layer.
 build-tests: develop
 	@echo "make: building the C++ tests"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(BUILD) -DTORCHMOE_BUILD_TESTS=ON -DTORCHMOE_BUILD_EMULATION=ON > $(BUILD)/tests.log 2>&1 || { cat $(BUILD)/tests.log; exit 1; }
@@ -191,6 +195,30 @@ cuda-check: $(VENV)/.complete  ## Compile the CUDA backend where nvcc is found, 
 # In copies, of which those with changed C++ are built.
 additions: develop  ## Count the files that an addition of each kind touches, and run its tests (ARGS="--help")
 	$(BIN)/python tests/additions/count_additions.py --run $(ARGS)
+
+# ---- Document ----------------------------------------------------------------------------------------------------------------
+
+SITE := $(BUILD)/docs
+SPHINX = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m sphinx -W --keep-going -q -d $(BUILD)/doctrees
+
+# A tutorial runs again when its text has changed.
+docs: develop doxygen  ## Build the documentation site in build/docs, its tutorials executed
+	$(SPHINX) docs $(SITE)
+	@echo "make: $(SITE)/index.html"
+
+tutorials: develop doxygen  ## Run every tutorial again, and build the site
+	rm -rf docs/gallery
+	$(MAKE) docs
+
+# What the extra `browser` names is for this alone.
+browse: docs  ## Open every page of the site in Chromium, phone and desktop; pictures in build/browser
+	@command -v chromium > /dev/null || { echo "make: this needs the Debian package chromium; as root: apt-get install chromium"; exit 1; }
+	@$(PIP) "$$(sed -n 's/^browser = \["\(.*\)"\]$$/\1/p' pyproject.toml)"
+	$(BIN)/python tests/browser/read_site.py --site $(SITE) --out $(BUILD)/browser $(ARGS)
+
+.PHONY: doxygen
+doxygen: | system
+	@command -v doxygen > /dev/null || { echo "make: this needs the Debian package doxygen; as root: apt-get install doxygen"; exit 1; }
 
 # ---- Release -----------------------------------------------------------------------------------------------------------------
 

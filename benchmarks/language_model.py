@@ -12,7 +12,7 @@ its default settings are timed side by side, on the same bytes from the same ini
 No contender limits an expert's capacity, which the peers do not know (the example's default), and
 all but dense add the same balancing loss to the task's, the peers by three lines of plain PyTorch.
 Before a peer is timed it is shown to give the loss and the gradients that torchmoe gives, at the
-weights of the first steps. What the example does beside its steps (watching the experts, metrics
+weights of the first steps. What the example does between its steps (watching the experts, metrics
 and display, see `benchmarks.training_overhead`) is left out.
 
 A machine's speed changes from minute to minute, so every round trains every contender for a few
@@ -56,13 +56,16 @@ from benchmarks.contenders import (
 )
 from benchmarks.machine import machine
 from benchmarks.step_profile import PartTime, profile_steps
-from lm.checkpoint import Progress
-from lm.corpus import Text
-from lm.metrics import Step
-from lm.model import BALANCE_WEIGHT, ByteLM, LMOutput, ModelConfig, bits, loss_per_row
-from lm.parallel import ALONE
-from lm.settings import Settings
 from torchmoe.nn import MoE
+from train_lm import BALANCE_WEIGHT, ByteLM
+from training import batches
+from training.checkpoint import Progress
+from training.corpus import Text
+from training.job import Job
+from training.language_model import LanguageModel, LMOutput, bits
+from training.metrics import Step
+from training.parallel import ALONE
+from training.settings import ModelConfig, Settings
 
 LOOP, DENSE = "loop", "dense"
 WARM_UP_STEPS = 3
@@ -70,7 +73,7 @@ PROFILED_STEPS = 10
 
 # The head starts at zero and lets no gradient through in the first step, which checks little.
 CHECKED_STEPS = 3
-# A peer adds the same numbers in another order, so a sum of n terms may differ by sqrt(n) * eps of
+# A peer adds the same values in another order, so a sum of n terms may differ by sqrt(n) * eps of
 # the largest element, as a random walk does (n * eps at worst). Four such sums follow one another
 # in a layer (router, W_in, W_out and their backward), and the layers follow one another.
 AGREEMENT = 4
@@ -149,7 +152,7 @@ def make_peer(name: str, config: ModelConfig, moe: MoE) -> PeerLayer:
 class PeerLM(ByteLM):
     """The language model with a peer in place of every experts' layer."""
 
-    def __init__(self, ours: ByteLM, name: str) -> None:
+    def __init__(self, ours: LanguageModel, name: str) -> None:
         """Copies the weights of `ours`."""
         super().__init__(ours.config)
         self.load_state_dict(ours.state_dict())
@@ -177,14 +180,14 @@ class PeerLM(ByteLM):
 # ---- before: the same computation
 
 
-def our_job(settings: Settings) -> train_lm.Job:
+def our_job(settings: Settings) -> Job:
     """What `make train` begins with."""
-    job = train_lm.new_job(settings, None, False, ALONE)
+    job = train_lm.new_job(settings)
     job.model.train()
     return job
 
 
-def with_peer(job: train_lm.Job, name: str) -> train_lm.Job:
+def with_peer(job: Job, name: str) -> Job:
     """A job of its own from the same weights, with a peer in place of every experts' layer."""
     model = PeerLM(job.model, name)
     model.train()
@@ -192,9 +195,11 @@ def with_peer(job: train_lm.Job, name: str) -> train_lm.Job:
     return replace(job, model=model, optimizer=optimizer, progress=Progress(), watcher=None)
 
 
-def train_a_step(job: train_lm.Job, text: Text) -> Step:
+def train_a_step(job: Job, text: Text) -> Step:
     """One step of the example, at the learning rate of its schedule."""
-    return train_lm.optimizer_step(job, job.model, text, job.lr(job.share), ALONE)
+    batch = batches.next_batch(text, job.progress.step, job.settings, ALONE)
+    lr = train_lm.learning_rate(job, job.share)
+    return train_lm.optimizer_step(job, job.model, batch, lr, ALONE)
 
 
 def check_agreement(name: str, text: Text, settings: Settings) -> dict[str, float]:
@@ -233,11 +238,11 @@ def check_agreement(name: str, text: Text, settings: Settings) -> dict[str, floa
     return {**worst, "bound": bound}
 
 
-def results(model: ByteLM, job: train_lm.Job, text: Text) -> dict[str, Tensor]:
+def results(model: LanguageModel, job: Job, text: Text) -> dict[str, Tensor]:
     """The loss and all gradients of the job's next step, which is not made."""
-    inputs, targets, _ = train_lm.next_batch(text, job.progress.step, job.settings, ALONE)
+    inputs, targets, _ = batches.next_batch(text, job.progress.step, job.settings, ALONE)
     output: LMOutput = model(inputs)
-    loss = loss_per_row(output.logits, targets).mean() + output.aux_loss
+    loss = model.loss_per_row(output.logits, targets).mean() + output.aux_loss
     torch.autograd.backward([loss])
     if isinstance(model, PeerLM):
         gradients = model.gradients()
@@ -256,7 +261,7 @@ class Contender:
     """One way to compute the model, and how it went."""
 
     name: str
-    job: train_lm.Job
+    job: Job
     times: Times = field(default_factory=lambda: Times([]))
     """Of each timed step."""
     loss: float = math.nan
@@ -274,7 +279,7 @@ class Contender:
 
 
 def make_contender(name: str, settings: Settings) -> Contender:
-    """A new one; those of one seed start from the same weights, but for the dense one."""
+    """A new one; those of one seed start from the same weights, except for the dense one."""
     if name == DENSE:
         return Contender(name, our_job(replace(settings, feed_forward="dense")))
     job = our_job(settings)
@@ -381,13 +386,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.language_model",
-        description="Times training steps of the language model of `make train` beside peers.",
+        description="Times training steps of the language model of `make train` next to peers.",
     )
     parser.add_argument(
         "--contender",
         choices=CONTENDERS,
         action="append",
-        help=f"who is timed beside {OURS}; may be repeated (default: all)",
+        help=f"who is timed besides {OURS}; may be repeated (default: all)",
     )
     parser.add_argument("--steps", type=positive, default=5, help="in a round (default: 5)")
     parser.add_argument("--rounds", type=positive, default=8, help="of all (default: 8)")

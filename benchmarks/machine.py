@@ -1,4 +1,4 @@
-"""On what the numbers were measured."""
+"""The machine that the numbers were measured on."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import train_lm
+from training import batches
+from training.job import Job
 
 SCOPE = "part: "  # begins a part's name in the record
 OP = "torchmoe::"  # begins an op's; "torchmoe::_" that of a step inside of one
@@ -59,7 +60,7 @@ class PartTime:
         return self.part in (ENDS, ATTENTION) or self.part.startswith(OP_ROW)
 
 
-def profile_steps(job: train_lm.Job, step: Callable[[], object], count: int) -> list[PartTime]:
+def profile_steps(job: Job, step: Callable[[], object], count: int) -> list[PartTime]:
     """The mean step of `count`; `step` makes one of the job's."""
     with named_parts(job):
         named_step = in_part(step, STEP)
@@ -70,15 +71,15 @@ def profile_steps(job: train_lm.Job, step: Callable[[], object], count: int) -> 
 
 
 @contextmanager
-def named_parts(job: train_lm.Job) -> Iterator[None]:
+def named_parts(job: Job) -> Iterator[None]:
     """Names the program's parts in whatever is recorded meanwhile."""
     model = job.model
     parts: list[tuple[object, str, str]] = [
-        (train_lm, "next_batch", DATA),
+        (batches, "next_batch", DATA),
         (torch, "manual_seed", DATA),
-        (train_lm, "loss_per_row", ENDS),
+        (model, "loss_per_row", ENDS),
         *((module, "forward", ENDS) for module in (model.embedding, model.norm, model.head)),
-        *((block, "forward", ATTENTION) for block in model.blocks),
+        *((block, "forward", ATTENTION) for block in model.get_submodule("blocks").children()),
         *((moe, "forward", LAYER) for moe in model.moes),
         (model, "update", LAYER),
         (torch.Tensor, "backward", BACKWARD),

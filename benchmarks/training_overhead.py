@@ -27,12 +27,15 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import torchmoe
 import train_lm
-from lm.corpus import Text
-from lm.display import Display, LiveDisplay, PlainDisplay
-from lm.metrics import Meter, Metrics
-from lm.parallel import ALONE
-from lm.run_folder import RunFolder
-from lm.settings import Settings
+from training.batches import next_batch
+from training.corpus import Text
+from training.display import Display, LiveDisplay, PlainDisplay
+from training.job import Job
+from training.metrics import Meter, Metrics
+from training.parallel import ALONE
+from training.recorder import STEPS_PER_RECORD
+from training.run_folder import RunFolder
+from training.settings import Settings
 
 RECORDS_PER_ROUND = 6
 
@@ -42,7 +45,7 @@ class Contender:
     """One way to watch and report, with a model of its own."""
 
     name: str
-    job: train_lm.Job
+    job: Job
     watcher: torchmoe.Watcher | None = None
     meter: Meter | None = None
     metrics: Metrics | None = None
@@ -53,7 +56,7 @@ class Contender:
     hook_began: float = 0.0
 
     def time_hooks(self) -> None:
-        """Times what lies between two hooks of this program's own: those of the watcher."""
+        """Times what runs between two of this program's own hooks: the watcher's hooks."""
         for moe in self.job.model.moes:
             moe.register_forward_hook(self.begin_hooks, prepend=True)
             moe.register_forward_hook(self.end_hooks)
@@ -81,9 +84,10 @@ class Contender:
 
     def train_for_a_record(self, text: Text, share: float) -> None:
         """Some steps, and what is shown and written of them."""
-        for _ in range(train_lm.STEPS_PER_RECORD):
+        for _ in range(STEPS_PER_RECORD):
             step_begin = time.perf_counter()
-            step = train_lm.optimizer_step(self.job, self.job.model, text, 3e-3, ALONE)
+            batch = next_batch(text, self.job.progress.step, self.job.settings, ALONE)
+            step = train_lm.optimizer_step(self.job, self.job.model, batch, 3e-3, ALONE)
             report_begin = time.perf_counter()
             self.job.progress.training_seconds += report_begin - step_begin
             if self.meter is not None:
@@ -125,7 +129,7 @@ def main() -> None:
         }
         contenders = []
         for name, display in displays.items():
-            job = train_lm.new_job(settings, None, False, ALONE)
+            job = train_lm.new_job(settings)
             job.model.train()
             one = Contender(name, job, display=display)
             contenders.append(one)
@@ -146,7 +150,7 @@ def main() -> None:
                     contender.round(text, number / rounds)
 
     print(f"{'':14s}  ms a step (fastest round)  against steps alone  inside watch and reporting")
-    steps = RECORDS_PER_ROUND * train_lm.STEPS_PER_RECORD
+    steps = RECORDS_PER_ROUND * STEPS_PER_RECORD
     for one in contenders:
         fastest = min(one.rounds)
         ratio = fastest / min(contenders[0].rounds) - 1

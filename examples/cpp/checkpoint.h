@@ -1,7 +1,7 @@
 // The checkpoint: one file with all that a run needs to go on.
 //
-// That is the weights, the optimizer's state, how far the run is, and the settings and the text that
-// it goes on with. The first line says what the file is and has a hash of the rest, which is what
+// That is the weights, the optimizer's state, how far the run is, its settings and a hash of its
+// text. The first line says what the file is and has a hash of the rest, which is what
 // torch::serialize writes.
 #pragma once
 
@@ -27,7 +27,7 @@ class Checkpoint {
 
   const std::filesystem::path& path() const { return path_; }
 
-  /// Writes a new file beside the old one and then takes its name, so that at any moment there is
+  /// Writes a new file next to the old one and then takes its name, so that at any moment there is
   /// a whole one.
   /// \throws SystemError where it cannot be written; the old one is still there.
   void save(const ByteLM& model,

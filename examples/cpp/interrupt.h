@@ -4,5 +4,5 @@
 /// From here on the first SIGINT only sets a flag.
 void catch_interrupt();
 
-/// Whether it came.
+/// Whether a SIGINT has come since.
 bool was_interrupted();

@@ -11,7 +11,7 @@ struct Settings {
   int64_t steps = 1600;
   int64_t every = 100;
   int64_t seed = 0;
-  int64_t threads = 1;  // more of them wait long for each other beside other work
+  int64_t threads = 1;  // more of them wait long for each other where other programs run
   int64_t layers = 4;
   int64_t hidden_size = 128;
   int64_t intermediate_size = 128;

@@ -28,5 +28,5 @@ struct Text {
   at::Tensor validation_windows(int64_t most, int64_t context) const;
 };
 
-/// FNV-1a: tells other bytes from the same ones, and does not withstand an attack.
+/// FNV-1a: notices an accident, and does not withstand an attack.
 int64_t hash_of(const std::string& bytes);

@@ -88,7 +88,7 @@ int run(const Settings& settings) {
       checkpoint.save(model, optimizer, progress);
     }
   }
-  if (progress.count > 0) {  // stopped between two lines, of which the next one is the whole
+  if (progress.count > 0) {  // stopped between two lines: a last one for the steps since
     checkpoint.save(model, optimizer, progress);
     validation = validate(model, windows, settings.batch());
     report.print(progress, validation->bits_per_byte);

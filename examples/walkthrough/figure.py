@@ -1,7 +1,6 @@
 """The story as one picture, drawn without a display.
 
-An expert has the same colour in every panel: the first choice, the second and the backup each have
-one of Okabe and Ito's, told apart by people who do not see all colours, and the others are grey.
+save() and draw() first, then a function for each panel. panels.py has what they are made of.
 """
 
 from __future__ import annotations
@@ -15,19 +14,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from lm import figures
-from walkthrough import steps
-from walkthrough.steps import EXPERTS, POETRY, SCIENCE, Story
+from training import figures
+from walkthrough.made_up import EXPERTS, POETRY, SCIENCE, SENTENCE, SENTENCES_AT_ONCE, TOKENS
+from walkthrough.panels import (
+    BACKUP,
+    COLOURS,
+    NAMES,
+    OTHER,
+    SMALL,
+    bare,
+    colour_names,
+    draw_bars,
+    draw_cells,
+    title,
+)
+from walkthrough.steps import Story
 
-BACKUP = steps.BACKUP[POETRY]
-OTHER = "0.72"
-COLOURS = {POETRY: figures.COLOURS[0], SCIENCE: figures.COLOURS[1], BACKUP: figures.COLOURS[2]}
-NAMES = [f"{number} {name}" for number, name in enumerate(EXPERTS)]
 FEATURES = ("$x_1$", "$x_2$", "$x_3$", "$x_4$")
-SMALL = 8  # points
 LEGEND_ABOVE: Mapping[str, Any] = {
     "loc": "lower center",
     "frameon": False,
@@ -38,7 +42,7 @@ LEGEND_ABOVE: Mapping[str, Any] = {
 
 
 def save(story: Story, path: Path) -> None:
-    """Writes the picture as PNG, and beside it as SVG.
+    """Writes the picture as PNG, and as SVG next to it.
 
     Raises:
         OSError: the folder cannot be written.
@@ -49,7 +53,7 @@ def save(story: Story, path: Path) -> None:
 def draw(story: Story) -> Figure:
     """Six panels, in the order of the story."""
     figure = figures.new_figure(figures.WIDTH, 10.6)
-    figure.suptitle(f'The life of one gate decision: "{steps.SENTENCE}"', fontsize=12)
+    figure.suptitle(f'The life of one gate decision: "{SENTENCE}"', fontsize=12)
     roles = {POETRY: "the first choice", SCIENCE: "the second", BACKUP: "the first's backup"}
     figure.legend(
         handles=[
@@ -72,18 +76,18 @@ def draw(story: Story) -> Figure:
 
 
 def draw_tokens(panel: SubFigure, story: Story) -> None:
-    """The token matrix, its pooling weights beside it, the gate input below."""
+    """The token matrix, its pooling weights next to it, the gate input below."""
     title(panel, "1  Five tokens become one gate input")
     pooling = story.pooling
     cells, weights = panel.subplots(1, 2, width_ratios=(2, 1))
     rows = np.vstack([pooling.tokens.numpy(), pooling.gate_input.numpy()])
     draw_cells(cells, rows, 2.5, ".2f")
     # The gate input is no token: a gap of the background's colour sets it apart.
-    cells.axhline(len(steps.TOKENS) - 0.5, color="white", linewidth=6)
-    cells.set_yticks(range(len(rows)), [*steps.TOKENS, "gate input x"], fontsize=SMALL)
+    cells.axhline(len(TOKENS) - 0.5, color="white", linewidth=6)
+    cells.set_yticks(range(len(rows)), [*TOKENS, "gate input x"], fontsize=SMALL)
     cells.get_yticklabels()[-1].set_fontweight("bold")
     cells.set_xticks(range(len(FEATURES)), FEATURES, fontsize=SMALL)
-    places = range(len(steps.TOKENS))
+    places = range(len(TOKENS))
     bars = weights.barh(places, pooling.weights.numpy(), color=figures.GREY, height=0.6)
     weights.bar_label(bars, [f"{a:.0%}" for a in pooling.weights.tolist()], padding=2, fontsize=8)
     weights.set_ylim(cells.get_ylim())
@@ -227,7 +231,7 @@ def draw_tasks(panel: SubFigure, story: Story) -> None:
 def draw_capacity(panel: SubFigure, story: Story) -> None:
     """The room of each expert, what is kept of a batch and what is refused."""
     room = story.room
-    title(panel, f"6  Room for {steps.SENTENCES_AT_ONCE} such sentences at once")
+    title(panel, f"6  Room for {SENTENCES_AT_ONCE} such sentences at once")
     axes = panel.subplots()
     for expert in range(len(EXPERTS)):
         colour = COLOURS.get(expert, OTHER)
@@ -258,8 +262,8 @@ def draw_capacity(panel: SubFigure, story: Story) -> None:
     axes.set_yticks(range(len(EXPERTS)), NAMES, fontsize=SMALL)
     axes.invert_yaxis()
     colour_names(axes)
-    axes.set_xlim(0, steps.SENTENCES_AT_ONCE + 2.6)
-    axes.set_xticks(range(0, steps.SENTENCES_AT_ONCE + 1, 2))
+    axes.set_xlim(0, SENTENCES_AT_ONCE + 2.6)
+    axes.set_xticks(range(0, SENTENCES_AT_ONCE + 1, 2))
     axes.set_xlabel("slots;  factor = max(1, load / mean load)", fontsize=SMALL)
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.tick_params(axis="y", length=0)
@@ -275,57 +279,3 @@ def draw_capacity(panel: SubFigure, story: Story) -> None:
         ncols=4,
         **LEGEND_ABOVE,
     )
-
-
-# ---- parts of a panel
-
-
-def title(panel: SubFigure, text: str) -> None:
-    """The panel's number and name."""
-    panel.suptitle(text, fontsize=10, fontweight="bold", x=0.02, ha="left")
-
-
-def draw_cells(axes: Axes, values: NDArray[np.float64], limit: float, digits: str) -> None:
-    """A map of numbers from -limit to limit, each written into its cell."""
-    image = axes.imshow(
-        values, cmap=figures.MAP_COLOURS, vmin=-limit, vmax=limit, aspect="auto", rasterized=True
-    )
-    colours = np.asarray(image.to_rgba(values))
-    dark = colours[..., :3] @ figures.BRIGHTNESS < 0.5
-    for place, value in np.ndenumerate(values):
-        row, column = place
-        ink = "white" if dark[place] else "black"
-        text = f"{value:{digits}}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=SMALL, color=ink)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def draw_bars(axes: Axes, values: Tensor, digits: str | None, *, named: bool) -> None:
-    """One bar for each expert, in its colour, with its number where `digits` are given."""
-    colours = [COLOURS.get(expert, OTHER) for expert in range(len(values))]
-    bars = axes.barh(range(len(values)), values.numpy(), color=colours, height=0.7)
-    if digits is not None:
-        labels = [f"{value:{digits}}" for value in values.tolist()]
-        axes.bar_label(bars, labels, padding=2, fontsize=SMALL)
-    axes.axvline(0, color="black", linewidth=0.8)
-    bare(axes)
-    axes.set_ylim(len(values) - 0.4, -0.6)
-    if named:
-        axes.set_yticks(range(len(values)), NAMES, fontsize=SMALL)
-        axes.tick_params(labelleft=True)
-        colour_names(axes)
-
-
-def colour_names(axes: Axes) -> None:
-    """Writes the experts with a colour of their own in it."""
-    labels = axes.get_yticklabels()
-    for expert, colour in COLOURS.items():
-        labels[expert].set(color=colour, fontweight="bold")
-
-
-def bare(axes: Axes) -> None:
-    """Takes away what numbers beside the bars make superfluous."""
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelbottom=False, labelleft=False)
-    axes.set_xticks([])

@@ -10,12 +10,12 @@ import torch
 from rich import box
 from rich.table import Table
 
-from lm import checkpoint
-from lm.model import ByteLM
-from lm.settings import TORCH_DTYPES
 from torchmoe import ops
+from train_lm import ByteLM
+from training import checkpoint
+from training.settings import TORCH_DTYPES
+from walkthrough.made_up import probabilities
 from walkthrough.printing import print_table
-from walkthrough.steps import probabilities
 
 MOST_SHOWN = 46  # columns of a sentence; the rest of a row takes less than 54
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from classification.model import (
+from studies.classification.model import (
     ROUTERS,
     Classifier,
 )
-from classification.texts import Texts, as_texts
-from lm.cleaning import Document
-from lm.corpus import Domain
+from studies.classification.texts import Texts, as_texts
+from training.cleaning import Document
+from training.corpus import Domain
 
 SEQUENCE = [name for name in ROUTERS if name.startswith("sequence_")]
 

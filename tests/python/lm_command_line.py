@@ -9,14 +9,14 @@ import pytest
 from hypothesis import strategies as st
 
 import train_lm
-from lm.settings import (
+from torchmoe.nn import known_estimators
+from torchmoe.nn.estimators.registry import build_estimator
+from training.settings import (
     DTYPES,
     Settings,
     make_parser,
     read_arguments,
 )
-from torchmoe.nn import known_estimators
-from torchmoe.nn.estimators.registry import build_estimator
 
 OPTION_NAMES = [
     *("--data", "--layers", "--hidden-size", "--feed-forward", "--intermediate-size", "--experts"),

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from lm.display import (
+from training.display import (
     LiveDisplay,
 )
-from lm.metrics import EXPERT_FIELDS, Record
+from training.metrics import EXPERT_FIELDS, Record
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 BARS = "▁▂▃▄▅▆▇█"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import train_lm
-from lm import checkpoint
+from training import checkpoint
 
 SCRIPT = train_lm.__file__
 LINE = re.compile(

@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,8 @@ import torch
 from torch import Tensor
 
 from cpp_programs import build, needed_libraries
+from training import ngrams
 from wheels import PATH, ROOT, make_wheel, unpack
-
-sys.path.insert(0, str(ROOT / "examples"))
-
-from lm import ngrams
 
 pytestmark = [pytest.mark.needs_build, pytest.mark.slow]
 

@@ -108,6 +108,7 @@ def test_the_source_archive_has_every_source(archive: Path) -> None:
             "cmake",
             "docs",
             "examples",
+            "studies",
             "benchmarks",
             "tests",
             "python/torchmoe",

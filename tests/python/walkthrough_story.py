@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from walkthrough import steps
-from walkthrough.steps import GATE_BIAS, GATE_WEIGHT
+from walkthrough.made_up import GATE_BIAS, GATE_WEIGHT, INNER_SIZE, make_layer, make_router
 
 Vector = list[float]
 
@@ -37,8 +36,8 @@ def near(expected: object) -> object:
 
 def swiglu(expert: int, x: Sequence[float]) -> Vector:
     """What an expert of the story's layer answers, by hand."""
-    layer = steps.make_layer(steps.make_router(usage_scaling=False), balance_weight=0.0)
+    layer = make_layer(make_router(usage_scaling=False), balance_weight=0.0)
     both = [dot(row, x) for row in layer.experts.gate_up_proj[expert].tolist()]
-    gates, ups = both[: steps.INNER_SIZE], both[steps.INNER_SIZE :]
+    gates, ups = both[:INNER_SIZE], both[INNER_SIZE:]
     inner = [gate / (1 + math.exp(-gate)) * up for gate, up in zip(gates, ups, strict=True)]
     return [dot(row, inner) for row in layer.experts.down_proj[expert].tolist()]

@@ -49,7 +49,7 @@ def pip(
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Files of tests run beside each other, and they share the checkout's build folder."""
+    """Files of tests run at the same time, and they share the checkout's build folder."""
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     with (folder / "wheels.lock").open("w") as file:
@@ -73,7 +73,7 @@ def make_wheel(folder: Path) -> Path:
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
-    """The package of the wheel in this folder, with torch beside it, as an installer puts them."""
+    """The package of the wheel in this folder, with torch next to it, as an installer puts them."""
     with ZipFile(wheel) as archive:
         archive.extractall(folder)
     (folder / "torch").symlink_to(Path(torch.__file__).parent)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from walkthrough import steps
-from walkthrough.steps import BACKUP, EXPERTS, GATE_BIAS, GATE_WEIGHT, POETRY, SCIENCE, Story
+from walkthrough import made_up, steps
+from walkthrough.made_up import BACKUP, EXPERTS, GATE_BIAS, GATE_WEIGHT, POETRY, SCIENCE
+from walkthrough.steps import Story
 from walkthrough_story import dot, logits_of, near, softmax, swiglu
 
 # ---- the fixed case
@@ -49,7 +50,7 @@ def test_pooling(story: Story) -> None:
         [1.1, 2.0, -1.2, 0.9],
     ]
     assert pooling.tokens.tolist() == tokens
-    weights = softmax([dot(steps.QUERY, token) / math.sqrt(4) for token in tokens])
+    weights = softmax([dot(made_up.QUERY, token) / math.sqrt(4) for token in tokens])
     assert pooling.weights.tolist() == near(weights)
     mean = [dot(weights, column) for column in zip(*tokens, strict=True)]
     assert pooling.gate_input.tolist() == near(mean)
@@ -98,7 +99,7 @@ def test_answers_and_loss(story: Story) -> None:
     weights = story.decision.weights.tolist()
     y = [dot(weights, column) for column in zip(*answers, strict=True)]
     assert gradient.output.tolist() == near(y)
-    error = [a - b for a, b in zip(y, steps.WANTED, strict=True)]
+    error = [a - b for a, b in zip(y, made_up.WANTED, strict=True)]
     assert gradient.output_gradient.tolist() == near(error)
     assert gradient.loss == near(dot(error, error) / 2)
     assert gradient.weight_gradient.tolist() == near([dot(error, answer) for answer in answers])
@@ -127,7 +128,7 @@ def test_it_is_not_the_exact_gradient(story: Story) -> None:
 
 def test_scaling_by_usage(story: Story) -> None:
     gradient = story.gradient
-    slots = steps.SLOTS_SO_FAR
+    slots = made_up.SLOTS_SO_FAR
     usage = [count / sum(slots) for count in slots]
     assert gradient.usage.tolist() == near(usage)
     scaled = [
@@ -164,9 +165,9 @@ def simulated(x: Sequence[float]) -> list[dict[str, object]]:
         mean = dot(usage, p)
         to_z = [0.01 * 8 * p[i] * (usage[i] - mean) for i in range(8)]
         for i in range(8):
-            bias[i] -= steps.LEARNING_RATE * to_z[i]
+            bias[i] -= made_up.LEARNING_RATE * to_z[i]
             for j in range(4):
-                weight[i][j] -= steps.LEARNING_RATE * (1 - usage[i]) * to_z[i] * x[j]
+                weight[i][j] -= made_up.LEARNING_RATE * (1 - usage[i]) * to_z[i] * x[j]
         usage = [0.9 * usage[i] + 0.1 * (0.5 if i in order else 0.0) for i in range(8)]
         above = above + 1 if usage[POETRY] > 2 / 8 else 0
         assisted = assisted or above >= 3

@@ -13,9 +13,10 @@ from matplotlib.text import Text
 
 import gating_walkthrough
 import train_lm
-from lm import checkpoint
+from training import checkpoint
 from walkthrough import figure, sentences
-from walkthrough.steps import EXPERTS, POETRY, Story
+from walkthrough.made_up import EXPERTS, POETRY
+from walkthrough.steps import Story
 
 # ---- what it prints
 

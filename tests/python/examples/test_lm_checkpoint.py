@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import train_lm
-from lm import checkpoint, run_folder
-from lm.checkpoint import CheckpointError, Progress
-from lm.model import ByteLM
-from lm.settings import Settings
+from train_lm import ByteLM
+from training import checkpoint, run_folder
+from training.checkpoint import CheckpointError, Progress
+from training.settings import Settings
 
 SETTINGS = Settings(layers=1, hidden_size=32, intermediate_size=8, experts=2, top_k=1, context=8)
 
@@ -141,7 +141,7 @@ def test_size_is_told_before_it_is_written(whole: Path) -> None:
 
 def test_weights_of_another_dtype_are_converted(whole: Path) -> None:
     settings = replace(SETTINGS, dtype="float64", batch_tokens=8)
-    job = train_lm.new_job(settings, checkpoint.load(whole), False, train_lm.Processes())
+    job = train_lm.new_job(settings, checkpoint.load(whole))
     weight = job.model.head.weight
     assert weight.dtype == torch.float64
     assert torch.equal(weight.float(), new_model()[0].head.weight)
@@ -310,7 +310,7 @@ def test_there_are_enough_kinds_of_damage() -> None:
 def test_refuses_any_flipped_bit(seed: int, whole: Path, tmp_path: Path) -> None:
     data = whole.read_bytes()
     draw = random.Random(seed)
-    # Half of the bits in the header, which is small beside the tensors.
+    # Half of the bits in the header, which is small compared with the tensors.
     place = draw.randrange(header_size(data) if seed % 2 else len(data))
     path = tmp_path / "step-00000007.safetensors"
     path.write_bytes(flip(data, place, 1 << draw.randrange(8)))
@@ -393,7 +393,7 @@ def test_refuses_tensors_of_another_size_than_the_settings(whole: Path, tmp_path
     rewritten(whole, path, settings_with(hidden_size=64, batch_tokens=8), sign=True)
     found = checkpoint.load(path)
     with pytest.raises(CheckpointError, match="other tensors than its settings ask for"):
-        train_lm.new_job(found.settings, found, True, train_lm.Processes())
+        train_lm.new_job(found.settings, found, resumes=True)
 
 
 def test_refuses_what_is_no_file(tmp_path: Path) -> None:

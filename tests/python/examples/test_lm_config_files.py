@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 
-import train_lm
-from lm.settings import (
+from lm_command_line import OTHERS, config, read, refuses, settings
+from training import program
+from training.settings import (
     MODEL_FIELDS,
     OPTIONAL,
     OPTIONS,
@@ -19,7 +20,6 @@ from lm.settings import (
     SettingsError,
     read_config,
 )
-from lm_command_line import OTHERS, config, read, refuses, settings
 
 # ---- --config
 
@@ -40,7 +40,7 @@ def test_config_may_say_that_there_is_no_value(tmp_path: Path) -> None:
 def test_command_line_comes_before_config(tmp_path: Path) -> None:
     path = config(tmp_path, '{"layers": 3, "experts": 16}')
     given = {**read("--layers", "5", "--seed", "2"), "config": str(path)}
-    settings, start, resumes = train_lm.choose_settings(given)
+    settings, start, resumes = program.choose_settings(given)
     assert settings == Settings(layers=5, experts=16, seed=2)
     assert (start, resumes) == (None, False)
 
@@ -117,7 +117,7 @@ def test_config_refuses_values_that_do_not_go_together(
     path = str(config(tmp_path, '{"experts": 2, "top_k": 3}'))
     assert "--top-k must be at most --experts (2), got 3" in refuses(capsys, "--config", path)
     given = {"config": path, "top_k": 2}
-    assert train_lm.choose_settings(given)[0] == Settings(experts=2, top_k=2)
+    assert program.choose_settings(given)[0] == Settings(experts=2, top_k=2)
 
 
 def test_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lm import cleaning, corpus, model
-from lm.cleaning import Document
+import train_lm as model
+from training import cleaning, corpus
+from training.cleaning import Document
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_english_is_not_in_the_python_domain(domains: list[corpus.Domain]) -> No
 
 
 def test_text_does_not_depend_on_the_process(domains: list[corpus.Domain]) -> None:
-    code = "from lm import corpus; print(corpus.Text.load([]).sha256())"
+    code = "from training import corpus; print(corpus.Text.load([]).sha256())"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     result = subprocess.run(
         [sys.executable, "-c", code],

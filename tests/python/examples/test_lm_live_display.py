@@ -14,13 +14,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from lm import display
-from lm.display import (
-    BUSY_COLOUR,
-    REFRESH_SECONDS,
-    USUAL_COLOUR,
-    Layout,
-)
 from lm_records import (
     BARS,
     DENSE,
@@ -32,6 +25,13 @@ from lm_records import (
     record,
     screen,
     written,
+)
+from training import display
+from training.display import (
+    BUSY_COLOUR,
+    REFRESH_SECONDS,
+    USUAL_COLOUR,
+    Layout,
 )
 
 # ---- the live display

@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 import torchmoe
-from lm import metrics
-from lm.checkpoint import Progress
-from lm.evaluation import evaluate
-from lm.metrics import Meter, Metrics, Record, Step
-from lm.model import ByteLM, LMOutput, loss_per_row
-from lm.parallel import Processes
-from lm.run_folder import FolderError, RunFolder
-from lm.settings import Settings
 from torchmoe import Watcher
+from train_lm import ByteLM
+from training import metrics
+from training.checkpoint import Progress
+from training.evaluation import evaluate
+from training.language_model import LMOutput
+from training.metrics import Meter, Metrics, Record, Step
+from training.parallel import Processes
+from training.run_folder import FolderError, RunFolder
+from training.settings import Settings
 
 RECORD = Record(
     step=1,
@@ -211,7 +212,7 @@ def test_meter_reads_what_the_model_gives(overflow: str) -> None:
             text = torch.randint(256, (4, 17))
             evaluate(model, text, rows=2)  # held-out tests come between steps and do not count
             output = model(text[:, :-1])
-            losses = loss_per_row(output.logits, text[:, 1:]).detach()
+            losses = model.loss_per_row(output.logits, text[:, 1:]).detach()
             meter.add(Step(losses, torch.tensor([0, 1, 0, 1]), output, torch.tensor(1.0)))
             loads = torch.stack([one.tokens_per_expert for one in output.routings])
             wanted += loads

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lm import ngrams
+from training import ngrams
 
 # Few letters, so that contexts repeat; 0 and 255 among them, as they are the ends of the keys.
 ALPHABETS = (bytes([0, 255]), b"ab\xff", bytes(range(256)))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import train_lm
-from lm import checkpoint
+from training import checkpoint
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from lm.display import (
-    LINES,
-    LiveDisplay,
-    PlainDisplay,
-    make_display,
-)
 from lm_records import (
     DENSE,
     PLAIN_LINE,
     record,
+)
+from training.display import (
+    LINES,
+    LiveDisplay,
+    PlainDisplay,
+    make_display,
 )
 
 # ---- plain lines

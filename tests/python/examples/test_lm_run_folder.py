@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from lm import run_folder
-from lm.run_folder import MARGIN_BYTES, FolderError, RunFolder
+from training import run_folder
+from training.run_folder import MARGIN_BYTES, FolderError, RunFolder
 
 CHECKPOINT = "step-00000010.safetensors"
 

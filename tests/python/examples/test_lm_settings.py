@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 
 import train_lm
-from lm.settings import (
+from lm_command_line import OPTION_NAMES, OTHERS, read, refuses, settings
+from training.settings import (
     FREE_TO_CHANGE,
     MODEL_FIELDS,
     OPTIONS,
@@ -23,7 +24,6 @@ from lm.settings import (
     resumed_run,
     run_from,
 )
-from lm_command_line import OPTION_NAMES, OTHERS, read, refuses, settings
 
 # ---- the command line
 
@@ -53,7 +53,7 @@ def test_help_tells_each_default(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_tells_the_defaults_of_another_program() -> None:
-    parser = make_parser("compare_lm.py", "", "", replace(Settings(), steps=12))
+    parser = make_parser("study.py", "", "", replace(Settings(), steps=12))
     assert "optimizer steps (default 12)" in parser.format_help()
 
 
@@ -124,7 +124,8 @@ NOT_WITH = "does not go with the other settings: the layer's"
         *(
             (
                 f"--router {name}",
-                f"--router must not look ahead in a causal .*classify.py .* got {name}, which ",
+                "--router must not look ahead in a causal .*studies/classification "
+                f".* got {name}, which ",
             )
             for name in ("sequence_mean", "sequence_attention", "expert_choice")
         ),

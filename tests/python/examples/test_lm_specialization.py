@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm import specialization
-from lm.specialization import BYTE_CLASSES, byte_classes
+from training import specialization
+from training.specialization import BYTE_CLASSES, byte_classes
 
 
 def generator() -> torch.Generator:

@@ -12,13 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import balance
-import classify
 import train_lm
-from lm import comparison, run_folder
-from lm.corpus import Text
-from lm.run_folder import FolderError
-from lm.settings import Settings
+from training import run_folder
+from training.run_folder import FolderError
 
 
 def refusal(capsys: pytest.CaptureFixture[str], main: object, *arguments: str) -> str:
@@ -48,7 +44,7 @@ def test_many_at_once(tmp_path: Path) -> None:
     """One has it at a time, whoever takes its file away meanwhile."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\nfrom lm import run_folder\n"
+        "from pathlib import Path\nfrom training import run_folder\n"
         "folder = Path(sys.argv[2])\nentered = 0\n"
         "for _ in range(20_000):\n"
         "    try:\n"
@@ -87,25 +83,10 @@ def test_training_refuses_a_folder_in_use(
         assert train_lm.main(["--load", str(tmp_path), "--steps", "0"]) == 0, "it writes nothing"
 
 
-@pytest.mark.parametrize("program", [balance, classify])
-def test_other_programs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object
-) -> None:
-    with run_folder.locked(tmp_path):
-        error = refusal(capsys, program.main, "--out", str(tmp_path))
-    assert "is in use by process" in error
-
-
-def test_the_runs_of_a_comparison(data: list[str], tmp_path: Path) -> None:
-    settings = Settings(data=tuple(data), out=str(tmp_path), steps=2)
-    with run_folder.locked(tmp_path), pytest.raises(FolderError, match="is in use by process"):
-        comparison.trained(settings, Text.load(data))
-
-
 def test_a_dead_run_has_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\nfrom lm import run_folder\n"
+        "from pathlib import Path\nfrom training import run_folder\n"
         "with run_folder.locked(Path(sys.argv[2])):\n    print('has it', flush=True)\n"
         "    time.sleep(60)\n"
     )

@@ -13,18 +13,10 @@ from pathlib import Path
 import pytest
 
 import train_lm
-from lm import checkpoint
+from training import checkpoint
 
 EXAMPLES = Path(train_lm.__file__).parent
-PROGRAMS = (
-    "train_lm",
-    "compare_lm",
-    "compare_estimators",
-    "compare_routers",
-    "balance",
-    "classify",
-    "gating_walkthrough",
-)
+PROGRAMS = ("train_lm", "gating_walkthrough")
 FULL = Path("/dev/full")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +15,44 @@ import torch
 from torch import Tensor
 
 import train_lm
-from lm import checkpoint
-from lm.corpus import Text
-from lm.model import ByteLM, LMOutput
-from lm.parallel import Processes
-from lm.run_folder import RunFolder
-from lm.settings import Settings
 from lm_runs import LINE, assert_same, fails, held_out, run, tensors
+from train_lm import ByteLM
+from training import checkpoint
+from training.batches import next_batch
+from training.corpus import Text
+from training.language_model import LMOutput
+from training.parallel import Processes
+from training.run_folder import RunFolder
+from training.settings import Settings
+
+# ---- the file
+
+
+def test_is_read_over_lunch() -> None:
+    """The model, the loss and the loop are in one file of at most 300 lines."""
+    source = Path(train_lm.__file__).read_text()
+    assert len(source.splitlines()) <= 300
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add((node.module or "").partition(".")[0])
+    assert imported - sys.stdlib_module_names == {"torch", "torchmoe", "training"}
+
+
+def test_no_model_is_in_the_package_around_it() -> None:
+    """But for the interface that it has for one."""
+    package = Path(train_lm.__file__).parent / "training"
+    modules = {
+        f"{path.stem}.{node.name}"
+        for path in package.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and "nn.Module" in map(ast.unparse, node.bases)
+    }
+    assert modules == {"language_model.LanguageModel"}
+
 
 # ---- a run
 
@@ -268,11 +301,11 @@ def text_of(data: list[str]) -> Text:
 
 def test_each_step_has_its_own_windows_whatever_was_drawn_before(data: list[str]) -> None:
     text, settings = text_of(data), Settings(batch_tokens=256, context=32)
-    first = train_lm.next_batch(text, 3, settings, Processes())
+    first = next_batch(text, 3, settings, Processes())
     torch.rand(100)
-    second = train_lm.next_batch(text, 3, settings, Processes())
+    second = next_batch(text, 3, settings, Processes())
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = train_lm.next_batch(text, 4, settings, Processes())
+    other = next_batch(text, 4, settings, Processes())
     assert not torch.equal(first[0], other[0])
     inputs, targets, domains = first
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
@@ -283,19 +316,19 @@ def test_each_step_has_its_own_windows_whatever_was_drawn_before(data: list[str]
 
 def test_processes_share_a_batch_row_by_row(data: list[str]) -> None:
     text, settings = text_of(data), Settings(batch_tokens=256, context=32)
-    whole = train_lm.next_batch(text, 3, settings, Processes())
-    parts = [train_lm.next_batch(text, 3, settings, Processes(rank, 4)) for rank in range(4)]
+    whole = next_batch(text, 3, settings, Processes())
+    parts = [next_batch(text, 3, settings, Processes(rank, 4)) for rank in range(4)]
     for column in range(3):
         assert torch.equal(whole[column], torch.cat([part[column] for part in parts]))
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     settings = replace(Settings(), steps=1000, lr=1.0)
-    job = train_lm.new_job(settings, None, False, Processes())
+    job = train_lm.new_job(settings)
 
     def rate(step: int) -> float:
         job.progress.step = step
-        return job.lr(job.share)
+        return train_lm.learning_rate(job, job.share)
 
     assert rate(0) == pytest.approx(1 / 101, rel=0.01)
     assert rate(100) == pytest.approx(0.1 + 0.9 * (1 + 0.951) / 2, rel=0.001)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import train_lm
-from lm import checkpoint
 from lm_runs import fails, run, tensors
+from training import checkpoint
+from training.job import Job
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_refuses_to_go_on_without_a_loss(
 ) -> None:
     whole_step = train_lm.optimizer_step
 
-    def spoiled(job: train_lm.Job, *arguments: object) -> object:
+    def spoiled(job: Job, *arguments: object) -> object:
         if job.progress.step == 10:
             torch.nn.init.constant_(job.model.head.weight, float("nan"))
         return whole_step(job, *arguments)
@@ -126,7 +127,7 @@ def test_a_disk_that_is_full_at_the_report_loses_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lm.figures.save", full)
+        patch.setattr("training.figures.save", full)
         error = fails(capsys, *tiny, "--steps", "2", "--out", str(tmp_path))
     assert "No space left on device; the run is saved, and --resume reports again" in error
     assert train_lm.main(["--resume", "--out", str(tmp_path)]) == 0

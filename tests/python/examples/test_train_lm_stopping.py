@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 
 import train_lm
-from lm import checkpoint
-from lm.metrics import Record
 from lm_runs import assert_same, fails, held_out
+from training import checkpoint
+from training.job import Job
+from training.metrics import Record
 
 
 def stop_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets somebody press Ctrl-C, or the system ask to stop, in the middle of a step."""
     whole_step = train_lm.optimizer_step
 
-    def interrupted(job: train_lm.Job, *arguments: object) -> object:
+    def interrupted(job: Job, *arguments: object) -> object:
         if job.progress.step + 1 == step:
             signal.raise_signal(number)
         return whole_step(job, *arguments)
@@ -103,7 +104,7 @@ def test_ctrl_c_twice_stops_at_once(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train_lm, "optimizer_step", twice)
-    monkeypatch.setattr("terminal.ONE_PRESS", 0.0)
+    monkeypatch.setattr("training.terminal.ONE_PRESS", 0.0)
     before = signal.getsignal(signal.SIGINT)
     assert train_lm.main([*tiny, "--steps", "20", "--out", str(tmp_path)]) == 130
     assert "interrupted; what the last checkpoint holds is saved" in capsys.readouterr().err
@@ -120,7 +121,7 @@ def test_an_output_that_goes_away_loses_no_step(
         if len(shown) == 3:
             raise BrokenPipeError
 
-    monkeypatch.setattr("lm.display.PlainDisplay.show", show)
+    monkeypatch.setattr("training.display.PlainDisplay.show", show)
     with pytest.raises(BrokenPipeError):
         train_lm.main([*tiny, "--steps", "50", "--out", str(tmp_path)])
     assert checkpoint.load(tmp_path).progress.step == shown[-1] > 0

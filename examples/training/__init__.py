@@ -1,0 +1,1 @@
+"""What surrounds a training run: settings, text, checkpoints, display, report. No model is here."""

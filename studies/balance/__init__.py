@@ -1,0 +1,1 @@
+"""Which way of balancing brings a collapsed router back?"""

@@ -1,0 +1,1 @@
+"""Which experts serve a whole text, with routers that see all of it?"""

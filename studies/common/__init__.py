@@ -1,0 +1,1 @@
+"""What several studies share: runs, intervals over seeds, figures and results."""

@@ -1,0 +1,1 @@
+"""Is the mixture better than a dense model of equal active parameters?"""

@@ -1,0 +1,1 @@
+"""Do other gradient estimators train the language model better than the exact one?"""

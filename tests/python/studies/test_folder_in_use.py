@@ -1,0 +1,31 @@
+"""A study does not write where another run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from studies.balance import program as balance
+from studies.classification import program as classification
+from studies.common import outcome
+from training import run_folder
+from training.corpus import Text
+from training.run_folder import FolderError
+from training.settings import Settings
+
+
+@pytest.mark.parametrize("program", [balance, classification])
+def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object) -> None:
+    with run_folder.locked(tmp_path), pytest.raises(SystemExit) as end:
+        program.main(["--out", str(tmp_path)])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "is in use by process" in error
+
+
+def test_the_runs_of_a_comparison(data: list[str], tmp_path: Path) -> None:
+    settings = Settings(data=tuple(data), out=str(tmp_path), steps=2)
+    with run_folder.locked(tmp_path), pytest.raises(FolderError, match="is in use by process"):
+        outcome.trained(settings, Text.load(data))
