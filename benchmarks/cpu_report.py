@@ -64,7 +64,7 @@ def markdown(name: str, section: Section, blocks: Sequence[Block]) -> str:
     for part in section.parts:
         lines += [part, ""]
     for file in section.figures:
-        lines += [f"![{section.title}]({file})", ""]
+        lines += [f"![{section.title}](figures/{file})", ""]
     measured = f"`{COMMAND} --section {name}`"
     if blocks:
         low, high = (f"{pick(b.peak for b in blocks) / 1e9:.0f}" for pick in (min, max))
@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None, names: Sequence[str]) -> argparse.Namespa
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="where cpu.md and the figures go (default: docs, with --section nowhere)",
+        help="where measured_cpu.md and figures/ go (default: docs, with --section nowhere)",
     )
     parser.add_argument(
         "--rounds", type=positive, default=14, help="timed runs of each (default: 14)"
@@ -141,15 +141,15 @@ def main(argv: list[str] | None = None) -> int:
         text += "\n" + markdown(name, section, clock.blocks[seen:])
         print(f"cpu_report: {name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
+            (out / "figures").mkdir(parents=True, exist_ok=True)
             # After each section, so that an interrupted run leaves what it has found.
-            (out / "cpu.md").write_text(text, encoding="utf-8")
+            (out / "measured_cpu.md").write_text(text, encoding="utf-8")
             for file, figure in section.figures.items():
-                figures.save(figure, out / file)
+                figures.save(figure, out / "figures" / file)
     if out is None:
         print(text)
     else:
-        print(f"wrote {out / 'cpu.md'}", file=sys.stderr)
+        print(f"wrote {out / 'measured_cpu.md'}", file=sys.stderr)
     return 0
 
 

@@ -38,7 +38,7 @@ class Step:
     command: list[str]
     seconds: float
     show: Callable[[list[str]], list[str]]
-    good: Callable[[list[str]], bool] = lambda lines: True  # beside the exit status
+    good: Callable[[list[str]], bool] = lambda lines: True  # in addition to the exit status
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -121,7 +121,7 @@ def sanitizer_step(tool: str) -> Step:
     script = "tests/python/cuda/sanitize.py"
     command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, script]
     path = os.pathsep.join((str(ROOT / "tests" / "python"), os.environ.get("PYTHONPATH", "")))
-    # An allocation for every tensor, so that what lies beside one is nobody else's.
+    # A separate allocation for every tensor, so that no tensor's neighbour is valid memory.
     alone = {"PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Step(f"compute-sanitizer: {tool}", command, 300, of_sanitizer, nothing_found, alone)
 
@@ -190,7 +190,10 @@ def main(argv: list[str] | None = None) -> int:
         description="Tests, times and sanitizes the CUDA backend, and writes one markdown file.",
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "docs" / "cuda.md", help="default docs/cuda.md"
+        "--output",
+        type=Path,
+        default=ROOT / "docs" / "measured_cuda.md",
+        help="default docs/measured_cuda.md",
     )
     parser.add_argument("--revision", help="where the sources are no checkout: what they are")
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 
 python tests/support.py compiled|tested: called by `make support` after each has come to a good end,
 with the Python and the build that were used. The entries are kept in docs/support.json, or in the
-file that the variable SUPPORT of the environment names; the page of that name is written beside it.
+file that the environment variable SUPPORT names; the page of that name is written next to it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Counts what an addition costs: the files that a small one of each kind touches, and sizes.
 
-python tests/additions/count_additions.py [KIND ...] [--run] [--copies FOLDER]. A patch beside this
+python tests/additions/count_additions.py [KIND ...] [--run] [--copies FOLDER]. A patch next to this
 file adds a real estimator, router and so on, with its tests and its place in the documents. Each is
 applied to a copy of the tracked files, as they are now. With --run what the copy needs is built,
 and the tests that the addition brings run there. `make additions` does all of that.
@@ -69,11 +69,12 @@ KINDS = {
             "router",
             5,
             "distance_router",
-            "tests/python/nn/routers tests/python/nn/test_settings.py tests/python/test_readme.py "
+            "tests/python/nn/routers tests/python/nn/test_settings.py "
+            "tests/python/test_snippets.py "
             "tests/python/test_scripting.py tests/python/test_wrong_arguments.py "
-            "tests/python/test_package.py tests/python/examples/test_compare_routers.py "
-            "tests/python/examples/test_classification_model.py "
-            "-k 'distance or Distance or public or gating or causal_router or refuses'",
+            "tests/python/test_package.py tests/python/studies/test_routers.py "
+            "tests/python/studies/test_classification_model.py "
+            "-k 'distance or Distance or public or gating or gates or causal_router or refuses'",
         ),
         Kind(
             "activation",

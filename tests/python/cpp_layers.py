@@ -86,7 +86,7 @@ SETTINGS: dict[str, Any] = {
 
 
 class Scales(nn.Module):
-    """Experts of one's own: each multiplies its tokens by a vector."""
+    """Custom experts: each multiplies its tokens by a vector."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Scales(nn.Module):
 
 
 class Temperature(Estimator):
-    """An estimator of one's own."""
+    """A custom estimator."""
 
     def weigh(self, logits: Tensor, indices: Tensor) -> Tensor:
         """The gate's, of flatter scores."""
@@ -108,7 +108,7 @@ class Temperature(Estimator):
 
 
 def mean_square(inputs: LossInputs) -> Tensor:
-    """A term of one's own."""
+    """A custom term."""
     return ops.mean_over_tokens(inputs.logits.square(), token_mask=inputs.token_mask).mean()
 
 
@@ -172,7 +172,7 @@ def _router(settings: dict[str, Any]) -> nn.Module:
 
 
 def drawn_settings(seed: int) -> dict[str, Any]:
-    """Settings at random; not all of them go together."""
+    """Settings at random; not all of them are compatible."""
     draw = random.Random(seed)
 
     def often(value: object, otherwise: object = None) -> Any:

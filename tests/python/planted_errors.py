@@ -229,7 +229,7 @@ def dense(combine: Combine) -> Callable[[], Estimator]:
 def dense_at(
     change: Callable[[Tensor], Tensor], *, of: str = "probs", weights_learn: bool = False
 ) -> Callable[[], Estimator]:
-    """The right `combine`, but for a change to one of its parts."""
+    """The right `combine`, except for a change to one of its parts."""
 
     def combine(
         e: Estimator, x: Tensor, probs: Tensor, indices: Tensor, weights: Tensor, experts: Any

@@ -96,7 +96,7 @@ def test_the_public_names_are_there() -> None:
 def test_importing_loads_nothing_but_torch() -> None:
     """What only monitors, examples and peers need is theirs to load, and there need be none of it.
 
-    Nor is anything loaded of torch that takes long and that torch leaves to whoever needs it.
+    Nor is anything loaded of torch that takes long and that torch leaves to those who need it.
     """
     optional = [
         "matplotlib",

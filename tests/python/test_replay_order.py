@@ -164,7 +164,7 @@ def test_a_recomputation_that_stops_early(early_stop: bool) -> None:
 
 
 def test_saved_tensors_looked_at_outside_of_backward() -> None:
-    """Torch recomputes for that too, each time anew."""
+    """Torch recomputes for that too, each time again."""
     model, batches = Model(), micro_batches()
     replay = RoutingReplay(model)
     expected = backward(model, run(model, twice, batches), batches, (2, 1, 0))

@@ -237,7 +237,7 @@ class InjectedMoE(LoopMoE):
         return self.inject(y, aux)
 
     def surrogate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer with its loss beside it, as the backward pass has it."""
+        """The layer together with its loss, as the backward pass has it."""
         y, aux = LoopMoE.forward(self, x)
         return y, self.loss_scale / self.micro_batches * aux
 
