@@ -15,12 +15,9 @@ weights, to gradients and to a task's loss. :doc:`/capacity` has all options in 
 # How large is a capacity?
 # ------------------------
 #
-# With T tokens, E experts and K choices for each token it is ::
-#
-#     capacity = ceil(factor * K * T / E)
-#
-# so that a factor of 1 is just enough room when the tokens spread evenly. The formula is simple to
-# get wrong by one. A product of floats may land a little above a whole number, and the ceiling then
+# With T tokens, E experts and K choices for each token it is ``ceil(factor * K * T / E)``, so that
+# a factor of 1 is just enough room when the tokens spread evenly. The formula is simple to get
+# wrong by one. A product of floats may land a little above a whole number, and the ceiling then
 # adds a slot. Here a factor stands for the nearest simple fraction (1.1 is 11/10), and the rest is
 # integer arithmetic.
 

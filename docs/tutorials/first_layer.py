@@ -248,6 +248,11 @@ with torch.no_grad():
     routing = mixture(grid)[1].routing
 weight_of = torch.zeros(1001, 8).scatter(1, routing.indices, routing.weights)  # [1001, 8]
 # sphinx_gallery_start_ignore
+_used = (weight_of > 0).int()
+_places = _used[0] + (_used.diff(dim=0) > 0).sum(0)  # [8], how many intervals
+assert _places.max() > 1
+assert _places.float().mean() < 4
+
 figure, (above, below) = plt.subplots(2, 1, figsize=(8, 4.8), sharex=True, height_ratios=(1, 1.3))
 above.plot(grid, curve(grid), ".", markersize=2, color="black")
 above.plot(grid, mixture(grid)[0].detach(), color="#0072b2")

@@ -21,6 +21,7 @@ Everything is shown here in the order in which one would do it; :doc:`/testing_g
 # times a scale that is learnt. There are many tokens, so the normalisation is an autograd function
 # that keeps no more than it needs.
 
+import shutil
 import sys
 import tempfile
 import textwrap
@@ -163,8 +164,8 @@ else:
 #
 #     dL/dv = (g - u <u, g>) / |v|
 #
-# The missing term points along v, where moving changes no cosine. That is why the loss did not
-# tell.
+# The missing term points along v. For a token by itself moving there changes no cosine, so it is
+# no wonder that the loss did not tell.
 
 
 class MendedUnit(torch.autograd.Function):
@@ -432,6 +433,7 @@ shell("-m", "pytest", "-q", "test_cosine_router.py")
 
 laws = ["--laws", "unrouted_tokens,symmetry"]
 shell("-m", "torchmoe.testing", "cosine_router:make_layer", *laws)
+shutil.rmtree(folder)
 
 # %%
 # In short: ``gradcheck`` while a gradient is written, ``check_surrogate`` where it is a
