@@ -50,7 +50,7 @@ library: $(VENV)/.complete
 	@mkdir -p $(BUILD)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
 
-# A C++ compiler is needed, and Doxygen for the site (make docs, make test); torch.compile and its tests want Python's headers; ccache and
+# A C++ compiler is needed, and Doxygen for the site, without which its test is skipped; torch.compile and its tests want Python's headers; ccache and
 # Catch2 save time (CMake fetches Catch2 where it is missing).
 system:
 	@missing=""; \
@@ -110,7 +110,7 @@ test-cpp: build-tests
 # spin: the tests that run at the same time need the core.
 PYTEST = OMP_WAIT_POLICY=PASSIVE PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-test-python: build-tests doxygen
+test-python: build-tests
 	$(PYTEST)
 
 # The products' kernels for instruction sets that this processor has but torch did not choose, and the way without any.

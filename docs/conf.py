@@ -9,15 +9,13 @@ from pathlib import Path
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
-from sphinx.domains.python import PyObject
+from sphinx.domains.python._object import PyObject
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.writers.html5 import HTML5Translator
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "_extensions"))
-# What the tutorials import besides torchmoe.
-sys.path.insert(0, str(ROOT))
 
 project = "torchmoe"
 author = "the torchmoe authors"
@@ -37,6 +35,7 @@ extensions = [
     # Our own, in _extensions.
     "cpp_headers",
     "docstrings",
+    "listed_names",
     "repository_links",
 ]
 exclude_patterns = ["_extensions", "tutorials"]

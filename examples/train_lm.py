@@ -44,7 +44,7 @@ examples:
   train_lm.py --minutes 20 --layers 6       longer and deeper; the schedule follows the clock
   train_lm.py --data ~/notes src/           your own text, one domain per path
   train_lm.py --top-k 1 --estimator straight_through --capacity-factor 1.25
-  train_lm.py --balance bias --capacity-factor 1 --overflow next_best
+  train_lm.py --balance bias --capacity-factor 1 --order token --overflow next_best
   train_lm.py --config runs/lm/run.json --seed 1 --out runs/seed1   another run, one change
   train_lm.py --load runs/lm                evaluate and sample only
   train_lm.py --load runs/lm --steps 500 --out runs/longer   start a run from trained weights

@@ -19,6 +19,7 @@ from pygments.lexers import get_lexer_for_filename
 from pygments.util import ClassNotFound
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
+from sphinx.builders.html import StandaloneHTMLBuilder
 from sphinx.transforms import SphinxTransform
 
 #: Files outside of docs/ of which a page is made.
@@ -27,12 +28,17 @@ PAGES = {
     "ARCHITECTURE.md": "architecture",
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
+    "csrc/torchmoe.h": "reference/cpp/index",
     "docs/tutorials": "gallery/index",
+    "studies": "studies/index",
+    "studies/README.md": "studies/index",
 }
 #: Where the site shows a file or folder of which no page is made.
 SHOWN = "source"
 #: What is handed out as it is.
 PICTURES = (".png", ".svg")
+#: What is shown of a folder: what else lies there may be no text, or nobody's business.
+SHOWN_SUFFIXES = (".py", ".md", ".h", ".cpp", ".txt", ".toml")
 
 
 def page_of(path: str, root: Path) -> tuple[str, str | None] | None:
@@ -40,6 +46,8 @@ def page_of(path: str, root: Path) -> tuple[str, str | None] | None:
     if path in PAGES:
         return PAGES[path], None
     pure = PurePosixPath(path)
+    if not pure.parts:
+        return None
     if pure.parts[:2] == ("docs", "tutorials") and pure.suffix == ".py":
         return f"gallery/{pure.stem}", None
     if pure.parts[0] == "docs" and pure.suffix == ".md":
@@ -122,7 +130,12 @@ class RepositoryLinks(SphinxTransform):
 
 def _entries(path: Path) -> list[Path]:
     return sorted(
-        (p for p in path.iterdir() if not p.name.startswith((".", "__pycache__"))),
+        (
+            p
+            for p in path.iterdir()
+            if not p.name.startswith((".", "__pycache__"))
+            and (p.is_dir() or p.suffix in SHOWN_SUFFIXES)
+        ),
         key=lambda p: (p.is_file(), p.name),
     )
 
@@ -142,7 +155,8 @@ def _shown(app: Sphinx, path: str) -> str:
         lexer = get_lexer_for_filename(path).aliases[0]
     except ClassNotFound:
         lexer = "text"
-    return heading + app.builder.highlighter.highlight_block(file.read_text("utf-8"), lexer)
+    assert isinstance(app.builder, StandaloneHTMLBuilder)
+    return heading + str(app.builder.highlighter.highlight_block(file.read_text("utf-8"), lexer))
 
 
 def _show_files(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -4,7 +4,7 @@ Capacity and drops
 
 Many mixtures of experts give every expert a buffer of a fixed size. An expert then has a
 *capacity*: the most slots that it keeps, where a slot is one choice of one token. The router knows
-nothing of it, so that some slots find their expert full.
+nothing of it, so some slots find their expert full.
 
 This tutorial asks what happens then, one question at a time: how large a capacity is, who is served
 first, what becomes of the rest, whether later tokens matter to earlier ones, and what drops do to
@@ -15,8 +15,8 @@ weights, to gradients and to a task's loss. :doc:`/capacity` has all options in 
 # How large is a capacity?
 # ------------------------
 #
-# With T tokens, E experts and K choices for each token it is ``ceil(factor * K * T / E)``, so that
-# a factor of 1 is just enough room when the tokens spread evenly. The formula is simple to get
+# With T tokens, E experts and K choices for each token it is ``ceil(factor * K * T / E)``, so a
+# factor of 1 is just enough room when the tokens spread evenly. The formula is simple to get
 # wrong by one. A product of floats may land a little above a whole number, and the ceiling then
 # adds a slot. Here a factor stands for the nearest simple fraction (1.1 is 11/10), and the rest is
 # integer arithmetic.
@@ -212,7 +212,7 @@ for options in [
 # take the place that an earlier one would have had.
 #
 # The last column is a trap of another kind. The capacity follows the number of tokens in the call,
-# so that even the causal order gives other outputs in a shorter call. Where that matters, evaluate
+# so even the causal order gives other outputs in a shorter call. Where that matters, evaluate
 # without a limit: ``moe.capacity = None``.
 #
 # How much is dropped?
@@ -377,7 +377,7 @@ for name, one in {
 # ----------------------------------
 #
 # A dropped slot adds nothing to the output. What of the token's other slot? By default weights are
-# formed before slots are dropped, so that it keeps its weight. With ``normalize="after_drop"`` they
+# formed before slots are dropped, so it keeps its weight. With ``normalize="after_drop"`` they
 # are formed over the slots that are left. We give the layer a gradient from its output alone, and
 # sort the tokens by how many slots they keep.
 

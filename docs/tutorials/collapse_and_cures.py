@@ -311,8 +311,8 @@ assert at_end("capacity: next best", 2) < 1.15 * at_end("never collapsed", 2)
 # MaxVio counts what the router wants, before capacity. Dropping does not change it: dropped slots
 # teach nobody, and the task's loss ends above that of no cure. With rerouting, all experts compute
 # and learn from the first step, and the task's loss ends close to that of a healthy layer. The
-# router follows as their outputs become worth choosing, more slowly than with a balancing loss.
-# Rerouting evens the work; it does not ask the router to be even.
+# router follows as their outputs become worth choosing, but slowly: rerouting evens the work and
+# does not ask the router to be even. Use a balancing term.
 #
 # Entropy
 # -------
@@ -374,8 +374,8 @@ for name in results:
 #   chose.
 # - What brings it back looks at all experts: a balancing loss, whichever counts it takes, a
 #   selection bias, or an entropy of the mean scores.
-# - Rerouting lets all experts learn from the start, and the router comes back slowly. Dropping,
-#   certainty and the z-loss do not bring it back.
+# - Rerouting lets all experts learn from the start, but brings a collapsed router back only slowly;
+#   use a balancing term. Dropping, certainty and the z-loss do not bring it back.
 #
 # This is one task with one learning rate and the coefficients of the papers. :doc:`/balance` says
 # which cure goes with what, and :doc:`/watching` how to see a collapse while it happens.

@@ -58,7 +58,7 @@ class Unit(torch.autograd.Function):
 # The router itself takes the normalisation as an argument, so that we can try others.
 
 
-class CosineRouter(nn.Module):
+class DirectionRouter(nn.Module):
     def __init__(self, hidden_size, num_experts, projection_size, unit):
         super().__init__()
         self.unit = unit
@@ -84,7 +84,7 @@ centres, maps = torch.randn(8, 16), torch.randn(8, 16, 16) / 4
 
 def train(unit):
     torch.manual_seed(1)
-    moe = MoE(16, 16, num_experts=8, top_k=2, router=CosineRouter(16, 8, 4, unit))
+    moe = MoE(16, 16, num_experts=8, top_k=2, router=DirectionRouter(16, 8, 4, unit))
     optimizer = torch.optim.Adam(moe.parameters(), lr=3e-3)
     losses = []
     for _ in range(300):
@@ -136,7 +136,7 @@ def show(text):
 
 torch.manual_seed(0)
 tokens = torch.randn(12, 8)
-router = CosineRouter(8, 4, 3, Unit.apply)
+router = DirectionRouter(8, 4, 3, Unit.apply)
 try:
     gradcheck(router, tokens)
 except RuntimeError as error:
@@ -183,7 +183,7 @@ class MendedUnit(torch.autograd.Function):
         return (grad - u * (u * grad).sum(dim=-1, keepdim=True)) / length
 
 
-router = CosineRouter(8, 4, 3, MendedUnit.apply)
+router = DirectionRouter(8, 4, 3, MendedUnit.apply)
 layer = MoE(8, 6, num_experts=4, top_k=2, router=router)
 print("the router:", gradcheck(router, tokens))
 print("the layer: ", gradcheck(layer, tokens))
@@ -275,12 +275,12 @@ assert not right
 # Is the layer right?
 # -------------------
 #
-# Back to the cosine router, whose gradient is right now. A layer has more to keep than that: masked
-# tokens, micro-batches, checkpointing, second derivatives. ``certify`` asks. We begin with three of
-# the laws, which takes less time than all.
+# Back to the router of directions, whose gradient is right now. A layer has more to keep than that:
+# masked tokens, micro-batches, checkpointing, second derivatives. ``certify`` asks. We begin with
+# three of the laws, which takes less time than all.
 
 torch.manual_seed(0)
-layer = MoE(8, 6, num_experts=4, top_k=2, router=CosineRouter(8, 4, 3, MendedUnit.apply))
+layer = MoE(8, 6, num_experts=4, top_k=2, router=DirectionRouter(8, 4, 3, MendedUnit.apply))
 laws = ["gradients", "unrouted_tokens", "higher_orders"]
 certificate = certify(layer, laws=laws)
 
@@ -324,14 +324,14 @@ assert layer.router.project.weight.grad.isnan().all()
 # sphinx_gallery_end_ignore
 
 # %%
-# **higher_orders.** A second derivative is wrong, in silence. ``save_for_backward`` keeps the graph
+# **higher_orders.** A second derivative is silently wrong. ``save_for_backward`` keeps the graph
 # of inputs and outputs alone, and ``u`` and ``length`` were saved as values in between: to a second
 # backward pass they are constants. So we save v and form them again.
 #
 # This is the router as a file of its own.
 
 folder = Path(tempfile.mkdtemp())
-written = (folder / "cosine_router.py").write_text('''\
+written = (folder / "direction_router.py").write_text('''\
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -354,7 +354,7 @@ class Unit(torch.autograd.Function):
         return (grad - u * (u * grad).sum(dim=-1, keepdim=True)) / length
 
 
-class CosineRouter(nn.Module):
+class DirectionRouter(nn.Module):
     def __init__(self, hidden_size, num_experts, projection_size):
         super().__init__()
         self.project = nn.Linear(hidden_size, projection_size, bias=False)
@@ -368,7 +368,7 @@ class CosineRouter(nn.Module):
 
 def make_layer():
     torch.manual_seed(0)
-    return MoE(8, 6, num_experts=4, top_k=2, router=CosineRouter(8, 4, 3))
+    return MoE(8, 6, num_experts=4, top_k=2, router=DirectionRouter(8, 4, 3))
 ''')
 
 # %%
@@ -379,7 +379,7 @@ def make_layer():
 # change.
 
 sys.path.insert(0, str(folder))
-from cosine_router import make_layer
+from direction_router import make_layer
 
 certificate = certify(make_layer())
 show(certificate.to_markdown())
@@ -398,15 +398,15 @@ assert [gap.law for gap in certificate.not_asked] == ["balance", "replicas"]
 # By a test. The gradient of the router takes a moment; of the laws one may ask those that the code
 # is in danger of breaking.
 
-written = (folder / "test_cosine_router.py").write_text("""\
+written = (folder / "test_direction_router.py").write_text("""\
 import torch
-from cosine_router import CosineRouter, make_layer
+from direction_router import DirectionRouter, make_layer
 from torchmoe.testing import certify, gradcheck
 
 
 def test_the_gradient():
     torch.manual_seed(0)
-    assert gradcheck(CosineRouter(8, 4, 3), torch.randn(12, 8))
+    assert gradcheck(DirectionRouter(8, 4, 3), torch.randn(12, 8))
 
 
 def test_the_laws():
@@ -424,7 +424,7 @@ def shell(*arguments):
     # sphinx_gallery_end_ignore
 
 
-shell("-m", "pytest", "-q", "test_cosine_router.py")
+shell("-m", "pytest", "-q", "test_direction_router.py")
 
 # %%
 # Or from a shell, without a test: ``python -m torchmoe.testing`` takes the path of a class or
@@ -432,7 +432,7 @@ shell("-m", "pytest", "-q", "test_cosine_router.py")
 # expects.
 
 laws = ["--laws", "unrouted_tokens,symmetry"]
-shell("-m", "torchmoe.testing", "cosine_router:make_layer", *laws)
+shell("-m", "torchmoe.testing", "direction_router:make_layer", *laws)
 shutil.rmtree(folder)
 
 # %%

@@ -439,9 +439,9 @@ plt.show()
 #   experts learn from them.
 # - ``sparsemixer`` with its default setting was the worst at finding fixed experts, and here it is
 #   about as good as ``exact``: experts can come to the router, too.
-# - Of ``sparsemixer`` and the other three the intervals hold zero, or come within 0.01 of it. Five
-#   seeds of this problem cannot tell them from ``exact``, the dense gradient included, which costs
-#   all experts in the backward pass.
+# - For ``sparsemixer`` and the other three, any difference from ``exact`` may be below 0.01. Five
+#   seeds of this problem show no larger one, not even for the dense gradient, which costs all
+#   experts in the backward pass.
 #
 # What to remember
 # ----------------

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -34,7 +33,7 @@ from studies.balance.report import report
 from studies.common import trials
 from training import run_folder
 from training.run_folder import FolderError
-from training.settings import Parser, SettingsError, number
+from training.settings import Parser, SettingsError
 
 EXAMPLES = """\
 examples:
@@ -85,32 +84,5 @@ def make_parser() -> Parser:
         metavar="NAME",
         help=f"which, besides {CONTROL}: {', '.join(METHODS)} (default all)",
     )
-    parser.add_argument(
-        "--steps",
-        type=number(int, 1, 10**6),
-        default=2000,
-        metavar="N",
-        help="optimizer steps of each run (default 2000)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=number(int, 1, 100),
-        default=3,
-        metavar="N",
-        help="runs of each method (default 3)",
-    )
-    parser.add_argument(
-        "--lr",
-        type=number(float, 1e-9, 10.0),
-        default=LR,
-        metavar="X",
-        help=f"learning rate of Adam (default {LR})",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/balance"),
-        metavar="FOLDER",
-        help="where the figure and the numbers go (default runs/balance)",
-    )
+    trials.add_options(parser, steps=2000, seeds=3, lr=LR, out="runs/balance")
     return parser

@@ -113,27 +113,7 @@ def make_parser() -> Parser:
         metavar="NAME",
         help=f"which: {', '.join(ROUTERS)} (default all)",
     )
-    add(
-        "--steps",
-        type=number(int, 1, 10**6),
-        default=STEPS,
-        metavar="N",
-        help=f"optimizer steps of each run (default {STEPS})",
-    )
-    add(
-        "--seeds",
-        type=number(int, 1, 100),
-        default=SEEDS,
-        metavar="N",
-        help=f"runs of each router (default {SEEDS})",
-    )
-    add(
-        "--lr",
-        type=number(float, 1e-9, 10.0),
-        default=LR,
-        metavar="X",
-        help=f"peak learning rate of Adam (default {LR})",
-    )
+    trials.add_options(parser, steps=STEPS, seeds=SEEDS, lr=LR, out="runs/classification")
     add(
         "--domain",
         default=DOMAIN,
@@ -153,13 +133,6 @@ def make_parser() -> Parser:
         default=[],
         metavar="PATH",
         help="files or folders of your own text, one domain per path (default that of train_lm.py)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/classification"),
-        metavar="FOLDER",
-        help="where the figure and the numbers go (default runs/classification)",
     )
     return parser
 

@@ -5,12 +5,47 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
+from training.settings import Parser, number
+
 Run = TypeVar("Run")
+
+
+def add_options(parser: Parser, steps: int, seeds: int, lr: float, out: str) -> None:
+    """Adds the options that every study of many short runs has, with its defaults."""
+    parser.add_argument(
+        "--steps",
+        type=number(int, 1, 10**6),
+        default=steps,
+        metavar="N",
+        help=f"optimizer steps of each run (default {steps})",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=number(int, 1, 100),
+        default=seeds,
+        metavar="N",
+        help=f"runs of each kind (default {seeds})",
+    )
+    parser.add_argument(
+        "--lr",
+        type=number(float, 1e-9, 10.0),
+        default=lr,
+        metavar="X",
+        help=f"largest learning rate of Adam (default {lr})",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        metavar="FOLDER",
+        help=f"where the figure and the numbers go (default {out})",
+    )
 
 
 def train_all(

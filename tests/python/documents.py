@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
+#: A number that is no part of a word: the digits of "float32" are text.
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.(?P<decimals>\d+))?(?:e(?P<exponent>[+-]\d+))?(?!\w)")
+SPENT = re.compile(r"\d+(?:\.\d+)? m?s\b")
 
 
 @dataclass(frozen=True)
@@ -80,3 +85,53 @@ def anchors(path: Path) -> set[str]:
 def _inlines(path: Path) -> Iterator[Token]:
     for token in _tokens(path):
         yield from token.children or ()
+
+
+def printed_by(page: Path, block: Block, names: dict[str, object]) -> str:
+    """What a block prints; its lines in a traceback are the page's."""
+    printed = io.StringIO()
+    code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, names)
+    return printed.getvalue()
+
+
+def differences(expected: str, actual: str, tolerance: float, last_digits: int = 1) -> list[str]:
+    """The lines that say something else; how wide a column is says nothing.
+
+    Args:
+        expected: what the page shows.
+        actual: what was printed.
+        tolerance: relative, of numbers with a decimal point or an exponent; others are exact, and
+            a time is a time, whatever it is.
+        last_digits: by how much the last digit shown may be off instead.
+    """
+    lines = zip_longest(
+        expected.strip().splitlines(), actual.strip().splitlines(), fillvalue="(nothing)"
+    )
+    return [
+        f"the page: {want}\nprinted:  {got}"
+        for want, got in lines
+        if not _same_line(SPENT.sub("TIME", want), SPENT.sub("TIME", got), tolerance, last_digits)
+    ]
+
+
+def _same_line(expected: str, actual: str, tolerance: float, last_digits: int) -> bool:
+    words, others = (NUMBER.sub(" # ", line).split() for line in (expected, actual))
+    if words != others:
+        return False
+    numbers = zip(NUMBER.finditer(expected), NUMBER.finditer(actual), strict=True)
+    return all(_agrees(*pair, tolerance, last_digits) for pair in numbers)
+
+
+def _agrees(
+    expected: re.Match[str], actual: re.Match[str], tolerance: float, last_digits: int
+) -> bool:
+    exact = [
+        number["decimals"] is None and number["exponent"] is None for number in (expected, actual)
+    ]
+    if any(exact):
+        return expected[0] == actual[0]
+    unit = 10.0 ** (int(expected["exponent"] or 0) - len(expected["decimals"] or ""))
+    allowed = max(tolerance * abs(float(expected[0])), (last_digits + 0.001) * unit)
+    return abs(float(actual[0]) - float(expected[0])) <= allowed

@@ -1,16 +1,13 @@
-"""What ARCHITECTURE.md says of files, rooms and tables is so."""
+"""What ARCHITECTURE.md says of files and rooms is so."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from torchmoe import ops
-from torchmoe.losses import LOSSES
-from torchmoe.nn import Capacity, known_estimators
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "ARCHITECTURE.md").read_text()
@@ -20,8 +17,8 @@ PACKAGE = ROOT / "python" / "torchmoe"
 
 # Where a path of the text may begin.
 BASES = (ROOT, CSRC, PACKAGE, PACKAGE / "nn")
-# Folders at the top that hold what commands make.
-MADE = {"build", "dist"}
+# The folders at the top, as the source archive has them.
+FOLDERS = [*re.findall(r"^graft (\w+)$", (ROOT / "MANIFEST.in").read_text(), re.M), "python"]
 # Files of the package that are no room: its front, and what the build writes.
 FRONT = {"__init__.py", "__main__.py", "_build.py"}
 
@@ -88,9 +85,7 @@ def test_the_rooms_exist() -> None:
 
 def test_every_folder_at_the_top_is_a_room() -> None:
     named = {path.split("/")[0] for path in paths_of_the_rooms() if "/" in path}
-    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] not in "._"}
-    made = MADE | {name for name in folders if name.endswith(".egg-info")}
-    assert named == folders - made - {"shared"}
+    assert named == set(FOLDERS)
 
 
 def test_every_folder_of_the_library_is_a_room() -> None:
@@ -103,12 +98,9 @@ def test_every_folder_of_the_library_is_a_room() -> None:
 
 def test_the_files_that_descriptions_name_exist() -> None:
     names = set(re.findall(r"[\w/]+\.(?:py|cpp|h|cu|cmake)\b(?!\.\w)", ROOMS))
-    files = {
-        path.name
-        for folder in ROOT.iterdir()
-        if folder.is_dir() and folder.name not in MADE | {"shared"} and folder.name[0] not in "._"
-        for path in folder.rglob("*")
-    } | {path.name for path in ROOT.iterdir()}
+    files = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {
+        path.name for path in ROOT.iterdir()
+    }
     assert len(names) > 60
     for name in names:
         assert name.rpartition("/")[2] in files or "X" in name, name
@@ -241,46 +233,3 @@ def test_no_cuda_kernel_uses_atomics() -> None:
 def test_ops_draw_nothing() -> None:
     for source in sources("ops", "cpu", "cuda", "autograd", "common"):
         assert not re.search(r"\bat::rand|\bGenerator\b|curand|\brand_like", source.read_text())
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-
-def column(heading: str, number: int = 0) -> list[str]:
-    """The cells of a column of the table whose first line begins so."""
-    lines = TEXT[TEXT.index(f"\n| {heading} |") :].partition("\n\n")[0].strip().splitlines()
-    return [line.strip("| ").split(" | ")[number] for line in lines[2:]]
-
-
-def words(cells: list[str]) -> list[str]:
-    return [word for cell in cells for word in re.findall(r"`([^`]+)`", cell)]
-
-
-def test_the_table_of_estimators() -> None:
-    assert set(words(column("name | forward"))) == set(known_estimators())
-
-
-def test_the_table_of_fractions() -> None:
-    assert {word.strip('"') for word in words(column("`fraction_from`"))} == set(ops.FRACTIONS_FROM)
-
-
-def test_the_table_of_balancing_terms() -> None:
-    named = {word.partition("(")[0] for word in words(column("term or rule"))}
-    assert named == {*LOSSES, "load_balancing_loss", "update_selection_bias", "Gate"}
-
-
-def test_the_table_of_options_of_capacity() -> None:
-    fields = {field.name for field in dataclasses.fields(Capacity) if field.init}
-    values = {"order": ops.ORDERS, "priority": ops.PRIORITIES, "overflow": ops.OVERFLOWS}
-    seen: dict[str, set[str]] = {}
-    for cell in column("option of `Capacity`"):
-        name = ""
-        for word in words([cell]):
-            if word == "Assistance":
-                continue
-            if not word.startswith('"'):
-                name = word.partition("=")[0]
-                assert name in fields, word
-            if '"' in word:
-                seen.setdefault(name, set()).add(word.partition('"')[2].strip('"'))
-    assert seen == {name: set(known) for name, known in values.items()}

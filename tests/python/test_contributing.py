@@ -7,34 +7,31 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 import torchmoe
+from documents import ROOT, blocks, code_spans
 from torchmoe import losses, ops, presets
 from torchmoe.nn.estimators import registry
 
-ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text()
-DOCUMENTS = ("CONTRIBUTING.md", "ARCHITECTURE.md")
+PAGE = ROOT / "CONTRIBUTING.md"
+TEXT = PAGE.read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def code(text: str) -> list[str]:
-    """What stands in backquotes, and lines that are indented."""
-    return [
-        " ".join(part.split())
-        for part in re.findall(r"`([^`]+)`|^    (\S.*)$", text, flags=re.M)
-        for part in part
-        if part
-    ]
+#: What stands in backquotes, and the lines of code.
+CODE = [
+    " ".join(part.split())
+    for part in (*code_spans(PAGE), *(line for b in blocks(PAGE) for line in b.text.splitlines()))
+    if part.strip()
+]
 
 
-def commands(text: str, program: str) -> list[list[str]]:
+def commands(program: str) -> list[list[str]]:
     """The arguments of each call of a program, or of a module of Python, that the text shows."""
-    lines = [part.partition("#")[0] for part in code(text)]
+    lines = [part.partition("#")[0] for part in CODE]
     split = [shlex.split(line) for line in lines if re.search(rf"^{program} |-m {program} ", line)]
     return [words[words.index(program) + 1 :] for words in split]
 
@@ -45,23 +42,8 @@ def section(heading: str) -> str:
     return found
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_targets_of_make_exist(document: str) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.M))
-    called = {
-        word
-        for words in commands((ROOT / document).read_text(), "make")
-        for word in words
-        if "=" not in word
-    }
-    assert called
-    assert called <= targets
-
-
 def test_the_variables_of_make_exist() -> None:
-    given = {
-        word.partition("=")[0] for words in commands(TEXT, "make") for word in words if "=" in word
-    }
+    given = {word.partition("=")[0] for words in commands("make") for word in words if "=" in word}
     assert given == {"TORCH", "CUDA_PYTHON"}
     for name in given:
         assert f"$({name})" in MAKEFILE
@@ -69,7 +51,7 @@ def test_the_variables_of_make_exist() -> None:
 
 def test_the_paths_exist() -> None:
     """X is whatever is added: something of the kind is there already."""
-    named = [part for part in code(TEXT) if re.fullmatch(r"[\w.]+(/[\w.]+)+/?|\w+/", part)]
+    named = [part for part in CODE if re.fullmatch(r"[\w.]+(/[\w.]+)+/?|\w+/", part)]
     assert len(named) > 40
     for path in named:
         # What make writes is there only where it was run, on a GPU for one.
@@ -81,7 +63,7 @@ def test_the_paths_exist() -> None:
 
 
 def test_the_files_without_a_folder_exist() -> None:
-    named = [part for part in code(TEXT) if re.fullmatch(r"\w+\.(?:py|h|cpp|md|cu)", part)]
+    named = [part for part in CODE if re.fullmatch(r"\w+\.(?:py|h|cpp|md|cu)", part)]
     assert named
     for name in named:
         folders = (ROOT / folder for folder in ("csrc", "tests", "python", "docs"))
@@ -101,7 +83,7 @@ def test_the_markers_exist_and_are_used() -> None:
 
 def test_the_examples_of_one_test_select_some() -> None:
     """`-k WORD` is part of the name of a test in the file, and so is a name of Catch2's."""
-    shown = [words for words in commands(TEXT, "pytest") if "-k" in words]
+    shown = [words for words in commands("pytest") if "-k" in words]
     assert shown
     for words in shown:
         file = next(word for word in words if word.endswith(".py"))

@@ -14,7 +14,11 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-pytestmark = [pytest.mark.needs_build, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.needs_build,
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("doxygen") is None, reason="needs doxygen"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTENSIONS = ROOT / "docs" / "_extensions"

@@ -91,7 +91,6 @@ def test_figure(trained: tuple[str, Path]) -> None:
     assert (trained[1] / "balance.png").stat().st_size > 10_000
 
 
-@pytest.mark.study
 def test_runs_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["--steps", "3", "--seeds", "2", "--out", str(tmp_path)]) == 0
     output = capsys.readouterr().out
@@ -109,7 +108,6 @@ def test_runs_every_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "balance.png").stat().st_size > 10_000
 
 
-@pytest.mark.study
 def test_same_seed_same_numbers() -> None:
     first, again, other = (
         experiment.train("selection_bias", seed, 5, experiment.LR, lambda: None)
@@ -145,7 +143,6 @@ def test_refuses_a_folder_that_is_a_file(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.study
 def test_a_loss_that_is_not_finite_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +177,6 @@ def test_ctrl_c(
 # ---- the experiment
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("seed", range(3))
 def test_starts_collapsed_and_the_same_for_all(seed: int) -> None:
     tokens, _ = experiment.Task(seed).batch()
@@ -198,7 +194,6 @@ def test_starts_collapsed_and_the_same_for_all(seed: int) -> None:
     assert healthy.dead_experts == 0
 
 
-@pytest.mark.study
 def test_methods_differ_in_nothing_but_arguments_of_the_layer() -> None:
     assert METHODS[CONTROL].arguments == METHODS[HEALTHY].arguments == {}
     told_apart = [repr(METHODS[name].arguments) for name in COLLAPSED]
@@ -210,7 +205,6 @@ def test_methods_differ_in_nothing_but_arguments_of_the_layer() -> None:
         assert (weighted != 0) == bool(given.weight or given.losses)
 
 
-@pytest.mark.study
 def test_the_loss_of_the_common_function_alone_is_1() -> None:
     task = experiment.Task(0)
     errors, targets = [], []

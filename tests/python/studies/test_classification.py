@@ -55,7 +55,6 @@ def test_measure_against_plain_python() -> None:
     assert score.bits == pytest.approx(cost)
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("router", ["linear", "expert_choice", "sequence_attention"])
 def test_findings_against_plain_python(router: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("studies.classification.evaluation.BATCH", 3)  # the last batch has one text
@@ -164,7 +163,6 @@ def test_rate_rises_and_falls() -> None:
     assert rate(1, 1) == 1 / training.WARM_UP_STEPS
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("router", ["linear", "sequence_attention"])
 def test_learns(router: str) -> None:
     letters = [b"abcd " * 60, b"wxyz\n" * 60]
@@ -176,7 +174,6 @@ def test_learns(router: str) -> None:
     assert 25 * 32 * SHORTEST < run.bytes_read < 25 * 32 * LONGEST
 
 
-@pytest.mark.study
 def test_same_seed_same_numbers() -> None:
     task = texts.domain_task(DOMAINS)
     runs = [train("sequence_given", task, seed, 4, 1e-2, lambda: None) for seed in (0, 0, 1)]
@@ -187,7 +184,6 @@ def test_same_seed_same_numbers() -> None:
     assert torch.equal(runs[0].findings.favourites, runs[1].findings.favourites)
 
 
-@pytest.mark.study
 def test_the_query_learns() -> None:
     some = Stream(texts.domain_task(DOMAINS), 0).batch(8)
     model = lively("sequence_attention", 2).train()
@@ -196,7 +192,6 @@ def test_the_query_learns() -> None:
         assert block.moe.router.query.grad.abs().max() > 1e-7
 
 
-@pytest.mark.study
 def test_routing_teaches_the_attention_of_cls(monkeypatch: pytest.MonkeyPatch) -> None:
     some = Stream(texts.domain_task(DOMAINS), 0).batch(8)
     given: list[Tensor] = []
@@ -278,7 +273,6 @@ def trained(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return output.getvalue(), folder
 
 
-@pytest.mark.study
 def test_table_and_json_agree(trained: tuple[str, Path]) -> None:
     output, folder = trained
     report = json.loads((folder / "classification-domain.json").read_text())
@@ -306,7 +300,6 @@ def test_table_and_json_agree(trained: tuple[str, Path]) -> None:
     assert report["yardsticks"]["majority class"]["accuracy"] == 0.5
 
 
-@pytest.mark.study
 def test_shows_what_the_routers_do(trained: tuple[str, Path]) -> None:
     output, folder = trained
     assert re.search(r"^ class +sequence_first +.*sequence_given", output, re.MULTILINE)
@@ -318,7 +311,6 @@ def test_shows_what_the_routers_do(trained: tuple[str, Path]) -> None:
     assert (folder / "classification-domain.png").stat().st_size > 10_000
 
 
-@pytest.mark.study
 def test_runs_the_module_task_with_a_few_routers(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,7 +344,6 @@ def test_refuses(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert option.split()[0] in error
 
 
-@pytest.mark.study
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -399,7 +390,6 @@ def test_refuses_a_folder_that_is_a_file(
     assert output.out == ""  # before there is work
 
 
-@pytest.mark.study
 def test_a_loss_that_is_not_finite_ends_it(
     data: list[str],
     tmp_path: Path,
@@ -422,7 +412,6 @@ def test_a_loss_that_is_not_finite_ends_it(
     assert error.count("\n") == 1
 
 
-@pytest.mark.study
 def test_ctrl_c(
     data: list[str],
     tmp_path: Path,

@@ -17,8 +17,6 @@ from studies.classification.model import (
 from studies.classification.texts import LONGEST, Texts
 from training.settings import HEAD_SIZE
 
-pytestmark = pytest.mark.study
-
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_padding_does_not_matter(router: str) -> None:

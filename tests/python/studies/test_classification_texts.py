@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from itertools import pairwise
 
-import pytest
 import torch
 
 from classified import DOMAINS, numbered
@@ -14,8 +13,6 @@ from studies.classification import texts
 from studies.classification.texts import CLS, LONGEST, SHORTEST, Stream, Texts, as_texts
 from training.cleaning import Document
 from training.corpus import Domain
-
-pytestmark = pytest.mark.study
 
 
 def of_class(some: Texts, label: int) -> list[bytes]:

@@ -62,7 +62,6 @@ def test_compares(tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[s
         assert "tokens/s" not in path.read_text()[len(before) :]
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("option", ["--lr 0.1", "--seed 3", "--minutes 1", "--resume", "--steps 0"])
 def test_refuses_what_it_chooses_itself(
     option: str, tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]

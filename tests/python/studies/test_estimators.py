@@ -99,7 +99,6 @@ def test_goes_on_and_compares(
     assert output.count("no estimator beats exact") + output.count("beats exact by") >= 2
 
 
-@pytest.mark.study
 def test_a_failed_run_ends_it(
     tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +113,6 @@ def test_a_failed_run_ends_it(
     )
 
 
-@pytest.mark.study
 @pytest.mark.parametrize(
     "option",
     [

@@ -21,8 +21,6 @@ from studies.common.figures import (
 from studies.common.intervals import t_interval
 from training import figures
 
-pytestmark = pytest.mark.study
-
 ESTIMATORS = ("exact", "one", "another_one", "gumbel_something", "fifth", "sixth")
 
 

@@ -63,7 +63,6 @@ def test_compares_every_causal_router_unless_told(
     assert kinds == {*((name, False) for name in causal), ("linear", True)}
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("suffix", ["", "+communication"])
 def test_the_model_is_made_of_what_was_named(name: str, suffix: str) -> None:
@@ -77,7 +76,6 @@ def test_the_model_is_made_of_what_was_named(name: str, suffix: str) -> None:
         assert len({moe.router.seed for moe in model.moes}) == 2
 
 
-@pytest.mark.study
 @pytest.mark.parametrize(
     ("name", "message"),
     [

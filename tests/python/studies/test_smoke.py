@@ -101,7 +101,7 @@ def test_runs_and_writes(name: str, data: list[str], tiny: list[str], tmp_path: 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")

@@ -170,7 +170,6 @@ def test_curves_keep_the_steps_at_which_all_runs_were_tested() -> None:
     assert kinds[OTHER].seconds == pytest.approx(np.array([2.4, 4.8, 7.2]))
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_report_with_and_without_intervals(
     seeds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
