@@ -252,6 +252,12 @@ def test_names_are_there(page: Path) -> None:
 
 
 @every_page
+def test_no_line_is_a_comment(page: Path) -> None:
+    """As MyST takes one that begins with a per cent sign, and leaves it out."""
+    assert not re.search(r"^\s*%", page.read_text(), flags=re.MULTILINE)
+
+
+@every_page
 def test_headings_are_in_order(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     levels = [len(marks) for marks in re.findall(r"^(#+) ", text, flags=re.MULTILINE)]
