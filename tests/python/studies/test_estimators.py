@@ -99,6 +99,7 @@ def test_goes_on_and_compares(
     assert output.count("no estimator beats exact") + output.count("beats exact by") >= 2
 
 
+@pytest.mark.study
 def test_a_failed_run_ends_it(
     tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
