@@ -25,7 +25,6 @@ With --text the sentences are your own and the gates are those of a language mod
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 from pathlib import Path
@@ -79,13 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="gating_walkthrough.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("gating_walkthrough.py", __doc__, EXAMPLES)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--text",

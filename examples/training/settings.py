@@ -341,7 +341,20 @@ def is_text(value: object) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line; --help keeps the lines of its texts."""
+
+    def __init__(
+        self, prog: str, about: str | None, examples: str, argument_default: object = None
+    ) -> None:
+        """Takes how the program is called, what it does, and examples of its command line."""
+        super().__init__(
+            prog=prog,
+            description=about,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argument_default,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong and exits with status 2."""
@@ -350,14 +363,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(prog: str, description: str, examples: str, defaults: Settings) -> Parser:
     """One option per field of Settings; what the user leaves out stays out of the namespace."""
-    parser = Parser(
-        prog=prog,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog, description, examples, argparse.SUPPRESS)
     groups: dict[str, Any] = {}
     for item in OPTIONS.values():
         argument = dict(item.metadata)

@@ -23,7 +23,6 @@ the router wants, and MaxVio shows whether the router follows.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
@@ -69,13 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m studies.balance",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m studies.balance", __doc__, EXAMPLES)
     parser.add_argument(
         "--methods",
         nargs="+",

@@ -96,13 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m studies.classification",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("python -m studies.classification", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--task", choices=TASKS, default=TASKS[0], help="what to tell apart (default domain)")
     add(
