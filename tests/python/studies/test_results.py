@@ -28,6 +28,21 @@ def test_the_page_says_how_and_what(study: Path) -> None:
     assert "torch 2" in result
 
 
+@pytest.mark.parametrize("written", sorted((ROOT / "studies").glob("*/result*.md")), ids=str)
+def test_what_a_command_wrote_is_of_a_clean_tree(written: Path) -> None:
+    lines = written.read_text().splitlines()
+    assert len(lines) <= 200
+    about = re.fullmatch(
+        r"Written by `python -m studies\.(\w+).*` at revision ([0-9a-f]{12}), "
+        r"the library built from ([0-9a-f]{12}), with torch .+ and Python .+ on \d+ cores of .+\.",
+        lines[0],
+    )
+    assert about is not None
+    assert about[1] == written.parent.name
+    assert about[2] == about[3]
+    assert about[2] in (written.parent / "README.md").read_text()
+
+
 @every_study
 def test_the_page_has_the_command_and_a_table(study: Path) -> None:
     page = study / "README.md"
