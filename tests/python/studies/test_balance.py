@@ -129,20 +129,6 @@ def test_refuses(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert option.split()[0] in error
 
 
-def test_refuses_a_folder_that_is_a_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--out", str(tmp_path / "file")])
-    output = capsys.readouterr()
-    assert re.fullmatch(
-        r"python -m studies.balance: error: --out: cannot write to .*file: .*\n", output.err
-    )
-    assert output.out == ""  # before there is work
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_a_loss_that_is_not_finite_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -377,19 +377,6 @@ def test_refuses_one_domain_and_too_little_text() -> None:
         texts.domain_task([*DOMAINS, untrained])
 
 
-def test_refuses_a_folder_that_is_a_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--out", str(tmp_path / "file")])
-    output = capsys.readouterr()
-    assert re.fullmatch(
-        r"python -m studies.classification: error: --out: cannot write to .*file: .*\n", output.err
-    )
-    assert output.out == ""  # before there is work
-
-
 def test_a_loss_that_is_not_finite_ends_it(
     data: list[str],
     tmp_path: Path,

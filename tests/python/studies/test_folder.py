@@ -1,7 +1,8 @@
-"""A study does not write where another run does."""
+"""A study writes neither where another run does nor where there is no folder."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,23 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], program: ob
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "is in use by process" in error
+
+
+@pytest.mark.parametrize(
+    ("program", "name"), [(balance, "balance"), (classification, "classification")]
+)
+def test_refuses_a_folder_that_is_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object, name: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        program.main(["--out", str(tmp_path / "file")])
+    output = capsys.readouterr()
+    assert re.fullmatch(
+        rf"python -m studies.{name}: error: --out: cannot write to .*file: .*\n", output.err
+    )
+    assert output.out == ""  # before there is work
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_the_runs_of_a_comparison(data: list[str], tmp_path: Path) -> None:
