@@ -34,8 +34,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
 from training import terminal
+from training.arguments import Parser
 from training.checkpoint import CheckpointError
-from training.settings import Parser
 from walkthrough import decision, learning, limits, steps, ten_tasks
 from walkthrough.made_up import SENTENCE
 from walkthrough.sentences import TextError, match_sentences

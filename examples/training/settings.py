@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from torchmoe.nn import known_estimators
 from torchmoe.nn.estimators.registry import build_estimator
 from torchmoe.ops import NORMALIZES, ORDERS
+from training.arguments import Parser, number
 from training.routers import ROUTERS, looks_ahead
 
 HEAD_SIZE = 32  # of the attention, in every model
@@ -43,22 +43,6 @@ Value = TypeVar("Value")
 
 class SettingsError(ValueError):
     """A setting has a value that is not allowed; the message names what is."""
-
-
-def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """A parser of whole numbers (int) or numbers (float) from `low` to `high`."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {name} from {low} to {high}, got {text!r}")
-        return value
-
-    return parse
 
 
 def option(group: str, default: Value, help_text: str, **argument: object) -> Value:
@@ -338,27 +322,6 @@ def check_value(name: str, value: object) -> object:
 def is_text(value: object) -> bool:
     """Whether this is a text with something in it."""
     return isinstance(value, str) and value != ""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line; --help keeps the lines of its texts."""
-
-    def __init__(
-        self, prog: str, about: str | None, examples: str, argument_default: object = None
-    ) -> None:
-        """Takes how the program is called, what it does, and examples of its command line."""
-        super().__init__(
-            prog=prog,
-            description=about,
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argument_default,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Says what is wrong and exits with status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
 def make_parser(prog: str, description: str, examples: str, defaults: Settings) -> Parser:

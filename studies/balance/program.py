@@ -31,8 +31,9 @@ from studies.balance.experiment import CONTROL, LR, METHODS, describe, train
 from studies.balance.report import report
 from studies.common import trials
 from training import run_folder
+from training.arguments import Parser
 from training.run_folder import FolderError
-from training.settings import Parser, SettingsError
+from training.settings import SettingsError
 
 EXAMPLES = """\
 examples:

@@ -50,9 +50,10 @@ from studies.classification.yardsticks import Yardstick, majority, naive_bayes
 from studies.common import trials
 from studies.common.result import Result
 from training import corpus, run_folder
+from training.arguments import Parser, number
 from training.corpus import CorpusError
 from training.run_folder import FolderError
-from training.settings import Parser, SettingsError, number
+from training.settings import SettingsError
 
 STEPS, SEEDS, MODULES, DOMAIN = 500, 2, 16, "python"
 LR = 1e-2

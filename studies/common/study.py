@@ -24,10 +24,11 @@ from studies.common.intervals import Interval, each_confidence, t_interval
 from studies.common.outcome import Outcome, common_settings, step_seconds
 from studies.common.result import Result
 from training import corpus
+from training.arguments import number
 from training.figures import Values
 from training.program import USER_ERRORS
 from training.run_folder import cores
-from training.settings import Settings, SettingsError, make_parser, number, read_arguments
+from training.settings import Settings, SettingsError, make_parser, read_arguments
 
 CONFIDENCE = 0.95
 SEEDS = 5

@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from training.settings import Parser, number
+from training.arguments import Parser, number
 
 Run = TypeVar("Run")
 

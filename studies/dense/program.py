@@ -24,8 +24,9 @@ from studies.common.figures import comparison
 from studies.common.outcome import Outcome, common_settings, step_seconds, trained
 from studies.common.result import Result
 from training import corpus
+from training.arguments import number
 from training.program import USER_ERRORS, set_threads
-from training.settings import FEED_FORWARDS, Settings, make_parser, number, read_arguments
+from training.settings import FEED_FORWARDS, Settings, make_parser, read_arguments
 
 DEFAULTS = replace(Settings(), steps=1600, out="runs/dense")
 # What the comparison chooses itself.
