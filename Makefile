@@ -78,7 +78,7 @@ train: develop  ## Train a small MoE language model on real text (ARGS="--help" 
 compare: develop  ## Train the MoE and a dense model of equal active parameters, half an hour (ARGS="--help")
 	$(BIN)/python -m studies.dense $(ARGS)
 
-compare-estimators: develop  ## Train the MoE with each gradient estimator, over an hour (ARGS="--help")
+compare-estimators: develop  ## Train the MoE with each gradient estimator, 40 minutes (ARGS="--help")
 	$(BIN)/python -m studies.estimators $(ARGS)
 
 compare-routers: develop  ## Train the MoE with each causal router, and with experts that talk, half an hour (ARGS="--help")

@@ -29,7 +29,7 @@ from training.settings import Settings
 
 EXAMPLES = """\
 examples:
-  python -m studies.estimators                      every estimator, over an hour on two cores
+  python -m studies.estimators                      every estimator, 40 minutes on two cores
   python -m studies.estimators --estimators straight_through exact:none --seeds 10
   python -m studies.estimators --top-k 1 --out runs/estimators-top1
 """
