@@ -28,6 +28,15 @@ def test_the_page_says_how_and_what(study: Path) -> None:
     assert "torch 2" in result
 
 
+@every_study
+def test_the_page_links_to_what_its_command_wrote(study: Path) -> None:
+    written = sorted(study.glob("result*.md"))
+    assert written
+    text = (study / "README.md").read_text()
+    for file in written:
+        assert f"({file.name})" in text
+
+
 @pytest.mark.parametrize("written", sorted((ROOT / "studies").glob("*/result*.md")), ids=str)
 def test_what_a_command_wrote_is_of_a_clean_tree(written: Path) -> None:
     lines = written.read_text().splitlines()
