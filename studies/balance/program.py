@@ -23,13 +23,15 @@ the router wants, and MaxVio shows whether the router follows.
 
 from __future__ import annotations
 
-import sys
+import argparse
+from functools import partial
 
 import torch
 
 from studies.balance.experiment import CONTROL, LR, METHODS, describe, train
 from studies.balance.report import report
 from studies.common import trials
+from studies.common.command_line import NOTHING, exit_status
 from training import run_folder
 from training.arguments import Parser
 from training.run_folder import FolderError
@@ -45,26 +47,24 @@ examples:
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line, trains and reports."""
-    given = make_parser().parse_args(arguments)
-    # More threads are slower at this size.
-    torch.set_num_threads(1)
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    return exit_status(parser, partial(compare, given), (SettingsError, FolderError), NOTHING)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Trains and reports."""
+    torch.set_num_threads(1)  # more are slower at this size
     names = [name for name in METHODS if name in (CONTROL, *given.methods)]
-    try:
-        with run_folder.locked(given.out):
-            runs = trials.train_all(
-                names,
-                given.seeds,
-                given.steps,
-                lambda name, seed, advance: train(name, seed, given.steps, given.lr, advance),
-                describe,
-            )
-            report(given.out, __doc__ or "", runs, given.lr)
-    except (SettingsError, FolderError) as error:
-        make_parser().error(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    with run_folder.locked(given.out):
+        runs = trials.train_all(
+            names,
+            given.seeds,
+            given.steps,
+            lambda name, seed, advance: train(name, seed, given.steps, given.lr, advance),
+            describe,
+        )
+        report(given.out, __doc__ or "", runs, given.lr)
 
 
 def make_parser() -> Parser:

@@ -36,6 +36,7 @@ import argparse
 import io
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from studies.classification.texts import Task, domain_task, module_task
 from studies.classification.training import Run, train
 from studies.classification.yardsticks import Yardstick, majority, naive_bayes
 from studies.common import trials
+from studies.common.command_line import NOTHING, exit_status
 from studies.common.result import Result
 from training import corpus, run_folder
 from training.arguments import Parser, number
@@ -71,28 +73,28 @@ def main(arguments: list[str] | None = None) -> int:
     """Reads the command line, trains and reports."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal can show a mark for line ends
-    given = make_parser().parse_args(arguments)
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    errors = (SettingsError, CorpusError, FolderError)
+    return exit_status(parser, partial(compare, given), errors, NOTHING)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Trains and reports."""
     torch.set_num_threads(1)  # more are slower at this size
-    try:
-        with run_folder.locked(given.out):
-            task = make_task(given)
-            display.print_task(task)
-            yardsticks = {"majority class": majority(task), **naive_bayes(task)}
-            names = [name for name in ROUTERS if name in given.routers]
-            runs = trials.train_all(
-                names,
-                given.seeds,
-                given.steps,
-                lambda name, seed, advance: train(name, task, seed, given.steps, given.lr, advance),
-                describe,
-            )
-            report(given.out, task, yardsticks, runs, given)
-    except (SettingsError, CorpusError, FolderError) as error:
-        make_parser().error(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    with run_folder.locked(given.out):
+        task = make_task(given)
+        display.print_task(task)
+        yardsticks = {"majority class": majority(task), **naive_bayes(task)}
+        names = [name for name in ROUTERS if name in given.routers]
+        runs = trials.train_all(
+            names,
+            given.seeds,
+            given.steps,
+            lambda name, seed, advance: train(name, task, seed, given.steps, given.lr, advance),
+            describe,
+        )
+        report(given.out, task, yardsticks, runs, given)
 
 
 def make_parser() -> Parser:

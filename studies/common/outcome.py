@@ -76,6 +76,17 @@ def common_settings(
     return common
 
 
+def checked(settings: Settings) -> Settings:
+    """The settings of one kind of model, which are not the common ones.
+
+    Raises:
+        SettingsError: there is no such model.
+    """
+    settings.check()
+    train_lm.check(settings)
+    return settings
+
+
 def trained(settings: Settings, text: corpus.Text) -> Outcome:
     """The run with these settings, trained to its end; one that was begun before goes on."""
     folder = RunFolder(Path(settings.out))

@@ -6,9 +6,9 @@ A program that compares says in a `Study` what its kinds are, and is run by `run
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich import box
 from rich.table import Table
 
 from studies.common import figures, pool
+from studies.common.command_line import RESUMABLE, add_seeds, exit_status
 from studies.common.figures import Comparison, Curve
 from studies.common.intervals import Interval, each_confidence, t_interval
 from studies.common.outcome import Outcome, common_settings, step_seconds
@@ -108,13 +109,7 @@ def run(study: Study, arguments: list[str] | None = None) -> int:
         metavar="NAME",
         help=f"which, besides {study.yardstick}: {study.name_help}",
     )
-    parser.add_argument(
-        "--seeds",
-        type=number(int, 1, 100),
-        default=SEEDS,
-        metavar="N",
-        help=f"of each (default {SEEDS})",
-    )
+    add_seeds(parser, SEEDS)
     parser.add_argument(
         "--jobs",
         type=number(int, 1, 4096),
@@ -122,15 +117,13 @@ def run(study: Study, arguments: list[str] | None = None) -> int:
         help="runs at a time, each on --threads of its own (default as many as the cores can)",
     )
     given = read_arguments(parser, arguments)
-    try:
-        names, seeds, jobs = given.pop(study.nouns), given.pop("seeds"), given.pop("jobs", None)
-        compare(study, names, seeds, jobs, given)
-    except (*USER_ERRORS, pool.RunError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    names, seeds, jobs = given.pop(study.nouns), given.pop("seeds"), given.pop("jobs", None)
+    return exit_status(
+        parser,
+        partial(compare, study, names, seeds, jobs, given),
+        (*USER_ERRORS, pool.RunError),
+        RESUMABLE,
+    )
 
 
 def compare(

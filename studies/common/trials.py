@@ -11,6 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
+from studies.common.command_line import add_seeds
 from training.arguments import Parser, number
 
 Run = TypeVar("Run")
@@ -25,13 +26,7 @@ def add_options(parser: Parser, steps: int, seeds: int, lr: float, out: str) -> 
         metavar="N",
         help=f"optimizer steps of each run (default {steps})",
     )
-    parser.add_argument(
-        "--seeds",
-        type=number(int, 1, 100),
-        default=seeds,
-        metavar="N",
-        help=f"runs of each kind (default {seeds})",
-    )
+    add_seeds(parser, seeds, "runs of each kind")
     parser.add_argument(
         "--lr",
         type=number(float, 1e-9, 10.0),

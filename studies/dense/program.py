@@ -10,7 +10,6 @@ equal time. Stopped and started again, it goes on where it was.
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -20,11 +19,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from studies.common.command_line import RESUMABLE, add_seeds, exit_status
 from studies.common.figures import comparison
 from studies.common.outcome import Outcome, common_settings, step_seconds, trained
 from studies.common.result import Result
 from training import corpus
-from training.arguments import number
 from training.program import USER_ERRORS, set_threads
 from training.settings import FEED_FORWARDS, Settings, make_parser, read_arguments
 
@@ -44,18 +43,9 @@ MOST_RATES = 6
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and compares."""
     parser = make_parser("python -m studies.dense", __doc__ or "", EXAMPLES, DEFAULTS)
-    parser.add_argument(
-        "--seeds", type=number(int, 1, 100), default=3, metavar="N", help="of each (default 3)"
-    )
+    add_seeds(parser, 3)
     given = read_arguments(parser, arguments)
-    try:
-        compare(given.pop("seeds"), given)
-    except USER_ERRORS as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(parser, partial(compare, given.pop("seeds"), given), USER_ERRORS, RESUMABLE)
 
 
 def compare(seeds: int, given: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-import train_lm
+from studies.common.outcome import checked
 from studies.common.study import Study, run
 from torchmoe.nn import known_estimators
 from torchmoe.ops import NORMALIZES
@@ -56,10 +56,7 @@ def settings_of(kind: str, common: Settings) -> Settings:
         SettingsError: it is not defined for its normalisation.
     """
     name, _, normalize = kind.partition(":")
-    settings = replace(common, estimator=name, normalize=normalize or common.normalize)
-    settings.check()
-    train_lm.check(settings)
-    return settings
+    return checked(replace(common, estimator=name, normalize=normalize or common.normalize))
 
 
 STUDY = Study(

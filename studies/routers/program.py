@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-import train_lm
+from studies.common.outcome import checked
 from studies.common.study import Study, run
 from training.routers import ROUTERS, looks_ahead
 from training.settings import Settings
@@ -48,12 +48,9 @@ def settings_of(kind: str, common: Settings) -> Settings:
     Raises:
         SettingsError: it looks ahead.
     """
-    settings = replace(
-        common, router=kind.removesuffix(SUFFIX), communication=kind.endswith(SUFFIX)
+    return checked(
+        replace(common, router=kind.removesuffix(SUFFIX), communication=kind.endswith(SUFFIX))
     )
-    settings.check()
-    train_lm.check(settings)
-    return settings
 
 
 STUDY = Study(
