@@ -9,6 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 import train_lm
+from refused import refused
 from torchmoe.nn import known_estimators
 from torchmoe.nn.estimators.registry import build_estimator
 from training.settings import (
@@ -66,12 +67,8 @@ def read(*arguments: str) -> dict[str, Any]:
 
 def refuses(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line with which the whole program refuses."""
-    with pytest.raises(SystemExit) as exit_info:
-        train_lm.main([*arguments])
-    assert exit_info.value.code == 2
-    output, error = capsys.readouterr()
+    output, error = refused(capsys, train_lm.main, *arguments)
     assert output == ""
-    assert error.count("\n") == 1
     assert error.startswith("train_lm.py: error: ")
     assert error.endswith(" (--help lists the options)\n")
     return error

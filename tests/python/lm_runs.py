@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import train_lm
+from refused import refused
 from training import checkpoint
 
 SCRIPT = train_lm.__file__
@@ -37,12 +38,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr with which the program refuses, inside this process for speed."""
-    with pytest.raises(SystemExit) as exit_info:
-        train_lm.main(list(arguments))
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    """The one line on stderr with which the program refuses."""
+    error = refused(capsys, train_lm.main, *arguments).err
     assert error.startswith("train_lm.py: error: ")
     return error
 

@@ -13,17 +13,9 @@ from pathlib import Path
 import pytest
 
 import train_lm
+from refused import refused
 from training import run_folder
 from training.run_folder import FolderError
-
-
-def refusal(capsys: pytest.CaptureFixture[str], main: object, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    assert end.value.code == 2
-    error: str = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
 
 
 def test_who_has_it(tmp_path: Path) -> None:
@@ -76,7 +68,7 @@ def test_training_refuses_a_folder_in_use(
     arguments = [*([] if more else [*tiny, "--steps", "4"]), *out, *more]
     with run_folder.locked(tmp_path):
         lock = tmp_path / run_folder.LOCK
-        error = refusal(capsys, train_lm.main, *arguments)
+        error = refused(capsys, train_lm.main, *arguments).err
         assert f"{tmp_path} is in use by process {os.getpid()} on" in error
         after = {path: path.stat().st_mtime_ns for path in before if path != lock}
         assert after == {path: time for path, time in before.items() if path != lock}

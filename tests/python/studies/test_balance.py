@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import torchmoe
+from refused import refused
 from studies.balance import experiment, program, report
 from studies.balance.experiment import CONTROL, EXPERTS, HEALTHY, METHODS, TOP_K, Run
 from torchmoe.nn import Balance
@@ -121,10 +122,7 @@ def test_same_seed_same_numbers() -> None:
     ["--methods magic", "--steps 0", "--steps 1.5", "--seeds 0", "--lr nan", "--lr 0", "--quick"],
 )
 def test_refuses(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--out", str(tmp_path), *option.split()])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refused(capsys, program.main, "--out", str(tmp_path), *option.split()).err
     assert error.startswith("python -m studies.balance: error: ")
     assert option.split()[0] in error
 
@@ -139,13 +137,10 @@ def test_a_loss_that_is_not_finite_ends_it(
         return tokens, target * torch.inf
 
     monkeypatch.setattr(experiment.Task, "batch", infinite)
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--steps", "1", "--lr", "2", "--out", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert error.startswith(
+    arguments = ["--steps", "1", "--lr", "2", "--out", str(tmp_path)]
+    assert refused(capsys, program.main, *arguments).err.startswith(
         "python -m studies.balance: error: --lr must be lower, got 2: the loss of control is "
     )
-    assert error.count("\n") == 1
 
 
 def test_ctrl_c(

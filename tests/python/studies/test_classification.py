@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from classified import DOMAINS, SEQUENCE, lively, numbered, random_texts
+from refused import refused
 from studies.classification import display, program, texts, training
 from studies.classification.evaluation import KINDS, Findings, by_class, evaluate, wilson
 from studies.classification.model import (
@@ -336,10 +337,7 @@ def test_runs_the_module_task_with_a_few_routers(
     ],
 )
 def test_refuses(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--out", str(tmp_path), *option.split()])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refused(capsys, program.main, "--out", str(tmp_path), *option.split()).err
     assert error.startswith("python -m studies.classification: error: ")
     assert option.split()[0] in error
 
@@ -359,11 +357,9 @@ def test_refuses_what_the_text_does_not_have(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--out", str(tmp_path), *options.split(), "--data", *data])
-    error = capsys.readouterr().err
+    arguments = ["--out", str(tmp_path), *options.split(), "--data", *data]
+    error = refused(capsys, program.main, *arguments).err
     assert error.startswith(f"python -m studies.classification: error: {message}")
-    assert error.count("\n") == 1
 
 
 def test_refuses_one_domain_and_too_little_text() -> None:
@@ -390,13 +386,10 @@ def test_a_loss_that_is_not_finite_ends_it(
         return scores._replace(logits=scores.logits * torch.nan)
 
     monkeypatch.setattr(Classifier, "forward", infinite)
-    with pytest.raises(SystemExit, match="2"):
-        program.main([*TINY, "--lr", "2", "--data", *data, "--out", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert error.startswith(
+    arguments = [*TINY, "--lr", "2", "--data", *data, "--out", str(tmp_path)]
+    assert refused(capsys, program.main, *arguments).err.startswith(
         "python -m studies.classification: error: --lr must be lower, got 2: the loss of linear is "
     )
-    assert error.count("\n") == 1
 
 
 def test_ctrl_c(

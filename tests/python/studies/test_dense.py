@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from refused import refused
 from studies.dense import program
 
 RUN = re.compile(r"^  (\w+)-lr([\d.e-]+)-seed(\d)-steps(\d+) .* held-out ([\d.]+)", re.MULTILINE)
@@ -66,10 +67,7 @@ def test_compares(tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[s
 def test_refuses_what_it_chooses_itself(
     option: str, tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        program.main([*tiny, *option.split(), "--out", str(folder)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refused(capsys, program.main, *tiny, *option.split(), "--out", str(folder)).err
     assert error.startswith(f"python -m studies.dense: error: {option.split()[0]} ")
 
 

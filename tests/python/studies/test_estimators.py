@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refused import refused
 from studies.common import pool, study
 from studies.estimators import program
 from studies.estimators.program import STUDY
@@ -104,10 +105,7 @@ def test_a_failed_run_ends_it(
     tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [*tiny, *SHORT, "--jobs", "1", "--out", str(folder)]
-    with pytest.raises(SystemExit, match="2"):
-        program.main([*options, "--lr", "0.1"])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refused(capsys, program.main, *options, "--lr", "0.1").err
     assert error.startswith(
         "python -m studies.estimators: error: "
         "exact-seed0-steps24: --lr is 0.003 in the run to resume"
@@ -125,10 +123,7 @@ def test_a_failed_run_ends_it(
 def test_refuses(
     option: str, tiny: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        program.main([*tiny, *option.split(), "--out", str(folder)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refused(capsys, program.main, *tiny, *option.split(), "--out", str(folder)).err
     name = "python -m studies.estimators"
     assert re.match(rf"{name}: error: (argument )?{option.split()[0]}\W", error)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from refused import refused
 from studies.balance import program as balance
 from studies.classification import program as classification
 from studies.common import outcome
@@ -18,11 +19,8 @@ from training.settings import Settings
 
 @pytest.mark.parametrize("program", [balance, classification])
 def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object) -> None:
-    with run_folder.locked(tmp_path), pytest.raises(SystemExit) as end:
-        program.main(["--out", str(tmp_path)])
-    assert end.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    with run_folder.locked(tmp_path):
+        error = refused(capsys, program.main, "--out", str(tmp_path)).err
     assert "is in use by process" in error
 
 
@@ -33,9 +31,7 @@ def test_refuses_a_folder_that_is_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object, name: str
 ) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit, match="2"):
-        program.main(["--out", str(tmp_path / "file")])
-    output = capsys.readouterr()
+    output = refused(capsys, program.main, "--out", str(tmp_path / "file"))
     assert re.fullmatch(
         rf"python -m studies.{name}: error: --out: cannot write to .*file: .*\n", output.err
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from refused import refused
 from studies.common import pool, study
 from studies.routers import program
 from torchmoe.nn import CosineRouter, ExpertCommunication, HashRouter, Router, SequenceRouter
@@ -87,8 +88,5 @@ def test_the_model_is_made_of_what_was_named(name: str, suffix: str) -> None:
 def test_refuses(
     name: str, message: str, tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        program.main([*tiny, "--routers", name, "--out", str(tmp_path)])
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    error = refused(capsys, program.main, *tiny, "--routers", name, "--out", str(tmp_path)).err
     assert error.startswith(f"python -m studies.routers: error: {message}")
