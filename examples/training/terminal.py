@@ -71,8 +71,12 @@ class OnePress:
     The others would reach whatever deals with the first: the end of a file, a message.
     """
 
-    def __init__(self, handle: Callable[[int, FrameType | None], object]) -> None:
+    def __init__(
+        self, handle: Callable[[int, FrameType | None], object], former: object = None
+    ) -> None:
+        """Takes what handles the first, and the handler in whose place this one is for a while."""
         self._handle = handle
+        self._former = former
         self._last = -math.inf
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -81,6 +85,8 @@ class OnePress:
         if now - self._last > ONE_PRESS:
             self._last = now
             self._handle(number, frame)
+            if isinstance(self._former, OnePress):  # which may be back when the others come
+                self._former._last = now
 
 
 @contextmanager
@@ -105,7 +111,7 @@ def asked_to_stop() -> Iterator[list[int]]:
 
     before = {}
     for number, handler in (
-        (signal.SIGINT, OnePress(remember)),
+        (signal.SIGINT, OnePress(remember, signal.getsignal(signal.SIGINT))),
         (signal.SIGTERM, remember),
         (signal.SIGHUP, remember),
     ):

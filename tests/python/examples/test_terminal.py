@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import train_lm
-from training import checkpoint
+from training import checkpoint, terminal
 
 EXAMPLES = Path(train_lm.__file__).parent
 PROGRAMS = ("train_lm", "gating_walkthrough")
@@ -110,6 +110,18 @@ def test_ctrl_c_several_times(tiny: list[str], tmp_path: Path, presses: int) -> 
     assert errors == ""
     assert child.returncode == 130
     assert f"interrupted after {checkpoint.load(tmp_path).progress.step} steps" in output
+
+
+def test_ctrl_c_after_the_stop_is_still_the_same_press() -> None:
+    """What handled Ctrl-C before is back in its place when the last of the presses comes."""
+    before = signal.signal(signal.SIGINT, terminal.OnePress(signal.default_int_handler))
+    try:
+        with terminal.asked_to_stop() as received:
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert received == [signal.SIGINT]
 
 
 def test_ctrl_c_leaves_a_background_job_alone(tiny: list[str], tmp_path: Path) -> None:
