@@ -255,14 +255,12 @@ def train(job: Job, text: Text, folder: RunFolder, group: Processes) -> bool:
 
     Leaves a checkpoint of the last step. Gives whether it was asked to stop.
     """
-    model, settings = job.model, job.settings
-    # Compiled for the one shape of training; held-out tests and samples use the model as it is.
-    learner = group.wrap(cast(nn.Module, torch.compile(model)) if settings.compile else model)
+    learner = group.wrap(job.learner)
     learner.train()
     with Recorder(job, text, folder, group) as recorder:
         while not recorder.is_over:
             lr = learning_rate(job, recorder.share)
-            batch = next_batch(text, job.progress.step, settings, group)
+            batch = next_batch(text, job.progress.step, job.settings, group)
             recorder.add(optimizer_step(job, learner, batch, lr, group), lr)
     return recorder.share < 1
 

@@ -38,9 +38,9 @@ def public_names(module: ModuleType, kind: str) -> list[str]:
         names = [
             name
             for name, value in vars(module).items()
-            if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+            if not name.startswith("_")
+            and (name.isupper() or getattr(value, "__module__", None) == module.__name__)
         ]
-        names += [name for name in vars(module) if name.isupper() and not name.startswith("_")]
     return [name for name in names if KINDS[kind](name, getattr(module, name))]
 
 

@@ -90,9 +90,10 @@ else:
 # And it trains:
 
 if can_build:
-    print(run(folder / "build" / "first"), end="")
+    printed = run(folder / "build" / "first")
+    print(printed, end="")
     # sphinx_gallery_start_ignore
-    rows = [line.split() for line in run(folder / "build" / "first").splitlines()[1:]]
+    rows = [line.split() for line in printed.splitlines()[1:]]
     assert float(rows[-1][1]) < 0.5 * float(rows[0][1])
     assert int(rows[-1][2]) < int(rows[0][2])
     assert int(rows[-1][3]) > int(rows[0][3])

@@ -1,1 +1,1 @@
-"""What surrounds a training run: settings, text, checkpoints, display, report. No model is here."""
+"""What surrounds a training run, whatever the model: settings, text, display, report."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from training.corpus import Text
+from training.corpus import Text, hash_of
 from training.parallel import Processes
 from training.settings import Settings
 
@@ -43,4 +42,4 @@ def next_batch(text: Text, step: int, settings: Settings, group: Processes) -> B
 def step_seed(purpose: str, *numbers: int) -> int:
     """A seed for one step. Since nothing is drawn from before, there is no random state to save."""
     text = " ".join([purpose, *map(str, numbers)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return hash_of(text) >> 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 import torchmoe
 from training import checkpoint, run_folder
@@ -30,6 +31,16 @@ class Job:
     """Follows the experts while the run trains; None of a dense model."""
     origin: dict[str, Any] = field(default_factory=dict)
     """What computes and what it reads, once the run has its folder; part of its checkpoints."""
+
+    @property
+    def learner(self) -> nn.Module:
+        """The model as it trains: compiled where the settings say so, for one shape of batches.
+
+        Held-out tests and samples use the model as it is.
+        """
+        if self.settings.compile:
+            return cast(nn.Module, torch.compile(self.model))
+        return self.model
 
     def save(self, folder: RunFolder) -> None:
         """Writes the checkpoint of this step."""

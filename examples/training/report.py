@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from torchmoe import Watcher
-from training import figures, metrics, ngrams, run_folder
+from training import metrics, ngrams, run_folder
 from training.checkpoint import Progress
 from training.corpus import Text
 from training.evaluation import Evaluation, evaluate, generate, held_out_windows, readable
@@ -188,9 +187,12 @@ def draw(
     The load of the experts is drawn twice: that of the whole run from its records, and step by step
     as far as the watcher saw it.
     """
+    # The import takes time, and only this needs it.
+    from training import figures
+
     records = [asdict(record) for record in metrics.read(folder)]
     bits = {order: statistics.fmean(by.values()) for order, by in held_out.ngrams.items()}
-    drawn: dict[str, Figure] = {"loss": figures.loss_curves(records, bits, held_out.bits)}
+    drawn = {"loss": figures.loss_curves(records, bits, held_out.bits)}
     if kinds:
         drawn["expert_load"] = figures.expert_load(records)
         drawn["specialization"] = figures.specialization(*kinds)

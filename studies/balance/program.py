@@ -31,7 +31,7 @@ import torch
 from studies.balance.experiment import CONTROL, LR, METHODS, describe, train
 from studies.balance.report import report
 from studies.common import trials
-from studies.common.command_line import NOTHING, exit_status
+from studies.common.program import NOTHING, exit_status
 from training import run_folder
 from training.arguments import Parser
 from training.run_folder import FolderError

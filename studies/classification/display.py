@@ -17,11 +17,13 @@ from studies.classification.training import BATCH, Run
 from studies.classification.yardsticks import Yardstick
 from studies.common.result import Result
 from training import specialization
+from training.routers import is_pooled
 
 LINE = 76  # characters of a text that is shown
 SHOWN_TEXTS = 3
 MARKED = 8  # positions of each
 NAME = 25  # characters of a class's name that are shown
+POOLED = "sequence_attention"  # the router that pools by a learned query
 LAST = -1  # the block whose routers are looked at
 RARE = 0.005  # share of the positions; a rarer kind is not shown
 
@@ -98,7 +100,7 @@ def accuracy_cells(accuracy: float, texts: int) -> tuple[str, str]:
 
 def show_classes(result: Result, task: Task, runs: Mapping[str, Sequence[Run]]) -> None:
     """Which expert serves which class, of the routers that decide for a whole sequence."""
-    shown = {name: some[0].findings for name, some in runs.items() if name.startswith("sequence_")}
+    shown = {name: some[0].findings for name, some in runs.items() if is_pooled(name)}
     if not shown:
         return
     result.say(
@@ -147,18 +149,23 @@ def information(found: Findings, task: Task) -> specialization.Specialization:
     return told
 
 
+def pooled_weights(task: Task, runs: Mapping[str, Sequence[Run]], text: int) -> Tensor:
+    """How the learned query weighs a text in the last block, first seed: [1 + bytes], CLS first."""
+    pooling = runs[POOLED][0].findings.pooling
+    assert pooling is not None
+    return pooling[LAST, text, task.test.token_mask[text]]
+
+
 def print_pooling(task: Task, runs: Mapping[str, Sequence[Run]]) -> None:
     """The bytes of a few texts that decide, by the learned query."""
-    if "sequence_attention" not in runs:
+    if POOLED not in runs:
         return
-    pooling = runs["sequence_attention"][0].findings.pooling
-    assert pooling is not None
     print(
-        f"\nWhat sequence_attention pools: ^ the {MARKED} bytes with the largest weights. Last "
+        f"\nWhat {POOLED} pools: ^ the {MARKED} bytes with the largest weights. Last "
         "block, first seed."
     )
     for text in shown_texts(task):
-        weights = pooling[LAST, text, task.test.token_mask[text]]  # [1 + bytes]
+        weights = pooled_weights(task, runs, text)
         best = weights[1:].topk(MARKED)
         even = MARKED / len(weights)
         print(

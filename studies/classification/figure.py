@@ -10,13 +10,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 
-from studies.classification.display import LAST, one_line, short_names, shown_texts
+from studies.classification.display import (
+    LAST,
+    POOLED,
+    one_line,
+    pooled_weights,
+    short_names,
+    shown_texts,
+)
 from studies.classification.evaluation import by_class, wilson
 from studies.classification.model import EXPERTS
 from studies.classification.texts import Task
 from studies.classification.training import Run
 from studies.classification.yardsticks import Yardstick
 from training import figures
+from training.routers import is_pooled
 
 MAP_COLUMNS = 4
 ROW = 64  # bytes of a text in a row of bars
@@ -32,7 +40,7 @@ def draw(
         0.24 * len(runs) + 1.3,
         rows * (0.17 * len(task.classes) + 0.6) + 0.3,
     ]
-    pools = "sequence_attention" in runs
+    pools = POOLED in runs
     if pools:
         text = shown_texts(task)[0]
         written = one_line(task.test.bytes_of(text))
@@ -42,9 +50,7 @@ def draw(
     draw_accuracy(parts[0], task, yardsticks, runs)
     draw_classes(parts[1], task, runs, rows, columns)
     if pools:
-        pooling = runs["sequence_attention"][0].findings.pooling
-        assert pooling is not None
-        weights = pooling[LAST, text, task.test.token_mask[text]].tolist()
+        weights = pooled_weights(task, runs, text).tolist()
         label = task.classes[task.test.labels[text]]
         draw_pooling(parts[2], label, written, weights)
     return whole
@@ -62,7 +68,7 @@ def draw_accuracy(
         accuracies = [run.findings.score.accuracy for run in some]
         mean = fmean(accuracies)
         low, high = wilson(mean, len(task.test))
-        colour = SEQUENCE if name.startswith("sequence_") else TOKEN
+        colour = SEQUENCE if is_pooled(name) else TOKEN
         axes.barh(place, 100 * mean, color=colour, alpha=0.55, height=0.7)
         axes.plot([100 * low, 100 * high], [place] * 2, color="black", linewidth=1.2)
         dots = [100 * accuracy for accuracy in accuracies]

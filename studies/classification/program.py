@@ -49,7 +49,7 @@ from studies.classification.texts import Task, domain_task, module_task
 from studies.classification.training import Run, train
 from studies.classification.yardsticks import Yardstick, majority, naive_bayes
 from studies.common import trials
-from studies.common.command_line import NOTHING, exit_status
+from studies.common.program import NOTHING, exit_status
 from studies.common.result import Result
 from training import corpus, run_folder
 from training.arguments import Parser, number

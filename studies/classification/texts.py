@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from train_lm import VOCABULARY
 from training import cleaning
 from training.cleaning import Document
-from training.corpus import CorpusError, Domain
+from training.corpus import CorpusError, Domain, as_bytes
 from training.settings import SettingsError
 
 SHORTEST, LONGEST = 48, 128  # bytes
@@ -145,9 +145,12 @@ def make_task(
     if len(classes) < 2:
         raise SettingsError(f"--data must name at least two paths for --task {name}, got 1")
     generator = torch.Generator().manual_seed(TEST_SEED)
-    training = [[d for d in map(as_bytes, documents) if len(d) >= LONGEST] for documents in train]
+    training = [
+        [data for document in documents if len(data := as_bytes([document])) >= LONGEST]
+        for documents in train
+    ]
     pieces = [
-        [piece for document in documents for piece in cut(as_bytes(document), generator)]
+        [piece for document in documents for piece in cut(as_bytes([document]), generator)]
         for documents in test
     ]
     for label, place in zip(classes, range(len(classes)), strict=True):
@@ -161,12 +164,6 @@ def make_task(
     ]
     labels = [place for place in range(len(classes)) for _ in range(count)]
     return Task(name, tuple(classes), training, as_texts(chosen, labels))
-
-
-def as_bytes(document: Document) -> Tensor:
-    """The document as UTF-8, uint8."""
-    data = bytearray(document.text.encode())
-    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def cut(document: Tensor, generator: torch.Generator) -> list[Tensor]:

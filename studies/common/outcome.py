@@ -8,10 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import torch
-from torch import nn
+from typing import Any
 
 import train_lm
 from training import corpus, metrics, program, run_folder
@@ -111,10 +108,7 @@ def step_seconds(kinds: Mapping[str, Settings], text: corpus.Text) -> dict[str, 
     They take turns, so that what else the machine does meets them all alike.
     """
     jobs = {name: train_lm.new_job(some) for name, some in kinds.items()}
-    learners = {
-        name: cast(nn.Module, torch.compile(job.model)) if job.settings.compile else job.model
-        for name, job in jobs.items()
-    }
+    learners = {name: job.learner for name, job in jobs.items()}
     least = dict.fromkeys(kinds, float("inf"))
     for _ in range(TIMED_ROUNDS):
         for name, job in jobs.items():

@@ -1,4 +1,4 @@
-"""What the command lines of all studies have in common."""
+"""What the programs of all studies have in common: an option, and how they end."""
 
 from __future__ import annotations
 

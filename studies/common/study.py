@@ -19,10 +19,10 @@ from rich import box
 from rich.table import Table
 
 from studies.common import figures, pool
-from studies.common.command_line import RESUMABLE, add_seeds, exit_status
 from studies.common.figures import Comparison, Curve
 from studies.common.intervals import Interval, each_confidence, t_interval
 from studies.common.outcome import Outcome, common_settings, step_seconds
+from studies.common.program import RESUMABLE, add_seeds, exit_status
 from studies.common.result import Result
 from training import corpus
 from training.arguments import number

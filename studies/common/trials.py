@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from studies.common.command_line import add_seeds
+from studies.common.program import add_seeds
 from training.arguments import Parser, number
 
 Run = TypeVar("Run")

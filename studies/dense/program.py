@@ -19,9 +19,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from studies.common.command_line import RESUMABLE, add_seeds, exit_status
 from studies.common.figures import comparison
 from studies.common.outcome import Outcome, common_settings, step_seconds, trained
+from studies.common.program import RESUMABLE, add_seeds, exit_status
 from studies.common.result import Result
 from training import corpus
 from training.program import USER_ERRORS, set_threads
