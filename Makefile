@@ -206,7 +206,7 @@ docs: develop doxygen  ## Build the documentation site in build/docs, its tutori
 	$(SPHINX) docs $(SITE)
 	@echo "make: $(SITE)/index.html"
 
-tutorials: develop doxygen  ## Run every tutorial again, and build the site
+tutorials:  ## Run every tutorial again, and build the site
 	rm -rf docs/gallery
 	$(MAKE) docs
 

@@ -2,7 +2,7 @@
 
 Run it as `make browse`. It fails where a page writes an error to the console, asks for a file that
 is not there, is wider than the window, or shows an image that did not load. build/browser/ has a
-picture of each page.
+picture of what a window shows of each page first.
 """
 
 from __future__ import annotations

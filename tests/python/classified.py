@@ -11,8 +11,9 @@ from studies.classification.model import (
 from studies.classification.texts import Texts, as_texts
 from training.cleaning import Document
 from training.corpus import Domain
+from training.routers import is_pooled
 
-SEQUENCE = [name for name in ROUTERS if name.startswith("sequence_")]
+SEQUENCE = [name for name in ROUTERS if is_pooled(name)]
 
 
 def numbered(name: str, lines: int) -> Document:

@@ -15,7 +15,10 @@ _CACHES = tempfile.TemporaryDirectory(prefix="torchmoe-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES.name
 
 # These assert on behalf of the test files, so that their failures must show values as theirs do.
-pytest.register_assert_rewrite("drawn", "op_case", "op_harness", "gradient_harness", "watched")
+pytest.register_assert_rewrite(
+    *("documents", "drawn", "gradient_harness", "lm_command_line", "lm_runs"),
+    *("op_case", "op_harness", "refused", "watched"),
+)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from matplotlib.text import Text
 
 import gating_walkthrough
 import train_lm
+from refused import refused
 from training import checkpoint
 from walkthrough import figure, sentences
 from walkthrough.made_up import EXPERTS, POETRY
@@ -199,14 +200,10 @@ def test_reads_a_hash_router(
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        gating_walkthrough.main(list(arguments))
-    assert exit_info.value.code == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.count("\n") == 1
-    assert output.err.startswith("gating_walkthrough.py: error: ")
-    return output.err
+    output, error = refused(capsys, gating_walkthrough.main, *arguments)
+    assert output == ""
+    assert error.startswith("gating_walkthrough.py: error: ")
+    return error
 
 
 def test_refuses_text_that_it_cannot_read(

@@ -228,7 +228,7 @@ def test_one_line_has_a_character_for_each_byte() -> None:
 
 
 def test_marks_are_below_the_bytes_with_the_largest_weights(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     letters = bytes(range(ord("A"), ord("A") + 26)) * 4
     task = task_of([letters] * 2, [[letters[:100]], [letters[1:61]]])
@@ -240,11 +240,8 @@ def test_marks_are_below_the_bytes_with_the_largest_weights(
     pooling[:, :, 0] = 0.5  # CLS is no byte
     nothing = torch.zeros(0)
     found = Findings(Yardstick(1, 0), *[nothing] * 6, pooling)
-    display_marked, display.MARKED = display.MARKED, 5
-    try:
-        display.print_pooling(task, {"sequence_attention": [Run(found, [], 0, 0)]})
-    finally:
-        display.MARKED = display_marked
+    monkeypatch.setattr(display, "MARKED", 5)
+    display.print_pooling(task, {"sequence_attention": [Run(found, [], 0, 0)]})
     lines = capsys.readouterr().out.splitlines()
     assert "class 0: they have 100 % of the weight (even: 5 %), CLS has 50 %" in lines
     assert [line[2:] for line in lines if set(line) == {" ", "^"}] == [

@@ -28,10 +28,7 @@ NAMES = [f"{name}-seed{seed}-steps24" for seed in (0, 1) for name in ("exact", O
 SHORT = ("--steps", "24", "--checkpoint-every", "8", "--seeds", "2", "--estimators", OTHER)
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the timed steps short where other work has the cores."""
-    monkeypatch.setattr(study, "cores", lambda: 1)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")

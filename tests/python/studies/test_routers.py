@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from refused import refused
-from studies.common import pool, study
+from studies.common import pool
 from studies.routers import program
 from torchmoe.nn import CosineRouter, ExpertCommunication, HashRouter, Router, SequenceRouter
 from train_lm import ByteLM
@@ -25,10 +25,7 @@ CLASSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keeps the timed steps short where other work has the cores."""
-    monkeypatch.setattr(study, "cores", lambda: 1)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.mark.study

@@ -19,6 +19,7 @@ import pytest
 
 from benchmarks.machine import processor
 from lm_command_line import OPTION_NAMES
+from refused import refused
 
 ROOT = Path(__file__).parents[3]
 OF_A_COMPARISON = ["--seeds", "--jobs"]
@@ -163,9 +164,7 @@ def test_help_names_all_options(name: str, capsys: pytest.CaptureFixture[str]) -
 @every_study
 def test_a_wrong_option_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = import_module(f"studies.{name}.program").main
-    with pytest.raises(SystemExit, match="2"):
-        main(["--seeds", "none"])
-    output, error = capsys.readouterr()
+    output, error = refused(capsys, main, "--seeds", "none")
     assert output == ""
     assert error == (
         f"python -m studies.{name}: error: argument --seeds: must be a whole number from 1 to 100, "
