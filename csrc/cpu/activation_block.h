@@ -1,9 +1,10 @@
 // The experts' activation, forward and backward, over a block of rows and columns.
 //
-// T is the stored type; Acc, float or double, the type of the arithmetic. float32 goes to the
-// kernels of cpu/simd where the processor has them.
+// T is the stored type, which what lies between two products is rounded to; Acc, float or double, the
+// type of the arithmetic. That of float32 is in cpu/simd.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -27,28 +28,26 @@ struct ActivationBlock {
   T* pre_gate;  // [rows, columns]
   T* pre_up;
   int64_t pre_stride;
-  Acc* act;  // [rows, columns]
+  T* act;  // [rows, columns]
   int64_t act_stride;
 };
 
 template <typename T, typename Acc>
 void activate_block(Activation activation, const ActivationBlock<T, Acc>& block) {
   if constexpr (std::is_same_v<Acc, float>) {
-    if (const Simd* functions = simd()) {
-      return functions->activate({nonlinearity_of(activation),
-                                  block.rows,
-                                  block.columns,
-                                  block.gate,
-                                  block.up,
-                                  block.stride,
-                                  numbers(block.gate_bias),
-                                  numbers(block.up_bias),
-                                  numbers(block.pre_gate),
-                                  numbers(block.pre_up),
-                                  block.pre_stride,
-                                  block.act,
-                                  block.act_stride});
-    }
+    return simd().activate({nonlinearity_of(activation),
+                            block.rows,
+                            block.columns,
+                            block.gate,
+                            block.up,
+                            block.stride,
+                            numbers(block.gate_bias),
+                            numbers(block.up_bias),
+                            numbers(block.pre_gate),
+                            numbers(block.pre_up),
+                            block.pre_stride,
+                            numbers(block.act),
+                            block.act_stride});
   }
   with_nonlinearity(nonlinearity_of(activation), [&](auto f) {
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -73,7 +72,7 @@ void activate_block(Activation activation, const ActivationBlock<T, Acc>& block)
           }
           act *= up;
         }
-        block.act[r * block.act_stride + c] = act;
+        block.act[r * block.act_stride + c] = static_cast<T>(act);
       }
     }
   });
@@ -81,7 +80,8 @@ void activate_block(Activation activation, const ActivationBlock<T, Acc>& block)
 
 /// With dA' = dL/dy w_out (the weight not yet in):
 ///
-///     dots           <dA', a>                       the columns' share of the weight's gradient
+///     dots           <dA', a>                       each stretch of columns' share of the weight's
+///                                                   gradient
 ///     weighted_act   weight * a                     for w_out's gradient
 ///     grad_gate, _up weight * dA' * da/dpre
 template <typename T, typename Acc>
@@ -94,41 +94,45 @@ struct ActivationBackwardBlock {
   const T* pre_up;    // null for a plain activation
   int64_t pre_stride;
   const Acc* weights;  // [rows]
-  Acc* weighted_act;   // [rows, columns]
+  T* weighted_act;     // [rows, columns]
   int64_t act_stride;
-  Acc* grad_gate;  // [rows, columns]
-  Acc* grad_up;
+  T* grad_gate;  // [rows, columns]
+  T* grad_up;
   int64_t grad_pre_stride;
-  Acc* dots;  // [rows]
+  Acc* dots;  // [rows, dots_of(columns)]
   int64_t dots_stride;
 };
+
+/// How many stretches of kDotColumns the columns have.
+constexpr int64_t dots_of(int64_t columns) {
+  return (columns + kDotColumns - 1) / kDotColumns;
+}
 
 template <typename T, typename Acc>
 void activate_block_backward(Activation activation, const ActivationBackwardBlock<T, Acc>& block) {
   if constexpr (std::is_same_v<Acc, float>) {
-    if (const Simd* functions = simd()) {
-      return functions->activate_backward({nonlinearity_of(activation),
-                                           block.rows,
-                                           block.columns,
-                                           block.grad_act,
-                                           block.grad_act_stride,
-                                           numbers(block.pre_gate),
-                                           numbers(block.pre_up),
-                                           block.pre_stride,
-                                           block.weights,
-                                           block.weighted_act,
-                                           block.act_stride,
-                                           block.grad_gate,
-                                           block.grad_up,
-                                           block.grad_pre_stride,
-                                           block.dots,
-                                           block.dots_stride});
-    }
+    return simd().activate_backward({nonlinearity_of(activation),
+                                     block.rows,
+                                     block.columns,
+                                     block.grad_act,
+                                     block.grad_act_stride,
+                                     numbers(block.pre_gate),
+                                     numbers(block.pre_up),
+                                     block.pre_stride,
+                                     block.weights,
+                                     numbers(block.weighted_act),
+                                     block.act_stride,
+                                     numbers(block.grad_gate),
+                                     numbers(block.grad_up),
+                                     block.grad_pre_stride,
+                                     block.dots,
+                                     block.dots_stride});
   }
   with_nonlinearity(nonlinearity_of(activation), [&](auto f) {
     for (int64_t r = 0; r < block.rows; ++r) {
       const Acc weight = block.weights[r];
-      Acc dot = 0;
+      Acc* dots = block.dots + r * block.dots_stride;
+      std::fill_n(dots, dots_of(block.columns), Acc(0));
       for (int64_t c = 0; c < block.columns; ++c) {
         const int64_t pre = r * block.pre_stride + c;
         const int64_t grad_pre = r * block.grad_pre_stride + c;
@@ -138,15 +142,14 @@ void activate_block_backward(Activation activation, const ActivationBackwardBloc
         if (block.pre_up != nullptr) {
           const Acc up = static_cast<Acc>(block.pre_up[pre]);
           act *= up;
-          block.grad_gate[grad_pre] = weight * grad_act * up * slope;
-          block.grad_up[grad_pre] = weight * grad_act * value;
+          block.grad_gate[grad_pre] = static_cast<T>(weight * grad_act * up * slope);
+          block.grad_up[grad_pre] = static_cast<T>(weight * grad_act * value);
         } else {
-          block.grad_gate[grad_pre] = weight * grad_act * slope;
+          block.grad_gate[grad_pre] = static_cast<T>(weight * grad_act * slope);
         }
-        dot += grad_act * act;
-        block.weighted_act[r * block.act_stride + c] = weight * act;
+        dots[c / kDotColumns] += grad_act * act;
+        block.weighted_act[r * block.act_stride + c] = static_cast<T>(weight * act);
       }
-      block.dots[r * block.dots_stride] = dot;
     }
   });
 }
@@ -189,7 +192,8 @@ void activated_product(Activation activation,
   const ProductSizes sizes{target.rows, target.columns, hidden};
   const auto half = [&](const T* weight, Scratch& scratch) {
     Acc* out = scratch.get<Acc>(sizes.m * sizes.n);
-    product(Form::nt, tokens, Rows<T>{weight, hidden}, sizes, out, sizes.n, workspace);
+    const T* no_bias = nullptr;  // the activation adds it
+    product(Form::nt, tokens, Rows<T>{weight, hidden}, sizes, no_bias, out, sizes.n, workspace);
     return out;
   };
   target.gate = half(matrix.gate, workspace.gate);

@@ -39,7 +39,7 @@ void dot_with_outputs(Activation activation,
                       cpu::Workspace& workspace) {
   const int64_t hidden = shape.hidden;
   const int64_t width = shape.intermediate;
-  std::vector<Acc> act(num_tokens * width);
+  std::vector<T> act(num_tokens * width);
   cpu::ActivationBlock<T, Acc> target{};
   target.rows = num_tokens;
   target.columns = width;
@@ -49,10 +49,12 @@ void dot_with_outputs(Activation activation,
       cpu::input_matrix(activation, expert.w_in, expert.b_in, /*column=*/0, width, hidden);
   cpu::activated_product(activation, x, matrix, hidden, target, workspace);
   Acc* grad_act = workspace.gate.get<Acc>(num_tokens * width);
+  const T* no_bias = nullptr;
   cpu::product(cpu::Form::nn,
                grad,
                cpu::Rows<T>{expert.w_out, width},
                {num_tokens, width, hidden},
+               no_bias,
                grad_act,
                width,
                workspace);

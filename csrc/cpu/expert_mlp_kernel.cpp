@@ -29,6 +29,8 @@ namespace torchmoe {
 
 namespace {
 
+static_assert(cpu::kFewestColumns % cpu::kDotColumns == 0);
+
 using cpu::advance;
 using cpu::ExpertMatrices;
 using Shape = cpu::ExpertShape;
@@ -103,7 +105,7 @@ std::vector<cpu::Phase> forward_phases(const Layer& layer,
   const auto shape = layer.shape;
   const auto beside = layer.beside;
   const int64_t stride = shape.intermediate + kSpacing;
-  Acc* act = workspace.group.get<Acc>(rows.count() * stride);
+  T* act = workspace.group_rows.get<T>(rows.count() * stride);
   std::vector<cpu::Phase> phases(2);
   for (const auto& block : cpu::row_blocks(rows.offsets, shape.intermediate, beside)) {
     phases[0].push_back([=](cpu::Workspace& own) {
@@ -125,7 +127,7 @@ std::vector<cpu::Phase> forward_phases(const Layer& layer,
   }
   cpu::grouped_linear(phases[1],
                       rows.offsets,
-                      cpu::Rows<Acc>{act, stride},
+                      cpu::Rows<T>{act, stride},
                       cpu::Linear<T>{matrices.w_out, matrices.b_out},
                       out,
                       shape.intermediate,
@@ -222,12 +224,12 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
   const auto* pre = given.pre;
   const bool gated = is_gated(activation);
   const auto blocks = cpu::row_blocks(rows.offsets, shape.intermediate, beside);
-  const int64_t num_dots = blocks.empty() ? 0 : blocks.back().column_block + 1;
+  const int64_t num_dots = cpu::dots_of(shape.intermediate);
   const int64_t act_stride = shape.intermediate + kSpacing;
   const int64_t pre_stride = shape.pre_width + kSpacing;
-  Acc* weighted_act = workspace.group.get<Acc>(rows.count() * (act_stride + pre_stride + num_dots));
-  Acc* grad_pre = weighted_act + rows.count() * act_stride;
-  Acc* dots = grad_pre + rows.count() * pre_stride;
+  Acc* dots = workspace.group_dots.get<Acc>(rows.count() * num_dots);
+  T* weighted_act = workspace.group_rows.get<T>(rows.count() * (act_stride + pre_stride));
+  T* grad_pre = weighted_act + rows.count() * act_stride;
   std::vector<cpu::Phase> phases(2);
   for (const auto& block : blocks) {
     phases[0].push_back([=](cpu::Workspace& own) {
@@ -235,15 +237,17 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
       const int64_t column = block.columns.begin;
       const cpu::ProductSizes sizes{block.rows.size(), block.columns.size(), shape.hidden};
       Acc* grad_act = own.gate.get<Acc>(sizes.m * sizes.n);
+      const T* no_bias = nullptr;
       cpu::product(cpu::Form::nn,
                    grad.from(row, 0),
                    cpu::Rows<T>{matrices.w_out + column, shape.intermediate},
                    sizes,
+                   no_bias,
                    grad_act,
                    sizes.n,
                    own);
       const T* pre_gate = pre + row * shape.pre_width + column;
-      Acc* grad_gate = grad_pre + row * pre_stride + column;
+      T* grad_gate = grad_pre + row * pre_stride + column;
       cpu::ActivationBackwardBlock<T, Acc> target{};
       target.rows = sizes.m;
       target.columns = sizes.n;
@@ -258,14 +262,14 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
       target.grad_gate = grad_gate;
       target.grad_up = gated ? grad_gate + shape.intermediate : nullptr;
       target.grad_pre_stride = pre_stride;
-      target.dots = dots + row * num_dots + block.column_block;
+      target.dots = dots + row * num_dots + column / cpu::kDotColumns;
       target.dots_stride = num_dots;
       cpu::activate_block_backward(activation, target);
     });
   }
   auto& tasks = phases[1];
-  const cpu::Rows<Acc> act_rows{weighted_act, act_stride};
-  const cpu::Rows<Acc> grad_pre_rows{grad_pre, pre_stride};
+  const cpu::Rows<T> act_rows{weighted_act, act_stride};
+  const cpu::Rows<T> grad_pre_rows{grad_pre, pre_stride};
   const auto [hidden, intermediate, pre_width] = shape;
   if (gradients.rows != nullptr) {
     cpu::grouped_linear_grad_rows(tasks,

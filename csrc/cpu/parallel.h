@@ -20,22 +20,17 @@ namespace torchmoe::cpu {
 /// How many elements of cheap element-wise work are worth a thread: torch's own grain.
 constexpr int64_t kNumbersPerThread = 32768;
 
-/// Multiplications of matrix products that are worth sharing: some microseconds on one thread. A
-/// library computes products of this size on one thread wherever it is called.
+/// Multiplications of matrix products that are worth sharing: some microseconds on one thread.
 constexpr int64_t kSharedMultiplications = 131072;
 
 /// Runs worker() on every thread, or on this one alone where the work is too small to share.
-///
-/// A library's matrix product chooses its own split, and with it its rounding, from the threads it
-/// may use. Inside a parallel region it runs on one (see gemm/library_product.cpp for MKL); a region
-/// needs two workers, hence a second one even where there is a single thread.
 template <typename Worker>
 void parallel_workers(bool is_shared, const Worker& worker) {
   if (!is_shared) {
     worker();
     return;
   }
-  at::parallel_for(0, std::max(2, at::get_num_threads()), 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       worker();
     }

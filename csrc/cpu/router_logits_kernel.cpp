@@ -48,14 +48,14 @@ void router_logits_kernel_impl(
              kBlockTokens,
              sizes.multiplications(),
              [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-               cpu::product_plus_bias(Form::nt,
-                                      Rows<T>{x, sizes.hidden}.from(begin, 0),
-                                      Rows<T>{weight, sizes.hidden},
-                                      {count, sizes.experts, sizes.hidden},
-                                      bias,
-                                      logits + begin * sizes.experts,
-                                      sizes.experts,
-                                      workspace);
+               cpu::product(Form::nt,
+                            Rows<T>{x, sizes.hidden}.from(begin, 0),
+                            Rows<T>{weight, sizes.hidden},
+                            {count, sizes.experts, sizes.hidden},
+                            bias,
+                            logits + begin * sizes.experts,
+                            sizes.experts,
+                            workspace);
              });
 }
 
@@ -66,14 +66,14 @@ void grad_x_kernel_impl(const Acc* grad, const T* weight, T* grad_x, const Sizes
              kBlockTokens,
              sizes.multiplications(),
              [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-               cpu::product_plus_bias(Form::nn,
-                                      Rows<Acc>{grad, sizes.experts}.from(begin, 0),
-                                      Rows<T>{weight, sizes.hidden},
-                                      {count, sizes.hidden, sizes.experts},
-                                      /*bias=*/nullptr,
-                                      grad_x + begin * sizes.hidden,
-                                      sizes.hidden,
-                                      workspace);
+               cpu::product(Form::nn,
+                            Rows<Acc>{grad, sizes.experts}.from(begin, 0),
+                            Rows<T>{weight, sizes.hidden},
+                            {count, sizes.hidden, sizes.experts},
+                            /*bias=*/nullptr,
+                            grad_x + begin * sizes.hidden,
+                            sizes.hidden,
+                            workspace);
              });
 }
 
@@ -84,14 +84,14 @@ void grad_weight_kernel_impl(const Acc* grad, const T* x, T* grad_weight, const 
              kBlockFeatures,
              sizes.multiplications(),
              [&](int64_t begin, int64_t count, cpu::Workspace& workspace) {
-               cpu::product_plus_bias(Form::tn,
-                                      Rows<Acc>{grad, sizes.experts},
-                                      Rows<T>{x, sizes.hidden}.from(0, begin),
-                                      {sizes.experts, count, sizes.tokens},
-                                      /*bias=*/nullptr,
-                                      grad_weight + begin,
-                                      sizes.hidden,
-                                      workspace);
+               cpu::product(Form::tn,
+                            Rows<Acc>{grad, sizes.experts},
+                            Rows<T>{x, sizes.hidden}.from(0, begin),
+                            {sizes.experts, count, sizes.tokens},
+                            /*bias=*/nullptr,
+                            grad_weight + begin,
+                            sizes.hidden,
+                            workspace);
              });
 }
 

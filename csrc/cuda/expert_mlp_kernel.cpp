@@ -1,5 +1,6 @@
 // The experts' feed-forward networks: up-projection with gather and activation, down-projection,
-// combine. Between them lie the activations [N, I] and the experts' outputs [N, H] in x's type.
+// combine. Between them lie the activations [N, I] in x's type and the experts' outputs [N, H] in that of
+// sums.
 #include "cuda/expert_mlp_kernel.h"
 
 #include <ATen/ops/empty.h>
@@ -46,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   auto y = at::empty(x.sizes(), x.options());
   auto pre = at::empty({save_pre ? num_rows : 0, experts.w_in.size(1)}, x.options());
   auto act = at::empty({num_rows, intermediate}, x.options());
-  auto rows = at::empty({num_rows, hidden}, x.options());
+  auto rows = at::empty({num_rows, hidden}, x.options().dtype(acc));
   with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const cuda::TileMapTensors tiles(stream,
@@ -78,12 +79,12 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                          cuda::SourceRows<scalar_t>{act.const_data_ptr<scalar_t>()},
                          w_out_c.const_data_ptr<scalar_t>(),
                          data_or_null<scalar_t>(b_out_c),
-                         rows.mutable_data_ptr<scalar_t>(),
+                         rows.mutable_data_ptr<Acc>(),
                          intermediate,
                          hidden);
     cuda::combine_rows(stream,
                        plan_c.plan(),
-                       rows.const_data_ptr<scalar_t>(),
+                       rows.const_data_ptr<Acc>(),
                        weight_data,
                        y.mutable_data_ptr<scalar_t>(),
                        hidden);
@@ -210,17 +211,17 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     }
     // 4. x: each slot's share of its gradient, then their sum.
     if (wanted.x) {
-      auto rows = at::empty({num_rows, hidden}, x.options());
+      auto rows = at::empty({num_rows, hidden}, row_weights.options());
       cuda::grouped_linear_grad_rows(stream,
                                      map,
                                      grad_pre_in,
                                      w_in_c.const_data_ptr<scalar_t>(),
-                                     rows.mutable_data_ptr<scalar_t>(),
+                                     rows.mutable_data_ptr<Acc>(),
                                      hidden,
                                      pre_width);
       cuda::combine_rows(stream,
                          plan_c.plan(),
-                         rows.const_data_ptr<scalar_t>(),
+                         rows.const_data_ptr<Acc>(),
                          unweighted,
                          grad_x.mutable_data_ptr<scalar_t>(),
                          hidden);

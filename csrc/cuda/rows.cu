@@ -41,9 +41,9 @@ __global__ void __launch_bounds__(kThreads)
 
 /// A warp sums one token's rows. Each lane looks up one of 32 slots; the others get its row from
 /// there.
-template <typename T, int size>
+template <typename T, typename In, int size>
 __global__ void __launch_bounds__(kThreads) combine_rows_kernel(
-    Plan given, const T* rows, const at::opmath_type<T>* weights, T* y, int64_t width) {
+    Plan given, const In* rows, const at::opmath_type<T>* weights, T* y, int64_t width) {
   using Acc = at::opmath_type<T>;
   const PlanView plan = given.view();
   const int64_t token = warp_in_grid();
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(
         const int64_t row = __shfl_sync(kAllLanes, row_here, k);
         const Acc weight = __shfl_sync(kAllLanes, weight_here, k);
         if (row >= 0 && i < num_vectors) {
-          const Vector<T, size> in = vector_at<size>(rows + row * width, i);
+          const Vector<In, size> in = vector_at<size>(rows + row * width, i);
           for (int v = 0; v < size; ++v) {
             sum[v] += weight * static_cast<Acc>(in.values[v]);
           }
@@ -156,21 +156,21 @@ void gather_rows(Stream stream, const Plan& plan, const T* x, T* rows, int64_t w
       rows);
 }
 
-template <typename T>
+template <typename T, typename In>
 void combine_rows(Stream stream,
                   const Plan& plan,
-                  const T* rows,
+                  const In* rows,
                   const at::opmath_type<T>* weights,
                   T* y,
                   int64_t width) {
-  with_vector_size<T>(
+  with_vector_size<In>(
       width,
       [&](auto size) {
         launch(stream,
                blocks_for(plan.num_tokens),
                kThreads,
                0,
-               combine_rows_kernel<T, decltype(size)::value>,
+               combine_rows_kernel<T, In, decltype(size)::value>,
                plan,
                rows,
                weights,
@@ -212,20 +212,26 @@ void combine_rows_backward(Stream stream,
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T, ...)                                          \
-  template void gather_rows(Stream, const Plan&, const T*, T*, int64_t);      \
-  template void combine_rows(                                                 \
-      Stream, const Plan&, const T*, const at::opmath_type<T>*, T*, int64_t); \
-  template void combine_rows_backward(Stream,                                 \
-                                      const Plan&,                            \
-                                      const T*,                               \
-                                      const T*,                               \
-                                      const at::opmath_type<T>*,              \
-                                      T*,                                     \
-                                      at::opmath_type<T>*,                    \
+#define TORCHMOE_INSTANTIATE_COMBINE(T, In) \
+  template void combine_rows(               \
+      Stream, const Plan&, const In*, const at::opmath_type<T>*, T*, int64_t);
+#define TORCHMOE_INSTANTIATE(T, ...)                                     \
+  TORCHMOE_INSTANTIATE_COMBINE(T, T)                                     \
+  template void gather_rows(Stream, const Plan&, const T*, T*, int64_t); \
+  template void combine_rows_backward(Stream,                            \
+                                      const Plan&,                       \
+                                      const T*,                          \
+                                      const T*,                          \
+                                      const at::opmath_type<T>*,         \
+                                      T*,                                \
+                                      at::opmath_type<T>*,               \
                                       int64_t);
+#define TORCHMOE_INSTANTIATE_WIDE(T, ...) TORCHMOE_INSTANTIATE_COMBINE(T, at::opmath_type<T>)
 TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
+TORCHMOE_NARROW_TYPES(TORCHMOE_INSTANTIATE_WIDE)
+#undef TORCHMOE_INSTANTIATE_WIDE
 #undef TORCHMOE_INSTANTIATE
+#undef TORCHMOE_INSTANTIATE_COMBINE
 // NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace torchmoe::cuda

@@ -17,11 +17,11 @@ template <typename T>
 void gather_rows(Stream stream, const Plan& plan, const T* x, T* rows, int64_t width);
 
 /// y[t] = sum over routed slots, in slot order, of weights[t, j] * rows[row of the slot]; null
-/// weights count as 1.
-template <typename T>
+/// weights count as 1. Rows are of T or of its opmath type.
+template <typename T, typename In>
 void combine_rows(Stream stream,
                   const Plan& plan,
-                  const T* rows,
+                  const In* rows,
                   const at::opmath_type<T>* weights,
                   T* y,
                   int64_t width);

@@ -27,14 +27,17 @@ inline constexpr std::array kFloatTypes{TORCHMOE_FLOAT_TYPES(TORCHMOE_SCALAR_TYP
 // sqrt(n) eps as a rule. n eps times the result lies between; the factor is for what is around it.
 constexpr double kToleranceFactor = 4;
 
-// Empty when |actual - expected| <= c * terms * eps * scale + roundings * eps' * |expected| in
-// every entry, else the worst one. `terms` is the longest sum on the way; eps belongs to the type
-// accumulated in (float64 for float64, else float32) and eps' to the type stored; scale is the
-// largest |expected|, at least 1; `roundings` says how often a stored value lies on the way.
+// The distance from 1 to the next number.
+double epsilon(at::ScalarType dtype);
+
+// Empty when |actual - expected| <= c * (terms * eps + rounded) * scale + eps' * |expected| in every
+// entry, else the worst one. `terms` is the longest sum on the way; eps belongs to the type
+// accumulated in (float64 for float64, else float32) and eps' to the type of the result; `rounded`
+// adds up the eps of what is rounded on the way; scale is the largest |expected|, at least 1.
 std::string difference(const Tensor& actual,
                        const Tensor& expected,
                        int64_t terms,
-                       int64_t roundings = 1);
+                       double rounded = 0);
 
 // Equal up to the rounding of a few float64 operations, or of a value written with fewer digits.
 inline Approx near(double value, double relative = 1e-12) {

@@ -22,16 +22,6 @@ from torchmoe.nn import Balance, Capacity, Gate, MoE
 
 DEVICE = "cpu"
 
-# Values that the CUDA kernels keep in the storage type, besides those that the case counts.
-# A product's operands and result lie in memory, so with 16-bit types expert_mlp rounds
-# - forward: the activations, then each expert's output before the weighted sum: 2;
-# - backward, on the longest way (x): the gradient of the pre-activations, then each slot's share of
-#   x's gradient before their sum: 2 (on the way to w_out: the weighted activations, 1).
-# The dense gradient reads the pre-activations from memory, as expert_mlp's backward does: 1.
-ROUNDINGS = {"expert_mlp": 2}
-GRADIENT_ROUNDINGS = {"expert_mlp": 2, "attach_dense_gradient": 1}
-
-
 def moved(inputs: Inputs) -> Inputs:
     """Onto the device under test."""
     return map_tensors(inputs, lambda tensor: tensor.to(DEVICE))
@@ -57,8 +47,6 @@ def on_device(case: OpCase) -> OpCase:
         reference=reference,
         private=private and (lambda i: [(op, moved(p)) for op, p in private(on_cpu(i))]),
         poison=poison and (lambda i: moved(poison(on_cpu(i)))),
-        roundings=case.roundings + ROUNDINGS.get(case.name, 0),
-        gradient_roundings=case.gradient_roundings + GRADIENT_ROUNDINGS.get(case.name, 0),
     )
 
 

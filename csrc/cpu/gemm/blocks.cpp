@@ -15,7 +15,6 @@ constexpr int64_t kMostColumns = 256;
 constexpr int64_t kMostMatrixColumns = 512;
 // Where there are fewer blocks than this, threads would be idle; they become narrower.
 constexpr int64_t kEnoughBlocks = 16;
-constexpr int64_t kFewestColumns = 64;
 
 /// [0, size) in equal ranges of at most `most`, multiples of `unit`.
 std::vector<Range> split(int64_t size, int64_t most, int64_t unit) {
@@ -45,12 +44,12 @@ std::vector<Block> with_columns(const std::vector<ExpertRange>& ranges,
   while (most > kFewestColumns && num_ranges * ((columns + most - 1) / most) < kEnoughBlocks) {
     most /= 2;
   }
-  const auto column_ranges = split(columns, most, /*unit=*/16);
+  const auto column_ranges = split(columns, most, kFewestColumns);
   std::vector<Block> blocks;
   blocks.reserve(ranges.size() * column_ranges.size());
   for (const auto& [expert, rows] : ranges) {
-    for (size_t i = 0; i < column_ranges.size(); ++i) {
-      blocks.push_back({expert, rows, column_ranges[i], static_cast<int64_t>(i)});
+    for (const auto& column_range : column_ranges) {
+      blocks.push_back({expert, rows, column_range});
     }
   }
   return blocks;

@@ -1,4 +1,5 @@
-// How the products of one layer are cut into tasks: by sizes alone.
+// How the products of one layer are cut into tasks. No number of a result depends on it: a sum belongs to
+// one task, and sums over columns are formed in stretches of kFewestColumns.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,10 @@ struct Block {
   int64_t expert;
   Range rows;
   Range columns;
-  int64_t column_block;  // which of the ranges of columns, the same for every expert
 };
+
+/// Every range of columns begins at a multiple of this.
+constexpr int64_t kFewestColumns = 64;
 
 /// Cuts every expert's rows and all columns into blocks. `beside` such problems run at the same
 /// time and share the threads.

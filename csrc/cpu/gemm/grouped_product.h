@@ -5,6 +5,7 @@
 // float64 for float64.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpu/gemm/blocks.h"
@@ -34,14 +35,14 @@ void grouped_linear(Phase& tasks,
     const ProductSizes sizes{block.rows.size(), block.columns.size(), in_features};
     tasks.push_back([=](Workspace& workspace) {
       const int64_t first = block.expert * out_features + block.columns.begin;
-      product_plus_bias(Form::nt,
-                        rows.from(block.rows.begin, 0),
-                        Rows<W>{linear.weight + first * in_features, in_features},
-                        sizes,
-                        linear.bias == nullptr ? nullptr : linear.bias + first,
-                        out + block.rows.begin * out_features + block.columns.begin,
-                        out_features,
-                        workspace);
+      product(Form::nt,
+              rows.from(block.rows.begin, 0),
+              Rows<W>{linear.weight + first * in_features, in_features},
+              sizes,
+              linear.bias == nullptr ? nullptr : linear.bias + first,
+              out + block.rows.begin * out_features + block.columns.begin,
+              out_features,
+              workspace);
     });
   }
 }
@@ -60,14 +61,14 @@ void grouped_linear_grad_rows(Phase& tasks,
     const ProductSizes sizes{block.rows.size(), block.columns.size(), out_features};
     tasks.push_back([=](Workspace& workspace) {
       const W* matrix = weight + block.expert * out_features * in_features;
-      product_plus_bias(Form::nn,
-                        grad.from(block.rows.begin, 0),
-                        Rows<W>{matrix + block.columns.begin, in_features},
-                        sizes,
-                        /*bias=*/nullptr,
-                        grad_rows + block.rows.begin * in_features + block.columns.begin,
-                        in_features,
-                        workspace);
+      product(Form::nn,
+              grad.from(block.rows.begin, 0),
+              Rows<W>{matrix + block.columns.begin, in_features},
+              sizes,
+              /*bias=*/nullptr,
+              grad_rows + block.rows.begin * in_features + block.columns.begin,
+              in_features,
+              workspace);
     });
   }
 }
@@ -90,14 +91,14 @@ void grouped_linear_grad_weight(Phase& tasks,
         block.rows.size(), block.columns.size(), offsets[block.expert + 1] - first};
     tasks.push_back([=](Workspace& workspace) {
       const int64_t row = block.expert * out_features + block.rows.begin;
-      product_plus_bias(Form::tn,
-                        grad.from(first, block.rows.begin),
-                        rows.from(first, block.columns.begin),
-                        sizes,
-                        /*bias=*/nullptr,
-                        grad_weight + row * in_features + block.columns.begin,
-                        in_features,
-                        workspace);
+      product(Form::tn,
+              grad.from(first, block.rows.begin),
+              rows.from(first, block.columns.begin),
+              sizes,
+              /*bias=*/nullptr,
+              grad_weight + row * in_features + block.columns.begin,
+              in_features,
+              workspace);
     });
   }
 }
@@ -115,7 +116,7 @@ void grouped_linear_grad_bias(Phase& tasks,
   for (const auto& block : matrix_blocks(num_experts, 1, out_features)) {
     const Range rows{offsets[block.expert], offsets[block.expert + 1]};
     tasks.push_back([=](Workspace& workspace) {
-      Acc* sum = workspace.result.get<Acc>(block.columns.size());
+      Acc* sum = workspace.sums.get<Acc>(block.columns.size());
       std::fill_n(sum, block.columns.size(), Acc(0));
       for (int64_t r = rows.begin; r < rows.end; ++r) {
         const G* row = grad.from(0, block.columns.begin).row(r);
@@ -124,8 +125,8 @@ void grouped_linear_grad_bias(Phase& tasks,
           sum[o] += weight * static_cast<Acc>(row[o]);
         }
       }
-      store_numbers(
-          sum, grad_bias + block.expert * out_features + block.columns.begin, block.columns.size());
+      std::copy_n(
+          sum, block.columns.size(), grad_bias + block.expert * out_features + block.columns.begin);
     });
   }
 }

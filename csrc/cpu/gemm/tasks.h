@@ -22,7 +22,7 @@ void run(Phase tasks, int64_t multiplications);
 ///
 /// A thread opens a group and works on it until it is done, so that what its phases hand on stays in
 /// that thread's cache; `open(group, workspace)` gives the phases, whose tasks may keep what they
-/// hand on in `workspace.group`. Threads that find no group to open help with those that are open.
+/// hand on in `workspace.group_rows` and `group_dots`. Threads that find no group to open help with those that are open.
 /// Groups are opened in the order of their numbers: the largest should come first. The products of
 /// all groups take `multiplications`.
 void run_groups(int64_t num_groups,

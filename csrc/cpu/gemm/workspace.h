@@ -37,12 +37,12 @@ class Scratch {
 
 /// One for each thread of a parallel region.
 struct Workspace {
-  Scratch left;  // a product's operands, as the product wants them
-  Scratch right;
-  Scratch result;  // a product on its way to a narrower type
-  Scratch gate;    // blocks of results that an activation waits for
+  Scratch product;  // its operands as the kernels want them, and sums that wait for more terms
+  Scratch sums;     // of a bias's gradient
+  Scratch gate;     // blocks of results that an activation waits for
   Scratch up;
-  Scratch group;  // what the phases of the group that the thread has opened hand on
+  Scratch group_rows;  // what the phases of the group that the thread has opened hand on: rows,
+  Scratch group_dots;  // and a number or a few for each
 };
 
 }  // namespace torchmoe::cpu

@@ -123,7 +123,7 @@ void activate_rows(const ActivateCall& call) {
         }
         act *= up;
       }
-      store_up_to(act, call.act + r * call.act_stride + c, count);
+      store_up_to(act, at<T>(call.act, r * call.act_stride + c), count);
     }
   }
 }
@@ -134,26 +134,30 @@ void activate_backward_rows(const ActivateBackwardCall& call) {
     const T* gates = at<T>(call.pre_gate, r * call.pre_stride);
     const T* ups = call.pre_up.data == nullptr ? nullptr : at<T>(call.pre_up, r * call.pre_stride);
     const float weight = call.weights[r];
-    Vector dot{};
-    for (int64_t c = 0; c < call.columns; c += kWidth) {
-      const int64_t count = call.columns - c;
-      const Vector grad_act = load_up_to(call.grad_act + r * call.grad_act_stride + c, count);
-      const auto [value, slope] = F::with_slope(load_up_to(gates + c, count));
-      const Vector weighted = weight * grad_act;
-      float* grad_gate = call.grad_gate + r * call.grad_pre_stride + c;
-      Vector act = value;
-      if (ups != nullptr) {
-        const Vector up = load_up_to(ups + c, count);
-        act *= up;
-        store_up_to(weighted * up * slope, grad_gate, count);
-        store_up_to(weighted * value, call.grad_up + r * call.grad_pre_stride + c, count);
-      } else {
-        store_up_to(weighted * slope, grad_gate, count);
+    float* dots = call.dots + r * call.dots_stride;
+    for (int64_t first = 0; first < call.columns; first += kDotColumns) {
+      const int64_t end = first + kDotColumns < call.columns ? first + kDotColumns : call.columns;
+      Vector dot{};
+      for (int64_t c = first; c < end; c += kWidth) {
+        const int64_t count = end - c;
+        const Vector grad_act = load_up_to(call.grad_act + r * call.grad_act_stride + c, count);
+        const auto [value, slope] = F::with_slope(load_up_to(gates + c, count));
+        const Vector weighted = weight * grad_act;
+        T* grad_gate = at<T>(call.grad_gate, r * call.grad_pre_stride + c);
+        Vector act = value;
+        if (ups != nullptr) {
+          const Vector up = load_up_to(ups + c, count);
+          act *= up;
+          store_up_to(weighted * up * slope, grad_gate, count);
+          store_up_to(weighted * value, at<T>(call.grad_up, r * call.grad_pre_stride + c), count);
+        } else {
+          store_up_to(weighted * slope, grad_gate, count);
+        }
+        dot += grad_act * act;
+        store_up_to(weight * act, at<T>(call.weighted_act, r * call.act_stride + c), count);
       }
-      dot += grad_act * act;
-      store_up_to(weight * act, call.weighted_act + r * call.act_stride + c, count);
+      *dots++ = sum(dot);
     }
-    call.dots[r * call.dots_stride] = sum(dot);
   }
 }
 

@@ -4,8 +4,8 @@
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 
-/// How many elements of scratch product() uses.
-int64_t product_scratch();
+/// How many bytes of scratch product() uses.
+int64_t product_scratch(const ProductCall& call);
 void product(const ProductCall& call);
 
 }  // namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET

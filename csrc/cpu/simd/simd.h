@@ -11,12 +11,15 @@
 
 namespace torchmoe::cpu {
 
-/// X(name, this room's type, the library's type) of the stored elements. 16-bit types are widened
-/// to float32 when they are read and rounded when they are written; arithmetic is float32.
-#define TORCHMOE_ELEMENTS(X)           \
+/// X(name, this room's type, the library's type) of the stored elements whose sums are float32.
+#define TORCHMOE_FLOAT32_ELEMENTS(X)   \
   X(float32, float, float)             \
   X(bfloat16, BFloat16, c10::BFloat16) \
   X(float16, Float16, c10::Half)
+/// The same of all; sums of float64 are float64. A sum is rounded once.
+#define TORCHMOE_ELEMENTS(X)   \
+  TORCHMOE_FLOAT32_ELEMENTS(X) \
+  X(float64, double, double)
 
 #define TORCHMOE_ELEMENT_NAME(name, ...) name,
 enum class Element { TORCHMOE_ELEMENTS(TORCHMOE_ELEMENT_NAME) };
@@ -48,7 +51,8 @@ enum class Form {
   tn,  // out[i, j] = sum over k of left[k][i] right[k][j]
 };
 
-/// out [m, n] of float32, row i at out + i * out_stride.
+/// out [m, n] = the product plus bias. Both operands are of one type, or the left one is of float32
+/// and the right one of 16 bits.
 struct ProductCall {
   Form form;
   NumberRows left;
@@ -56,13 +60,14 @@ struct ProductCall {
   int64_t m;
   int64_t n;
   int64_t k;
-  float* out;
+  Numbers bias;        // [n] of right's type, data null: none
+  MutableNumbers out;  // of right's type, or of float32 where that has 16 bits
   int64_t out_stride;
-  float* scratch;  // Simd::product_scratch elements, aligned to 64 bytes
+  void* scratch;  // Simd::product_scratch(call) bytes, aligned to 64
 };
 
-/// A block of the pre-activation's product becomes the pre-activation and the activation. The biases
-/// and the pre-activation are of one type, pre_gate's, whether that is wanted or not.
+/// A block of the pre-activation's product becomes the pre-activation and the activation. What is
+/// stored is of one type, pre_gate's, whether that is wanted or not; sums of it are float32.
 struct ActivateCall {
   Nonlinearity f;
   int64_t rows;
@@ -75,11 +80,14 @@ struct ActivateCall {
   MutableNumbers pre_gate;  // [rows, columns], data null: not wanted
   MutableNumbers pre_up;
   int64_t pre_stride;
-  float* act;  // [rows, columns]
+  MutableNumbers act;  // [rows, columns]
   int64_t act_stride;
 };
 
-/// A block of dA' = dL/dy w_out goes backward through the activation.
+/// A row's <dA', a> is formed for each stretch of so many columns.
+constexpr int64_t kDotColumns = 64;
+
+/// A block of dA' = dL/dy w_out goes backward through the activation. What is stored is of one type.
 struct ActivateBackwardCall {
   Nonlinearity f;
   int64_t rows;
@@ -89,27 +97,26 @@ struct ActivateBackwardCall {
   Numbers pre_gate;  // [rows, columns]
   Numbers pre_up;    // the same of a gated activation, else data null
   int64_t pre_stride;
-  const float* weights;  // [rows], each row's combine weight
-  float* weighted_act;   // [rows, columns] = weight * a
+  const float* weights;         // [rows], each row's combine weight
+  MutableNumbers weighted_act;  // [rows, columns] = weight * a
   int64_t act_stride;
-  float* grad_gate;  // [rows, columns] = weight * dA' * da/dpre
-  float* grad_up;
+  MutableNumbers grad_gate;  // [rows, columns] = weight * dA' * da/dpre
+  MutableNumbers grad_up;
   int64_t grad_pre_stride;
-  float* dots;  // [rows] = <dA', a> over these columns
+  float* dots;  // [rows, columns / kDotColumns] = <dA', a> over each stretch of columns
   int64_t dots_stride;
 };
 
 /// The functions of one instruction set.
 struct Simd {
-  int64_t product_scratch;
+  int64_t (*product_scratch)(const ProductCall&);  // does not read the call's scratch
   void (*product)(const ProductCall&);
   void (*activate)(const ActivateCall&);
   void (*activate_backward)(const ActivateBackwardCall&);
   void (*store)(const float* from, MutableNumbers to, int64_t count);
 };
 
-/// Those of the instruction set that torch has chosen for its own kernels; null where this room has
-/// none for it.
-const Simd* simd();
+/// Those of the best instruction set that the processor has and torch's own kernels may use.
+const Simd& simd();
 
 }  // namespace torchmoe::cpu

@@ -19,7 +19,7 @@ void store_numbers(const float* from, MutableNumbers to, int64_t count) {
 
 const Simd* table() {
   static const Simd functions{
-      product_scratch(), &product, &activate, &activate_backward, &store_numbers};
+      &product_scratch, &product, &activate, &activate_backward, &store_numbers};
   return &functions;
 }
 

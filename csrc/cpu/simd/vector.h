@@ -1,27 +1,37 @@
-// Vectors of float32 in the instruction set that the including source is compiled for.
+// Vectors in the instruction set that the including source is compiled for.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
 
 #include "cpu/simd/simd.h"
 
 #if defined(__AVX512F__)
 #define TORCHMOE_VECTOR_BYTES 64
-#else
+#elif defined(__AVX2__)
 #define TORCHMOE_VECTOR_BYTES 32
+#else
+#define TORCHMOE_VECTOR_BYTES 16
 #endif
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 
 using Vector = float __attribute__((vector_size(TORCHMOE_VECTOR_BYTES)));
+using WideVector = double __attribute__((vector_size(TORCHMOE_VECTOR_BYTES)));
 using IntVector = int32_t __attribute__((vector_size(TORCHMOE_VECTOR_BYTES)));
 using UnsignedVector = uint32_t __attribute__((vector_size(TORCHMOE_VECTOR_BYTES)));
 using HalfWidthVector = uint16_t __attribute__((vector_size(TORCHMOE_VECTOR_BYTES / 2)));
 
-/// How many elements a vector has.
+/// How many elements a vector of float32 has.
 constexpr int64_t kWidth = TORCHMOE_VECTOR_BYTES / 4;
+
+/// How many a vector of the sums of T has.
+template <typename T>
+constexpr int64_t kWidthOf = sizeof(T) == 8 ? kWidth / 2 : kWidth;
 
 /// A stored bfloat16 and float16, by their bits.
 struct BFloat16 {
@@ -31,21 +41,17 @@ struct Float16 {
   uint16_t bits;
 };
 
-constexpr bool is_float32(const float*) {
-  return true;
-}
-template <typename T>
-constexpr bool is_float32(const T*) {
-  return false;
-}
-
-/// Calls body with a pointer of the type that `type` names.
+/// Calls body with a pointer of the type that `type` names, whose sums are float32.
 template <typename Body>
 inline void with_type(Element type, const Body& body) {
 #define TORCHMOE_CASE(name, stored, ...) \
   case Element::name:                    \
     return body(static_cast<const stored*>(nullptr));
-  switch (type) { TORCHMOE_ELEMENTS(TORCHMOE_CASE) }
+  switch (type) {
+    TORCHMOE_FLOAT32_ELEMENTS(TORCHMOE_CASE)
+    case Element::float64:
+      __builtin_unreachable();
+  }
 #undef TORCHMOE_CASE
 }
 
@@ -55,43 +61,65 @@ inline Vector broadcast(float value) {
 
 // ---- Loads --------------------------------------------------------------------------------------
 
-inline Vector load(const float* from) {
-  Vector v;
+/// The bits at `from`.
+template <typename V>
+inline V load_bits(const void* from) {
+  V v;
   std::memcpy(&v, from, sizeof v);
   return v;
 }
 
+inline Vector load(const float* from) {
+  return load_bits<Vector>(from);
+}
+
+inline WideVector load(const double* from) {
+  return load_bits<WideVector>(from);
+}
+
 inline Vector load(const BFloat16* from) {
-  HalfWidthVector bits;
-  std::memcpy(&bits, from, sizeof bits);
+  const auto bits = load_bits<HalfWidthVector>(from);
   return reinterpret_cast<Vector>(__builtin_convertvector(bits, UnsignedVector) << 16);
 }
 
 inline Vector load(const Float16* from) {
 #if defined(__AVX512F__)
   // The form without a mask warns of an uninitialised operand of gcc's own.
-  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(from));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(load_bits<__m128i>(from));
 #else
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  // The exponent's bias differs by 112: a multiplication by 2^112, which normalises what is
+  // subnormal. The largest exponent stands for infinity and NaN.
+  constexpr float kTwoTo112 = 5192296858534827628530496329220096.0F;
+  const auto bits = __builtin_convertvector(load_bits<HalfWidthVector>(from), UnsignedVector);
+  const UnsignedVector size = (bits & 0x7fff) << 13;
+  const auto finite = reinterpret_cast<UnsignedVector>(reinterpret_cast<Vector>(size) * kTwoTo112);
+  const UnsignedVector magnitude = size >= 0x0f800000 ? size | 0x7f800000 : finite;
+  return reinterpret_cast<Vector>(magnitude | (bits & 0x8000) << 16);
 #endif
 }
 
-/// The first `count` elements, zeros after them; count is below kWidth.
+/// The first `count` elements, zeros after them; count is below kWidthOf<T>.
 template <typename T>
-inline Vector load_part(const T* from, int64_t count) {
-  alignas(64) T numbers[kWidth] = {};
+inline auto load_part(const T* from, int64_t count) {
+  alignas(64) T numbers[kWidthOf<T>] = {};
   std::memcpy(numbers, from, count * sizeof(T));
   return load(numbers);
 }
 
 template <typename T>
-inline Vector load_up_to(const T* from, int64_t count) {
-  return count >= kWidth ? load(from) : load_part(from, count);
+inline auto load_up_to(const T* from, int64_t count) {
+  return count >= kWidthOf<T> ? load(from) : load_part(from, count);
 }
 
 // ---- Stores -------------------------------------------------------------------------------------
 
 inline void store(Vector v, float* to) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline void store(WideVector v, double* to) {
   std::memcpy(to, &v, sizeof v);
 }
 
@@ -107,19 +135,33 @@ inline void store(Vector v, BFloat16* to) {
 
 inline void store(Vector v, Float16* to) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+  const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  const __m128i narrow = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #else
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  // What is subnormal in float16 is rounded by adding 0.5, whose unit in the last place is the
+  // smallest float16.
+  const auto bits = reinterpret_cast<UnsignedVector>(v);
+  const UnsignedVector sign = bits & 0x80000000;
+  const UnsignedVector size = bits ^ sign;
+  const auto shifted = reinterpret_cast<UnsignedVector>(reinterpret_cast<Vector>(size) + 0.5F);
+  const UnsignedVector subnormal = shifted - 0x3f000000;
+  const UnsignedVector normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+  const UnsignedVector finite = size < 0x38800000 ? subnormal : normal;
+  const UnsignedVector infinite = UnsignedVector{} + 0x7c00;
+  const UnsignedVector quiet = ((size >> 13) & 0x3ff) | 0x7e00;
+  const UnsignedVector chosen = v == v ? (size >= 0x47800000 ? infinite : finite) : quiet;
+  const auto narrow = __builtin_convertvector(chosen | sign >> 16, HalfWidthVector);
 #endif
+  std::memcpy(to, &narrow, sizeof narrow);
 }
 
-template <typename T>
-inline void store_up_to(Vector v, T* to, int64_t count) {
-  if (count >= kWidth) {
+template <typename V, typename T>
+inline void store_up_to(V v, T* to, int64_t count) {
+  if (count >= kWidthOf<T>) {
     return store(v, to);
   }
-  alignas(64) T numbers[kWidth];
+  alignas(64) T numbers[kWidthOf<T>];
   store(v, numbers);
   std::memcpy(to, numbers, count * sizeof(T));
 }

@@ -8,9 +8,9 @@ namespace torchmoe::cuda {
 namespace {
 
 /// Rounds a tile's sums into the result, a bias added.
-template <typename T>
+template <typename T, typename Out>
 struct StoreRows {
-  T* out;
+  Out* out;
   const T* bias;  // [E, width] or null
   int64_t width;
   bool aligned;
@@ -157,13 +157,13 @@ int64_t product_tile_rows() {
   return Engine<T>::kRows;
 }
 
-template <typename T>
+template <typename T, typename Out>
 void grouped_linear(Stream stream,
                     const TileMap& map,
                     const SourceRows<T>& rows,
                     const T* weight,
                     const T* bias,
-                    T* out,
+                    Out* out,
                     int64_t in_features,
                     int64_t out_features) {
   run_rows_product<Contiguous::depth>(
@@ -174,15 +174,15 @@ void grouped_linear(Stream stream,
       weight,
       in_features,
       out_features,
-      StoreRows<T>{out, bias, out_features, allows_vectors(out, out_features)});
+      StoreRows<T, Out>{out, bias, out_features, allows_vectors(out, out_features)});
 }
 
-template <typename T>
+template <typename T, typename Out>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,
                               const SourceRows<T>& grad,
                               const T* weight,
-                              T* grad_rows,
+                              Out* grad_rows,
                               int64_t in_features,
                               int64_t out_features) {
   run_rows_product<Contiguous::side>(
@@ -193,7 +193,7 @@ void grouped_linear_grad_rows(Stream stream,
       weight,
       out_features,
       in_features,
-      StoreRows<T>{grad_rows, nullptr, in_features, allows_vectors(grad_rows, in_features)});
+      StoreRows<T, Out>{grad_rows, nullptr, in_features, allows_vectors(grad_rows, in_features)});
 }
 
 template <typename T>
@@ -252,19 +252,25 @@ void zero_unrouted_rows(Stream stream, const TileMap& map, T* rows, int64_t widt
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE(T, ...)                                                             \
-  template int64_t product_tile_rows<T>();                                                       \
+#define TORCHMOE_INSTANTIATE_ROWS(T, Out)                                                        \
   template void grouped_linear(                                                                  \
-      Stream, const TileMap&, const SourceRows<T>&, const T*, const T*, T*, int64_t, int64_t);   \
+      Stream, const TileMap&, const SourceRows<T>&, const T*, const T*, Out*, int64_t, int64_t); \
   template void grouped_linear_grad_rows(                                                        \
-      Stream, const TileMap&, const SourceRows<T>&, const T*, T*, int64_t, int64_t);             \
+      Stream, const TileMap&, const SourceRows<T>&, const T*, Out*, int64_t, int64_t);
+#define TORCHMOE_INSTANTIATE(T, ...)                                                             \
+  TORCHMOE_INSTANTIATE_ROWS(T, T)                                                                \
+  template int64_t product_tile_rows<T>();                                                       \
   template void grouped_linear_grad_weight(                                                      \
       Stream, const TileMap&, const SourceRows<T>&, const SourceRows<T>&, T*, int64_t, int64_t); \
   template void grouped_linear_grad_bias(                                                        \
       Stream, const TileMap&, const SourceRows<T>&, const at::opmath_type<T>*, T*, int64_t);     \
   template void zero_unrouted_rows(Stream, const TileMap&, T*, int64_t);
+#define TORCHMOE_INSTANTIATE_WIDE(T, ...) TORCHMOE_INSTANTIATE_ROWS(T, at::opmath_type<T>)
 TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)
+TORCHMOE_NARROW_TYPES(TORCHMOE_INSTANTIATE_WIDE)
+#undef TORCHMOE_INSTANTIATE_WIDE
 #undef TORCHMOE_INSTANTIATE
+#undef TORCHMOE_INSTANTIATE_ROWS
 // NOLINTEND(bugprone-macro-parentheses)
 
 }  // namespace torchmoe::cuda

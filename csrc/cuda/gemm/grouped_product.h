@@ -1,7 +1,7 @@
 // Products of rows sorted by expert with each expert's own matrix: the device's counterpart of
 // cpu/gemm/grouped_product.h.
 //
-// Sums are formed in T's opmath type and rounded once.
+// Sums are formed in T's opmath type and rounded once, if Out is not that type.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -24,24 +24,24 @@ int64_t product_tile_rows();
 
 /// out[r] = rows[source of r] weight[e]^T + bias[e] for expert e's rows; rows of no expert are not
 /// touched: rows [., in], weight [E, out, in], bias [E, out] or null, out [N, out].
-template <typename T>
+template <typename T, typename Out>
 void grouped_linear(Stream stream,
                     const TileMap& map,
                     const SourceRows<T>& rows,
                     const T* weight,
                     const T* bias,
-                    T* out,
+                    Out* out,
                     int64_t in_features,
                     int64_t out_features);
 
 /// grad_rows[r] = grad[source of r] weight[e], the transposed product; rows of no expert are not
 /// touched: grad [., out] -> grad_rows [N, in].
-template <typename T>
+template <typename T, typename Out>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,
                               const SourceRows<T>& grad,
                               const T* weight,
-                              T* grad_rows,
+                              Out* grad_rows,
                               int64_t in_features,
                               int64_t out_features);
 

@@ -141,6 +141,19 @@ Bounded times(Bounded x, double factor, double roundings) {
   return {x.value * factor, std::fabs(factor) * (x.error + roundings * kUnit * std::fabs(x.value))};
 }
 
+/// The same, rounded to T.
+template <typename T>
+Bounded stored(Bounded x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  }
+  using Limits = std::numeric_limits<T>;
+  const double unit = static_cast<double>(Limits::epsilon()) / 2;
+  return {
+      x.value,
+      x.error * (1 + unit) + unit * std::fabs(x.value) + static_cast<double>(Limits::denorm_min())};
+}
+
 template <typename T>
 constexpr at::ScalarType type_of = c10::CppTypeToScalarType<T>::value;
 
@@ -169,7 +182,7 @@ std::string check_forward(const Simd& simd, const Forward& given, const Tensor& 
   const Stored gate_bias(wave({1, columns}, 2), type_of<T>),
       up_bias(wave({1, columns}, 3), type_of<T>);
   const Written<T> pre_gate(rows, columns, columns + gap), pre_up(rows, columns, columns + gap);
-  const Written<float> act(rows, columns, columns + gap + 1);
+  const Written<T> act(rows, columns, columns + gap + 1);
   const auto* gates = static_cast<const float*>(gate.last(rows, columns).numbers.data);
   const auto* ups = static_cast<const float*>(up.last(rows, columns).numbers.data);
   const Numbers no_bias{nullptr, element(type_of<T>)};
@@ -185,7 +198,7 @@ std::string check_forward(const Simd& simd, const Forward& given, const Tensor& 
                  given.wants_pre_gate ? numbers(pre_gate.data()) : no_pre,
                  given.wants_pre_up ? numbers(pre_up.data()) : no_pre,
                  columns + gap,
-                 act.data(),
+                 numbers(act.data()),
                  columns + gap + 1});
   CHECK(act.is_only_matrix_written());
   CHECK(pre_gate.is_only_matrix_written());
@@ -208,7 +221,7 @@ std::string check_forward(const Simd& simd, const Forward& given, const Tensor& 
       if (given.is_gated) {
         expected = times(expected, v, 1);
       }
-      wrong.check("act", act.at(r, c), expected, u);
+      wrong.check("act", act.at(r, c), stored<T>(expected), u);
     }
   }
   return wrong.text();
@@ -225,8 +238,10 @@ std::string check_backward(
                pre_up = padded(wave(us.sizes(), 1, 3), type_of<T>);
   const Stored grad_act = padded(wave(us.sizes(), 4), torch::kFloat);
   const Stored weights(wave({1, rows}, 5), torch::kFloat);
-  const Written<float> weighted_act(rows, columns, stride + 1), dots(rows, 1, 1 + gap);
-  const Written<float> grad_gate(rows, columns, stride), grad_up(rows, columns, stride);
+  const int64_t num_dots = dots_of(columns);
+  const Written<T> weighted_act(rows, columns, stride + 1);
+  const Written<T> grad_gate(rows, columns, stride), grad_up(rows, columns, stride);
+  const Written<float> dots(rows, num_dots, num_dots + gap);
   const auto* grads = static_cast<const float*>(grad_act.last(rows, columns).numbers.data);
   const Numbers gates = pre_gate.last(rows, columns).numbers;
   const Numbers ups = pre_up.last(rows, columns).numbers;
@@ -239,13 +254,13 @@ std::string check_backward(
                           is_gated ? ups : Numbers{nullptr, ups.type},
                           stride,
                           static_cast<const float*>(weights.numbers().data),
-                          weighted_act.data(),
+                          numbers(weighted_act.data()),
                           stride + 1,
-                          grad_gate.data(),
-                          is_gated ? grad_up.data() : nullptr,
+                          numbers(grad_gate.data()),
+                          is_gated ? numbers(grad_up.data()) : MutableNumbers{nullptr, ups.type},
                           stride,
                           dots.data(),
-                          1 + gap});
+                          num_dots + gap});
   CHECK(weighted_act.is_only_matrix_written());
   CHECK(grad_gate.is_only_matrix_written());
   CHECK(grad_up.is_only_matrix_written());
@@ -253,8 +268,8 @@ std::string check_backward(
   Wrong wrong;
   for (int64_t r = 0; r < rows; ++r) {
     const double weight = float_at(weights, 0, r);
-    Bounded dot{0, 0};
-    double dot_size = 0;
+    std::vector<Bounded> expected_dots(num_dots, {0, 0});
+    std::vector<double> dot_sizes(num_dots, 0);
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t i = r * stride + c;
       const double u = static_cast<float>(static_cast<const T*>(gates.data)[i]);
@@ -262,20 +277,25 @@ std::string check_backward(
       const double up = is_gated ? static_cast<float>(static_cast<const T*>(ups.data)[i]) : 1;
       const double product = is_gated ? 1 : 0;  // the rounding of what is multiplied by up
       const auto [value, slope] = expected_activation(f, u);
-      wrong.check(
-          "grad_gate", grad_gate.at(r, c), times(slope, weight * grad * up, 2 + product), u);
+      wrong.check("grad_gate",
+                  grad_gate.at(r, c),
+                  stored<T>(times(slope, weight * grad * up, 2 + product)),
+                  u);
       if (is_gated) {
-        wrong.check("grad_up", grad_up.at(r, c), times(value, weight * grad, 2), u);
+        wrong.check("grad_up", grad_up.at(r, c), stored<T>(times(value, weight * grad, 2)), u);
       }
       const Bounded act = times(value, up, product);
-      wrong.check("weighted_act", weighted_act.at(r, c), times(act, weight, 1), u);
+      wrong.check("weighted_act", weighted_act.at(r, c), stored<T>(times(act, weight, 1)), u);
+      auto& dot = expected_dots[c / kDotColumns];
       dot.value += grad * act.value;
       dot.error += std::fabs(grad) * act.error;
-      dot_size += std::fabs(grad * act.value);
+      dot_sizes[c / kDotColumns] += std::fabs(grad * act.value);
     }
-    // A product of `columns` terms; as in product_test.cpp.
-    dot.error += static_cast<double>(columns + 1) * kUnit * dot_size;
-    wrong.check("dots", dots.at(r, 0), dot, static_cast<double>(r));
+    for (int64_t i = 0; i < num_dots; ++i) {
+      // A product of kDotColumns terms; as in product_test.cpp.
+      expected_dots[i].error += static_cast<double>(kDotColumns + 1) * kUnit * dot_sizes[i];
+      wrong.check("dots", dots.at(r, i), expected_dots[i], static_cast<double>(r));
+    }
   }
   return wrong.text();
 }
@@ -393,7 +413,8 @@ TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[cpu][
       const Written<float> act(rows, 1, 1), weighted_act(rows, 1, 1), slope(rows, 1, 1),
           dots(rows, 1, 1), pre(rows, 1, 1);
       const MutableNumbers pre_gate = numbers(pre.data());
-      functions->activate({f, rows, 1, u, nullptr, 1, {}, {}, pre_gate, {}, 1, act.data(), 1});
+      functions->activate(
+          {f, rows, 1, u, nullptr, 1, {}, {}, pre_gate, {}, 1, numbers(act.data()), 1});
       functions->activate_backward({f,
                                     rows,
                                     1,
@@ -403,10 +424,10 @@ TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[cpu][
                                     Numbers{},
                                     1,
                                     ones.data(),
-                                    weighted_act.data(),
+                                    numbers(weighted_act.data()),
                                     1,
-                                    slope.data(),
-                                    nullptr,
+                                    numbers(slope.data()),
+                                    MutableNumbers{},
                                     1,
                                     dots.data(),
                                     1});
@@ -454,10 +475,10 @@ TEST_CASE("activation: NaN stays with its row", "[cpu][activation]") {
                                       numbers(up.const_data_ptr<float>()),
                                       kColumns,
                                       ones.const_data_ptr<float>(),
-                                      act.data(),
+                                      numbers(act.data()),
                                       kColumns,
-                                      gate.data(),
-                                      of_up.data(),
+                                      numbers(gate.data()),
+                                      numbers(of_up.data()),
                                       kColumns,
                                       dots.data(),
                                       1});

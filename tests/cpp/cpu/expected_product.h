@@ -25,10 +25,18 @@ struct ExpectedProduct {
   Tensor tolerance;
 };
 
+/// Of a rounding of the sums of a product whose right operand is of this type. That of float64 is
+/// doubled, as its sums are as exact as what they are compared with.
+inline double unit_of_sums(at::ScalarType right) {
+  return right == torch::kDouble ? 0x1p-52 : kUnit;
+}
+
 /// left [m, k] times right [k, n], float64.
-inline ExpectedProduct expected_product(const Tensor& left, const Tensor& right) {
+inline ExpectedProduct expected_product(const Tensor& left,
+                                        const Tensor& right,
+                                        double unit = kUnit) {
   const auto terms = static_cast<double>(left.size(1));
-  return {left.matmul(right), (terms + 1) * kUnit * left.abs().matmul(right.abs())};
+  return {left.matmul(right), (terms + 1) * unit * left.abs().matmul(right.abs())};
 }
 
 /// Empty when every element is within the tolerance, or the very inf or a NaN that is expected.

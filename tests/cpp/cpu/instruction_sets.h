@@ -1,5 +1,4 @@
-// Every instruction set of csrc/cpu/simd that this processor has, and the elements that its
-// functions read and write.
+// The elements that the functions of csrc/cpu/simd read and write.
 #pragma once
 
 #include <algorithm>
@@ -10,49 +9,22 @@
 #include <unistd.h>
 #include <vector>
 
+#include "cpu/simd/instruction_sets.h"
 #include "cpu/simd/simd.h"
 #include "support.h"
 
 #include <sys/mman.h>
-
-#if defined(__x86_64__)
-namespace torchmoe::cpu::avx2 {
-const Simd* table();
-}
-namespace torchmoe::cpu::avx512 {
-const Simd* table();
-}
-#endif
 
 namespace torchmoe::test {
 
 /// Of a rounding to float32: half its epsilon.
 constexpr double kUnit = 0x1p-24;
 
-struct InstructionSet {
-  const char* name;
-  const cpu::Simd* functions;
-};
-
-inline std::vector<InstructionSet> instruction_sets() {
-  std::vector<InstructionSet> sets;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    sets.push_back({"avx2", cpu::avx2::table()});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      sets.push_back({"avx512", cpu::avx512::table()});
-    }
-  }
-#endif
-  return sets;
-}
-
 inline cpu::Element element(at::ScalarType type) {
-  return type == torch::kBFloat16 ? cpu::Element::bfloat16
-         : type == torch::kHalf   ? cpu::Element::float16
-                                  : cpu::Element::float32;
+  return type == torch::kDouble     ? cpu::Element::float64
+         : type == torch::kBFloat16 ? cpu::Element::bfloat16
+         : type == torch::kHalf     ? cpu::Element::float16
+                                    : cpu::Element::float32;
 }
 
 /// Memory that ends where a page begins that nobody may touch: reading or writing past the end is a
@@ -88,7 +60,7 @@ class Guarded {
   char* end_;
 };
 
-/// A matrix stored in one of the three types at the end of guarded memory.
+/// A matrix stored in one of the types at the end of guarded memory.
 class Stored {
  public:
   Stored(const Tensor& matrix, at::ScalarType type)

@@ -3,6 +3,8 @@
 
 #include <bit>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -25,11 +27,23 @@ using Types = std::pair<at::ScalarType, at::ScalarType>;
 const Types kFloats = {torch::kFloat, torch::kFloat};
 
 std::vector<Types> pairs_of_types() {
-  std::vector<Types> pairs = {kFloats};
+  std::vector<Types> pairs = {kFloats, {torch::kDouble, torch::kDouble}};
   for (const auto type : {torch::kBFloat16, torch::kHalf}) {
-    pairs.insert(pairs.end(), {{type, type}, {type, torch::kFloat}, {torch::kFloat, type}});
+    pairs.insert(pairs.end(), {{type, type}, {torch::kFloat, type}});
   }
   return pairs;
+}
+
+at::ScalarType type_of(Element element) {
+  return element == Element::float64    ? torch::kDouble
+         : element == Element::bfloat16 ? torch::kBFloat16
+         : element == Element::float16  ? torch::kHalf
+                                        : torch::kFloat;
+}
+
+/// The type of the sums of a product with this right operand.
+Element sums_of(Element right) {
+  return right == Element::float64 ? Element::float64 : Element::float32;
 }
 
 /// The last rows and columns of what is expected.
@@ -43,31 +57,58 @@ ExpectedProduct last(const ExpectedProduct& expected, int64_t m, int64_t n) {
 /// A product's scratch, full of NaN before each call.
 class Products {
  public:
-  explicit Products(const Simd& simd)
-      : simd_(simd), scratch_(simd.product_scratch * static_cast<int64_t>(sizeof(float))) {}
+  explicit Products(const Simd& simd) : simd_(simd) {}
 
-  /// The product, into rows `gap` elements apart.
+  struct Rest {
+    int64_t gap = 0;  // between the rows of the result
+    Numbers bias{};
+    std::optional<Element> out{};  // that of the sums where nothing is said
+    char scratch_byte = '\xff';
+  };
+
   Tensor operator()(Form form,
                     const NumberRows& left,
                     const NumberRows& right,
                     int64_t m,
                     int64_t n,
                     int64_t k,
-                    int64_t gap = 0,
-                    char scratch_byte = '\xff') {
-    // Aligned to 64 bytes; the numbers of all scratches so far end there too.
-    auto* scratch = reinterpret_cast<float*>(
-        reinterpret_cast<uintptr_t>(scratch_.last<float>(simd_.product_scratch)) / 64 * 64);
-    std::memset(scratch, scratch_byte, simd_.product_scratch * sizeof(float));
-    const Written<float> out(m, n, n + gap);
-    simd_.product({form, left, right, m, n, k, out.data(), n + gap, scratch});
+                    const Rest& rest) {
+    const auto type = type_of(rest.out.value_or(sums_of(right.numbers.type)));
+    ProductCall call{form, left, right, m, n, k, rest.bias, {}, n + rest.gap, nullptr};
+    if (type == torch::kDouble) {
+      return written<double>(call, rest);
+    }
+    return type == torch::kBFloat16 ? written<c10::BFloat16>(call, rest)
+           : type == torch::kHalf   ? written<c10::Half>(call, rest)
+                                    : written<float>(call, rest);
+  }
+  Tensor operator()(
+      Form form, const NumberRows& left, const NumberRows& right, int64_t m, int64_t n, int64_t k) {
+    return (*this)(form, left, right, m, n, k, Rest{});
+  }
+
+ private:
+  template <typename Out>
+  Tensor written(ProductCall call, const Rest& rest) {
+    const Written<Out> out(call.m, call.n, call.out_stride);
+    call.out = numbers(out.data());
+    const int64_t bytes = simd_.product_scratch(call);
+    if (bytes > bytes_) {
+      scratch_ = std::make_unique<Guarded>(bytes);
+      bytes_ = bytes;
+    }
+    // Aligned to 64 bytes; the memory of all scratches so far ends there too.
+    call.scratch =
+        reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(scratch_->last<char>(bytes)) / 64 * 64);
+    std::memset(call.scratch, rest.scratch_byte, bytes);
+    simd_.product(call);
     CHECK(out.is_only_matrix_written());
     return out.values().clone();
   }
 
- private:
   const Simd& simd_;
-  Guarded scratch_;
+  std::unique_ptr<Guarded> scratch_;
+  int64_t bytes_ = -1;
 };
 
 /// Operands of a form, of which a test uses the last rows and elements.
@@ -80,12 +121,14 @@ class Operands {
   Operands(Form form, const Types& types, const Tensor& left, const Tensor& right)
       : form_(form),
         left_(form == Form::tn ? left.t() : left, types.first),
-        right_(form == Form::nt ? right.t() : right, types.second) {}
+        right_(form == Form::nt ? right.t() : right, types.second),
+        unit_(unit_of_sums(types.second)) {}
 
   ExpectedProduct expected(int64_t k) const {
     const Tensor left = form_ == Form::tn ? left_.values().t() : left_.values();
     const Tensor right = form_ == Form::nt ? right_.values().t() : right_.values();
-    return expected_product(left.slice(1, left.size(1) - k), right.slice(0, right.size(0) - k));
+    return expected_product(
+        left.slice(1, left.size(1) - k), right.slice(0, right.size(0) - k), unit_);
   }
   NumberRows left(int64_t m, int64_t k) const {
     return form_ == Form::tn ? left_.last(k, m) : left_.last(m, k);
@@ -98,6 +141,7 @@ class Operands {
   Form form_;
   Stored left_;
   Stored right_;
+  double unit_;
 };
 
 using Sizes = std::vector<int64_t>;
@@ -117,8 +161,8 @@ void check_sizes(const Types& types, const Sizes& ms, const Sizes& ns, const Siz
           for (const int64_t n : ns) {
             INFO(name << " " << form_name << " " << types.first << " " << types.second << " m " << m
                       << " n " << n << " k " << k);
-            const Tensor actual =
-                products(form, operands.left(m, k), operands.right(n, k), m, n, k, (m + n + k) % 4);
+            const Tensor actual = products(
+                form, operands.left(m, k), operands.right(n, k), m, n, k, {.gap = (m + n + k) % 4});
             CHECK(mismatch(actual, last(expected, m, n)) == "");
           }
         }
@@ -130,9 +174,9 @@ void check_sizes(const Types& types, const Sizes& ms, const Sizes& ns, const Siz
 }  // namespace
 
 TEST_CASE("simd: the chosen instruction set is one that the processor has", "[cpu][product]") {
-  bool is_known = simd() == nullptr;
+  bool is_known = false;
   for (const auto& [name, functions] : instruction_sets()) {
-    is_known = is_known || simd() == functions;
+    is_known = is_known || &simd() == functions;
   }
   CHECK(is_known);
 }
@@ -159,8 +203,9 @@ TEST_CASE("product: sizes around those of a block", "[cpu][product]") {
     check_sizes(types,
                 {1, 7, 10},
                 {17, 49},
-                is_all ? Sizes{191, 192, 193, 383, 384, 385, 577} : Sizes{191, 192, 193, 385});
-    check_sizes(types, {253}, {513}, {193});
+                is_all ? Sizes{191, 192, 193, 383, 384, 385, 577}
+                       : Sizes{191, 192, 193, 383, 384, 385, 386, 769});
+    check_sizes(types, {253}, {513}, {193, 387});
   }
   check_sizes(kFloats, {1, 2, 3, 4, 5, 8}, {512, 1000}, {384, 385, 1030});
   check_sizes(kFloats, {252, 505}, {512, 1025}, {385});
@@ -171,9 +216,14 @@ TEST_CASE("product: no terms give zeros", "[cpu][product]") {
     for (const auto& [name, functions] : instruction_sets()) {
       INFO(name << " " << form_name);
       const NumberRows none{{nullptr, Element::bfloat16}, 0, nullptr};
-      const Tensor out = Products(*functions)(form, none, none, 3, 50, 0, 2);
+      const Tensor out = Products(*functions)(form, none, none, 3, 50, 0, {.gap = 2});
       CHECK(torch::equal(out, torch::zeros({3, 50})));
       CHECK_FALSE(out.signbit().any().item<bool>());
+      const Stored bias(wave({1, 50}), torch::kBFloat16);
+      CHECK(torch::equal(
+          Products(*functions)(
+              form, none, none, 3, 50, 0, {.bias = bias.numbers(), .out = Element::bfloat16}),
+          bias.values().to(torch::kBFloat16).expand({3, 50})));
     }
   }
 }
@@ -233,13 +283,14 @@ TEST_CASE("product: rows by index", "[cpu][product]") {
             plain_right.last(right.matrix.size(0), right.matrix.size(1));
         const ExpectedProduct expected =
             expected_product(left_has_terms ? left.matrix.t() : left.matrix,
-                             right_has_terms ? right.matrix : right.matrix.t());
+                             right_has_terms ? right.matrix : right.matrix.t(),
+                             unit_of_sums(types.second));
         for (const auto& [name, functions] : instruction_sets()) {
           INFO(name << " " << form_name << " " << types.first << " " << types.second << " m " << m
                     << " n " << n << " k " << k);
           Products products(*functions);
           const auto check = [&](const NumberRows& a, const NumberRows& b, int64_t gap) {
-            CHECK(mismatch(products(form, a, b, m, n, k, gap), expected) == "");
+            CHECK(mismatch(products(form, a, b, m, n, k, {.gap = gap}), expected) == "");
           };
           check(left.rows(), right.rows(), 3);
           check(left.rows(), in_place_right, 0);
@@ -319,8 +370,7 @@ TEST_CASE("product: what the scratch holds does not matter", "[cpu][product]") {
                             m,
                             77,
                             213,
-                            /*gap=*/0,
-                            scratch_byte);
+                            {.scratch_byte = scratch_byte});
           };
           CHECK(torch::equal(with('\xff'), with('\x3f')));
         }
@@ -329,9 +379,9 @@ TEST_CASE("product: what the scratch holds does not matter", "[cpu][product]") {
   }
 }
 
-// Products of up to this many rows may add in another order: see product.cpp.
+// Whatever the tiles, blocks and slices are.
 TEST_CASE("product: a number of the result does not depend on the others", "[cpu][product]") {
-  constexpr int64_t kFewRows = 8, kM = 40, kN = 113, kK = 213;
+  constexpr int64_t kM = 300, kN = 613, kK = 813;
   for (const auto& types : pairs_of_types()) {
     for (const auto& [form, form_name] : kForms) {
       const Operands operands(form, types, kM, kN, kK);
@@ -340,13 +390,12 @@ TEST_CASE("product: a number of the result does not depend on the others", "[cpu
         const auto result = [&](int64_t m, int64_t n) {
           return products(form, operands.left(m, kK), operands.right(n, kK), m, n, kK);
         };
-        const Tensor few = result(kFewRows, kN), many = result(kM, kN);
-        for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 25, 39}) {
-          for (const int64_t n : {1, 3, 16, 29, 48, 61, 113}) {
+        const Tensor all = result(kM, kN);
+        for (const int64_t m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 25, 252, 253}) {
+          for (const int64_t n : {1, 3, 16, 29, 48, 61, 512, 513}) {
             INFO(name << " " << form_name << " " << types.first << " " << types.second
                       << " the last " << m << " rows and " << n << " columns");
-            const Tensor& all = m <= kFewRows ? few : many;
-            CHECK(torch::equal(result(m, n), all.slice(0, all.size(0) - m).slice(1, kN - n)));
+            CHECK(torch::equal(result(m, n), all.slice(0, kM - m).slice(1, kN - n)));
           }
         }
       }
@@ -354,25 +403,65 @@ TEST_CASE("product: a number of the result does not depend on the others", "[cpu
   }
 }
 
+TEST_CASE("product: the bias is added, and the sum rounded once", "[cpu][product]") {
+  constexpr int64_t kM = 21, kN = 67;
+  for (const auto& types : pairs_of_types()) {
+    for (const auto& [form, form_name] : kForms) {
+      for (const int64_t k : {5, 200, 501}) {
+        const Operands operands(form, types, kM, kN, k);
+        const Stored bias(wave({1, kN}, 1), types.second);
+        for (const auto& [name, functions] : instruction_sets()) {
+          INFO(name << " " << form_name << " " << types.first << " " << types.second << " k " << k);
+          Products products(*functions);
+          const auto result = [&](const Products::Rest& rest) {
+            return products(form, operands.left(kM, k), operands.right(kN, k), kM, kN, k, rest);
+          };
+          const Tensor sums = result({});
+          const Tensor with_bias = sums + bias.values().to(sums.scalar_type());
+          CHECK(torch::equal(result({.gap = 2, .bias = bias.numbers()}), with_bias));
+          const Element narrow = bias.numbers().type;
+          CHECK(torch::equal(result({.out = narrow}), sums.to(types.second)));
+          CHECK(torch::equal(result({.gap = 1, .bias = bias.numbers(), .out = narrow}),
+                             with_bias.to(types.second)));
+        }
+      }
+    }
+  }
+}
+
+// The instruction for two bfloat16 terms takes subnormal numbers for 0.
 TEST_CASE("product: every number of a 16-bit type is read as it is", "[cpu][product]") {
   constexpr int64_t kAll = 65536;
   const Tensor bits = torch::arange(kAll, torch::kInt).to(torch::kShort).view({kAll, 1});
-  const Stored one(torch::ones({1, 1}, torch::kDouble), torch::kFloat);
   for (const auto type : {torch::kBFloat16, torch::kHalf}) {
+    const Stored one(torch::ones({1, 1}, torch::kDouble), type);
+    const Stored wide_one(torch::ones({1, 1}, torch::kDouble), torch::kFloat);
     const Stored numbers(bits.view(type).to(torch::kDouble), type);
-    // + 0.0 makes a zero of -0, as a sum does.
-    const ExpectedProduct column{numbers.values() + 0.0, torch::zeros({kAll, 1}, torch::kDouble)};
-    const ExpectedProduct row{column.sums.view({1, kAll}), column.tolerance.view({1, kAll})};
     for (const auto& [name, functions] : instruction_sets()) {
       INFO(name << " " << type);
+      const bool flushes = type == torch::kBFloat16 && std::string(name) == "avx512_bf16";
+      // + 0.0 makes a zero of -0, as a sum does.
+      const auto column = [&](bool is_flushed) {
+        const Tensor x = numbers.values() + 0.0;
+        return ExpectedProduct{
+            is_flushed ? torch::where(x.abs() < std::numeric_limits<float>::min(), 0.0, x) : x,
+            torch::zeros({kAll, 1}, torch::kDouble)};
+      };
+      const auto row = [&](bool is_flushed) {
+        const ExpectedProduct of = column(is_flushed);
+        return ExpectedProduct{of.sums.view({1, kAll}), of.tolerance.view({1, kAll})};
+      };
       Products products(*functions);
       const NumberRows of_one{numbers.numbers(), 1, nullptr},
           of_all{numbers.numbers(), kAll, nullptr};
-      const NumberRows factor{one.numbers(), 1, nullptr};
-      CHECK(mismatch(products(Form::nt, of_one, factor, kAll, 1, 1), column) == "");
-      CHECK(mismatch(products(Form::tn, of_all, factor, kAll, 1, 1), column) == "");
-      CHECK(mismatch(products(Form::nt, factor, of_one, 1, kAll, 1), row) == "");
-      CHECK(mismatch(products(Form::nn, factor, of_all, 1, kAll, 1), row) == "");
+      const NumberRows factor{one.numbers(), 1, nullptr},
+          wide_factor{wide_one.numbers(), 1, nullptr};
+      CHECK(mismatch(products(Form::nt, of_one, factor, kAll, 1, 1), column(flushes)) == "");
+      CHECK(mismatch(products(Form::tn, of_all, factor, kAll, 1, 1), column(flushes)) == "");
+      CHECK(mismatch(products(Form::nt, factor, of_one, 1, kAll, 1), row(flushes)) == "");
+      CHECK(mismatch(products(Form::nn, factor, of_all, 1, kAll, 1), row(flushes)) == "");
+      CHECK(mismatch(products(Form::nt, wide_factor, of_one, 1, kAll, 1), row(false)) == "");
+      CHECK(mismatch(products(Form::nn, wide_factor, of_all, 1, kAll, 1), row(false)) == "");
     }
   }
 }

@@ -56,21 +56,23 @@ void check_task(bool is_indexed) {
     const Written<Out> with_bias(kM, kN, kN + kGap);
     run({[&, form = form](Workspace& workspace) {
           const ProductSizes shape{kM, kN, kK};
+          const R* no_bias = nullptr;
           product(form,
                   of_left.from(1, 2),
                   of_right.from(1, 2),
                   shape,
+                  no_bias,
                   plain.data(),
                   kN + kGap,
                   workspace);
-          product_plus_bias(form,
-                            of_left.from(1, 2),
-                            of_right.from(1, 2),
-                            shape,
-                            bias.const_data_ptr<R>(),
-                            with_bias.data(),
-                            kN + kGap,
-                            workspace);
+          product(form,
+                  of_left.from(1, 2),
+                  of_right.from(1, 2),
+                  shape,
+                  bias.const_data_ptr<R>(),
+                  with_bias.data(),
+                  kN + kGap,
+                  workspace);
         }},
         /*multiplications=*/kM * kN * kK);
     // Twice, for float64 is as exact as what it is compared with.
@@ -95,7 +97,8 @@ TEST_CASE("product: a task's, of every type", "[cpu][product]") {
     check_task<c10::BFloat16, c10::BFloat16, c10::BFloat16>(is_indexed);
     check_task<c10::BFloat16, c10::BFloat16, float>(is_indexed);
     check_task<float, c10::BFloat16, float>(is_indexed);
-    check_task<c10::Half, float, c10::Half>(is_indexed);
+    check_task<c10::Half, c10::Half, c10::Half>(is_indexed);
+    check_task<float, c10::Half, c10::Half>(is_indexed);
   }
 }
 
@@ -103,9 +106,10 @@ TEST_CASE("product: a task's of nothing", "[cpu][product]") {
   const Written<double> out(2, 3, 4);
   run({[&](Workspace& workspace) {
         const Rows<double> none{nullptr, 1};
-        product(Form::nn, none, none, {0, 3, 2}, out.data(), 4, workspace);
-        product(Form::tn, none, none, {2, 0, 2}, out.data(), 4, workspace);
-        product(Form::nt, none, none, {2, 3, 0}, out.data(), 4, workspace);
+        const double* no_bias = nullptr;
+        product(Form::nn, none, none, {0, 3, 2}, no_bias, out.data(), 4, workspace);
+        product(Form::tn, none, none, {2, 0, 2}, no_bias, out.data(), 4, workspace);
+        product(Form::nt, none, none, {2, 3, 0}, no_bias, out.data(), 4, workspace);
       }},
       /*multiplications=*/0);
   CHECK(torch::equal(out.values(), torch::zeros({2, 3}, torch::kDouble)));

@@ -71,7 +71,7 @@ TEST_CASE("run: every task once", "[cpu][tasks]") {
       Phase tasks;
       for (size_t i = 0; i < count; ++i) {
         tasks.push_back([&, i](Workspace& workspace) {
-          workspace.result.get<double>(static_cast<int64_t>(1 + i % 7))[0] = 0;
+          workspace.gate.get<double>(static_cast<int64_t>(1 + i % 7))[0] = 0;
           ++runs[i];
         });
       }
@@ -144,13 +144,13 @@ TEST_CASE("run_groups: a group's memory is its own until it is done", "[cpu][tas
     constexpr int64_t kGroups = 20, kNumbers = 1000;
     std::atomic<int> wrong{0};
     run_groups(kGroups, kShared, [&](int64_t g, Workspace& workspace) {
-      auto* numbers = workspace.group.get<int64_t>(kNumbers);
+      auto* numbers = workspace.group_rows.get<int64_t>(kNumbers);
       std::fill_n(numbers, kNumbers, -1);
       std::vector<Phase> phases(2);
       for (int64_t t = 0; t < 10; ++t) {
         phases[0].push_back([=](Workspace& helper) {
           // A task's own scratch is never the group's.
-          std::fill_n(helper.result.get<int64_t>(kNumbers), kNumbers, -7);
+          std::fill_n(helper.gate.get<int64_t>(kNumbers), kNumbers, -7);
           wait_a_little();
           std::fill_n(numbers + t * kNumbers / 10, kNumbers / 10, g);
         });
@@ -172,7 +172,7 @@ TEST_CASE("run: two tasks at once have two workspaces", "[cpu][tasks]") {
     Phase tasks;
     for (int64_t i = 0; i < 200; ++i) {
       tasks.push_back([&wrong, i](Workspace& workspace) {
-        auto* number = workspace.left.get<int64_t>(1);
+        auto* number = workspace.product.get<int64_t>(1);
         *number = i;
         wait_a_little();
         wrong += *number != i ? 1 : 0;
@@ -286,12 +286,12 @@ TEST_CASE("run: within a task", "[cpu][tasks]") {
     Phase tasks;
     for (size_t i = 0; i < kOuter; ++i) {
       tasks.push_back([&, i](Workspace& workspace) {
-        auto* number = workspace.left.get<size_t>(1);
+        auto* number = workspace.product.get<size_t>(1);
         *number = i;
         Phase inner;
         for (size_t j = 0; j < kInner; ++j) {
           inner.push_back([&, i, j](Workspace& other) {
-            *other.left.get<size_t>(1) = 1000;
+            *other.product.get<size_t>(1) = 1000;
             ++runs[i * kInner + j];
           });
         }

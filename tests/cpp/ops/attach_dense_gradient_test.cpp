@@ -84,7 +84,8 @@ TEST_CASE("attach_dense_gradient: every expert's score gets its gradient",
           const Tensor grad = wave({tokens, 3}, 7, 1, dtype);
           CHECK(difference(gradient_of_probs(l, grad, bias, name),
                            expected(l, grad, bias, name),
-                           3 + 5 + 3) == "");
+                           3 + 5 + 3,
+                           /*rounded=*/epsilon(dtype)) == "");
         }
       }
     }

@@ -51,7 +51,7 @@ TEST_CASE("expert_mlp: values", "[expert_mlp]") {
         CHECK(y.scalar_type() == dtype);
         const Tensor expected = torchmoe::reference::expert_mlp(
             l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, activation);
-        CHECK(difference(y, expected, 3 + 5 + indices.size(1)) == "");
+        CHECK(difference(y, expected, 3 + 5 + indices.size(1), /*rounded=*/epsilon(dtype)) == "");
         CHECK(difference(expert_mlp(strided(l.x),
                                     strided(indices),
                                     strided(l.weights),
@@ -59,7 +59,8 @@ TEST_CASE("expert_mlp: values", "[expert_mlp]") {
                                     activation),
                          torchmoe::reference::expert_mlp(
                              l.x, indices, l.weights, l.w_in, {}, l.w_out, {}, activation),
-                         3 + 5 + indices.size(1)) == "");
+                         3 + 5 + indices.size(1),
+                         /*rounded=*/epsilon(dtype)) == "");
       }
     }
   }
@@ -75,7 +76,8 @@ TEST_CASE("expert_mlp: odd sizes", "[expert_mlp]") {
                 expert_mlp(l.x, indices, l.weights, {l.w_in, l.b_in, l.w_out, l.b_out}, activation),
                 torchmoe::reference::expert_mlp(
                     l.x, indices, l.weights, l.w_in, l.b_in, l.w_out, l.b_out, activation),
-                17 + 9 + 3) == "");
+                17 + 9 + 3,
+                /*rounded=*/epsilon(dtype)) == "");
     }
   }
 }

@@ -78,9 +78,10 @@ class TestExpertMlp(DifferentiableOpTests):
         ),
         differentiable=("x", "weights", *EXPERT_WEIGHTS),
         asked_as=("dispatch_plan", "_expert_mlp"),
-        # The pre-activation is saved in the storage type, and the slope and the value both come
-        # from it.
-        gradient_roundings=2,
+        # What the products read is in the storage type: the activation and, backward, the saved
+        # pre-activation, from which both the slope and the value come, and its gradient.
+        roundings=1,
+        gradient_roundings=3,
         token_input="x",
         private=private,
         poison=poison,

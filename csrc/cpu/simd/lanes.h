@@ -1,0 +1,79 @@
+// What the lanes of a product's vectors hold, and how a step of the sums is formed.
+//
+// A lane of the right operand and one of the left have one term of the sums or two neighbouring
+// ones. Packing makes lanes of the stored elements; the tile multiplies them and knows nothing else.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/simd/vector.h"
+
+namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
+
+/// One term a lane, in the type of the sums. Narrower elements are widened.
+template <typename Number>
+struct Singles {
+  using Lane = Number;
+  using LeftLane = Number;  // as it is read from a row in place
+  using Sum = Number;
+  using Lanes = decltype(load(static_cast<const Number*>(nullptr)));
+  using Sums = Lanes;
+  static constexpr int64_t kTerms = 1;
+  static constexpr int64_t kWidth = kWidthOf<Number>;
+
+  /// Whether rows of T are lanes as they lie.
+  template <typename T>
+  static constexpr bool kInPlace = std::is_same_v<T, Number>;
+
+  static Sums multiply_add(Sums sums, LeftLane left, Lanes right) { return sums + left * right; }
+
+  /// A term of up to kWidth neighbouring rows or columns; null is a row of zeros.
+  template <typename T>
+  static Lanes across(const T* const (&rows)[kTerms], int64_t first, int64_t count) {
+    return rows[0] == nullptr ? Lanes{} : load_up_to(rows[0] + first, count);
+  }
+};
+
+#if defined(__AVX512BF16__)
+/// Two bfloat16 terms a lane, the earlier in the lower half, for the instruction that multiplies both
+/// and adds the products to a float32.
+struct Pairs {
+  using Lane = uint32_t;
+  using LeftLane = uint32_t __attribute__((aligned(2), may_alias));
+  using Sum = float;
+  using Lanes = UnsignedVector;
+  using Sums = Vector;
+  static constexpr int64_t kTerms = 2;
+  static constexpr int64_t kWidth = kWidthOf<float>;
+
+  template <typename T>
+  static constexpr bool kInPlace = std::is_same_v<T, BFloat16>;
+
+  static Sums multiply_add(Sums sums, LeftLane left, Lanes right) {
+    return _mm512_dpbf16_ps(sums,
+                            reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left))),
+                            reinterpret_cast<__m512bh>(right));
+  }
+
+  static Lanes across(const BFloat16* const (&rows)[kTerms], int64_t first, int64_t count) {
+    return half(rows[0], first, count) | half(rows[1], first, count) << 16;
+  }
+
+ private:
+  static Lanes half(const BFloat16* row, int64_t first, int64_t count) {
+    if (row == nullptr) {
+      return Lanes{};
+    }
+    HalfWidthVector bits{};
+    if (count >= kWidth) {
+      bits = load_bits<HalfWidthVector>(row + first);
+    } else {
+      std::memcpy(&bits, row + first, count * sizeof(BFloat16));
+    }
+    return __builtin_convertvector(bits, UnsignedVector);
+  }
+};
+#endif
+
+}  // namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET
