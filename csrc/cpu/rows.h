@@ -6,9 +6,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "common/plan_view.h"
+#include "cpu/elements.h"
 #include "cpu/parallel.h"
 
 namespace torchmoe::cpu {
@@ -29,27 +32,71 @@ void gather_rows(const PlanView& plan, const T* x, T* rows, int64_t width) {
   });
 }
 
+/// A token's routed slots, in slot order: their rows, and their weights or 1.
+template <typename Acc, typename In>
+class TokenRows {
+ public:
+  explicit TokenRows(const PlanView& plan) : rows_(plan.top_k), weights_(plan.top_k) {}
+
+  void find(
+      const PlanView& plan, int64_t token, const In* rows, const Acc* weights, int64_t width) {
+    count_ = 0;
+    for (int64_t slot = token * plan.top_k; slot < (token + 1) * plan.top_k; ++slot) {
+      if (const int64_t row = plan.row_of(slot); row >= 0) {
+        rows_[count_] = rows + row * width;
+        weights_[count_++] = weights == nullptr ? Acc(1) : weights[slot];
+      }
+    }
+  }
+
+  int64_t count() const { return count_; }
+  const In* const* rows() const { return rows_.data(); }
+  const Acc* weights() const { return weights_.data(); }
+
+ private:
+  int64_t count_ = 0;
+  std::vector<const In*> rows_;
+  std::vector<Acc> weights_;
+};
+
+/// out [width] = the sum of the token's rows. `next` are those of the next token.
+template <typename Acc, typename In, typename Out>
+void sum_rows(const TokenRows<Acc, In>& token,
+              const TokenRows<Acc, In>& next,
+              Out* out,
+              int64_t width,
+              Acc* sum) {
+  if constexpr (std::is_same_v<In, float>) {
+    return simd().weighted_sum({token.count(),
+                                token.rows(),
+                                token.weights(),
+                                width,
+                                numbers(out),
+                                next.count(),
+                                next.rows()});
+  }
+  std::fill_n(sum, width, Acc(0));
+  for (int64_t i = 0; i < token.count(); ++i) {
+    for (int64_t h = 0; h < width; ++h) {
+      sum[h] += token.weights()[i] * static_cast<Acc>(token.rows()[i][h]);
+    }
+  }
+  std::transform(sum, sum + width, out, [](Acc value) { return static_cast<Out>(value); });
+}
+
 /// y[t] = sum over routed slots, in slot order, of weights[t, j] * rows[row of the slot]; null
 /// weights count as 1.
 template <typename Acc, typename In, typename Out>
 void combine_rows(const PlanView& plan, const In* rows, const Acc* weights, Out* y, int64_t width) {
   parallel_items(plan.num_tokens, plan.top_k * width, [&](int64_t begin, int64_t end) {
+    TokenRows<Acc, In> token(plan);
+    TokenRows<Acc, In> next(plan);
     std::vector<Acc> sum(width);
+    next.find(plan, begin, rows, weights, width);
     for (int64_t t = begin; t < end; ++t) {
-      std::fill(sum.begin(), sum.end(), Acc(0));
-      for (int64_t slot = t * plan.top_k; slot < (t + 1) * plan.top_k; ++slot) {
-        const int64_t row = plan.row_of(slot);
-        if (row < 0) {
-          continue;
-        }
-        const Acc weight = weights == nullptr ? Acc(1) : weights[slot];
-        const In* in = rows + row * width;
-        for (int64_t h = 0; h < width; ++h) {
-          sum[h] += weight * static_cast<Acc>(in[h]);
-        }
-      }
-      std::transform(
-          sum.begin(), sum.end(), y + t * width, [](Acc value) { return static_cast<Out>(value); });
+      std::swap(token, next);
+      next.find(plan, std::min(t + 1, end - 1), rows, weights, width);
+      sum_rows(token, next, y + t * width, width, sum.data());
     }
   });
 }

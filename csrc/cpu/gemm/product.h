@@ -7,6 +7,7 @@
 
 #include <ATen/OpMathType.h>
 
+#include "cpu/elements.h"
 #include "cpu/gemm/workspace.h"
 #include "cpu/simd/simd.h"
 
@@ -41,29 +42,6 @@ struct ProductSizes {
   int64_t n;
   int64_t k;
 };
-
-/// T as cpu/simd names it.
-template <typename T>
-constexpr Element element_of() {
-#define TORCHMOE_ELEMENT(name, stored, type) \
-  if constexpr (std::is_same_v<T, type>) {   \
-    return Element::name;                    \
-  } else
-  TORCHMOE_ELEMENTS(TORCHMOE_ELEMENT) {
-    static_assert(sizeof(T) == 0, "cpu/simd has no such numbers");
-  }
-#undef TORCHMOE_ELEMENT
-}
-
-template <typename T>
-Numbers numbers(const T* data) {
-  return {data, element_of<T>()};
-}
-
-template <typename T>
-MutableNumbers numbers(T* data) {
-  return {data, element_of<T>()};
-}
 
 template <typename T>
 NumberRows number_rows(const Rows<T>& rows) {

@@ -1,6 +1,9 @@
 // The experts' activations on vectors; common/activation.h has the formulas.
 #include "cpu/simd/activation.h"
 
+#include <type_traits>
+
+#include "cpu/simd/sizes.h"
 #include "cpu/simd/vector.h"
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
@@ -100,6 +103,19 @@ T* at(MutableNumbers numbers, int64_t i) {
   return static_cast<T*>(numbers.data) + i;
 }
 
+/// Calls body(column, how many) for whole vectors of [begin, end), whose number is a constant, and for
+/// the rest.
+template <typename Body>
+inline void for_vectors(int64_t begin, int64_t end, const Body& body) {
+  int64_t c = begin;
+  for (; c + kWidth <= end; c += kWidth) {
+    body(c, std::integral_constant<int64_t, kWidth>{});
+  }
+  if (c < end) {
+    body(c, end - c);
+  }
+}
+
 template <typename F, typename T>
 void activate_rows(const ActivateCall& call) {
   const auto with_bias = [](Vector product, Numbers bias, int64_t c, int64_t count) {
@@ -108,8 +124,7 @@ void activate_rows(const ActivateCall& call) {
   for (int64_t r = 0; r < call.rows; ++r) {
     const float* gates = call.gate + r * call.stride;
     const float* ups = call.up == nullptr ? nullptr : call.up + r * call.stride;
-    for (int64_t c = 0; c < call.columns; c += kWidth) {
-      const int64_t count = call.columns - c;
+    for_vectors(0, call.columns, [&](int64_t c, auto count) {
       const int64_t pre = r * call.pre_stride + c;
       const Vector gate = with_bias(load_up_to(gates + c, count), call.gate_bias, c, count);
       if (call.pre_gate.data != nullptr) {
@@ -124,7 +139,7 @@ void activate_rows(const ActivateCall& call) {
         act *= up;
       }
       store_up_to(act, at<T>(call.act, r * call.act_stride + c), count);
-    }
+    });
   }
 }
 
@@ -136,10 +151,8 @@ void activate_backward_rows(const ActivateBackwardCall& call) {
     const float weight = call.weights[r];
     float* dots = call.dots + r * call.dots_stride;
     for (int64_t first = 0; first < call.columns; first += kDotColumns) {
-      const int64_t end = first + kDotColumns < call.columns ? first + kDotColumns : call.columns;
       Vector dot{};
-      for (int64_t c = first; c < end; c += kWidth) {
-        const int64_t count = end - c;
+      for_vectors(first, min(first + kDotColumns, call.columns), [&](int64_t c, auto count) {
         const Vector grad_act = load_up_to(call.grad_act + r * call.grad_act_stride + c, count);
         const auto [value, slope] = F::with_slope(load_up_to(gates + c, count));
         const Vector weighted = weight * grad_act;
@@ -155,7 +168,7 @@ void activate_backward_rows(const ActivateBackwardCall& call) {
         }
         dot += grad_act * act;
         store_up_to(weight * act, at<T>(call.weighted_act, r * call.act_stride + c), count);
-      }
+      });
       *dots++ = sum(dot);
     }
   }

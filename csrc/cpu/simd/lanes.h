@@ -65,12 +65,8 @@ struct Pairs {
     if (row == nullptr) {
       return Lanes{};
     }
-    HalfWidthVector bits{};
-    if (count >= kWidth) {
-      bits = load_bits<HalfWidthVector>(row + first);
-    } else {
-      std::memcpy(&bits, row + first, count * sizeof(BFloat16));
-    }
+    const HalfWidthVector bits = count >= kWidth ? load_bits<HalfWidthVector>(row + first)
+                                                 : load_part_bits(row + first, count);
     return __builtin_convertvector(bits, UnsignedVector);
   }
 };

@@ -11,24 +11,59 @@
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 
-// Lanes of a slice. A panel of it (36 KB or 12 KB) must stay in L1 while the tiles run down the rows,
-// and the result is loaded and stored once for each slice.
-constexpr int64_t kLanes = 192;
-constexpr int64_t kRows = 252;  // a multiple of either kTileRows
-constexpr int64_t kColumns = 512;
+// A slice of the right operand lies in half of an L2 of 1 MB, one of the left in a quarter. Its lanes
+// are as many as fit then: the sums are loaded and stored once for each slice.
+constexpr int64_t kMostLanes = 512;
+constexpr int64_t kMostRows = 252;  // a multiple of either kTileRows
+constexpr int64_t kMostColumns = 512;
+constexpr int64_t kRightBytes = 512 * 1024;
+constexpr int64_t kLeftBytes = 256 * 1024;
 
 // Packed rows and panels lie a little more than a power of two apart, which would put all of them
 // into the same few lines of L1.
 constexpr int64_t kSpacing = 16;
-constexpr int64_t kCopiedStride = kLanes + kSpacing;
-constexpr int64_t kTermPanel = kLanes * kTileRows + kSpacing;
-constexpr int64_t kTermPanels = divide_up(kRows, kTileRows) + 1;
-constexpr int64_t kLeftLanes = max(kRows * kCopiedStride, kTermPanels* kTermPanel);
+
+/// How a product is cut.
+struct Slices {
+  int64_t lanes;
+  int64_t rows;     // of the left operand that are packed at a time
+  int64_t columns;  // of the right
+  bool is_only;     // a slice has all terms
+};
+
+/// Rows and slices of nearly equal size, so that no last one has a single row or term.
 template <typename L>
-constexpr int64_t kRightLanes = kLanes * (kColumns + kPanelWidth<L>);
+Slices slices_of(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kLane = sizeof(typename L::Lane);
+  m = max(m, 1);  // nothing is cut as if it were one
+  n = max(n, 1);
+  Slices slices{};
+  // For few rows a panel is used as soon as it is packed, while it is in L1.
+  slices.columns = min(n, m <= kTileRows ? kPanelWidth<L> : kMostColumns);
+  const int64_t lanes = max(divide_up(k, L::kTerms), 1);
+  const int64_t most_lanes =
+      min(kRightBytes / kLane / round_up(slices.columns, L::kWidth), kMostLanes);
+  const int64_t count = divide_up(lanes, most_lanes);
+  slices.lanes = divide_up(lanes, count);
+  slices.is_only = count == 1;
+  const int64_t most_rows =
+      min(kLeftBytes / kLane / slices.lanes / kTileRows * kTileRows, kMostRows);
+  slices.rows = round_up(divide_up(m, divide_up(m, most_rows)), kTileRows);
+  return slices;
+}
+
+/// How many lanes the slices take, their spacing and the vectors that overlap an end included.
+template <typename L>
+int64_t left_lanes(const Slices& slices) {
+  return (slices.lanes + kSpacing) * (slices.rows + 1) + L::kWidth;
+}
+template <typename L>
+int64_t right_lanes(const Slices& slices) {
+  return slices.lanes * round_up(slices.columns, L::kWidth);
+}
 
 // What a row of zeros is read from.
-alignas(64) constexpr double kZeros[kLanes] = {};
+alignas(64) constexpr double kZeros[kMostLanes] = {};
 
 /// The rows of an operand, read as T.
 template <typename T>
@@ -83,6 +118,7 @@ void find_left_rows(const Reader<T>& reader,
                     Range terms,
                     typename L::Lane* copies,
                     const typename L::LeftLane** pointers) {
+  const int64_t stride = divide_up(terms.size, L::kTerms) + kSpacing;
   using LeftLane = typename L::LeftLane;
   for (int64_t i = 0; i < rows.size; ++i) {
     const T* from = reader.row(rows.begin + i);
@@ -91,7 +127,7 @@ void find_left_rows(const Reader<T>& reader,
     } else if (L::template kInPlace<T> && terms.size % L::kTerms == 0) {
       pointers[i] = reinterpret_cast<const LeftLane*>(from + terms.begin);
     } else {
-      auto* to = copies + i * kCopiedStride;
+      auto* to = copies + i * stride;
       copy_row<L>(from + terms.begin, terms.size, to);
       pointers[i] = to;
     }
@@ -101,6 +137,7 @@ void find_left_rows(const Reader<T>& reader,
 /// The rows of a lane's terms, null where there is none.
 template <typename L, typename T>
 struct LaneRows {
+  LaneRows() = default;
   LaneRows(const Reader<T>& reader, Range terms, int64_t lane) {
     for (int64_t t = 0; t < L::kTerms; ++t) {
       const int64_t term = lane * L::kTerms + t;
@@ -110,7 +147,18 @@ struct LaneRows {
   const T* rows[L::kTerms];
 };
 
-/// Terms, each of all rows of the result: panels of `height` rows, packed[k * kTileRows + i], and
+template <typename L, typename T>
+void prefetch(const LaneRows<L, T>& lane, Range numbers) {
+  for (const T* row : lane.rows) {
+    prefetch(row, numbers);
+  }
+}
+
+// So many lanes of a panel are written one after the other. A row is read in one go for all panels,
+// since the next row may be on another page.
+constexpr int64_t kLanesTogether = 8;
+
+/// Terms, each of all rows of the result: panels of `height` rows, panel[k * kTileRows + i], and
 /// pointers[p] to panel p. A lane's rows are stored as whole vectors, whose end the next ones
 /// overwrite.
 template <typename L, typename T>
@@ -121,17 +169,26 @@ void pack_left_terms(const Reader<T>& reader,
                      typename L::Lane* packed,
                      const typename L::LeftLane** pointers) {
   const int64_t lanes = divide_up(terms.size, L::kTerms);
-  for (int64_t i = 0; i < rows.size; i += height) {
-    auto* to = packed;
-    for (int64_t k = 0; k < lanes; ++k, to += kTileRows) {
-      const LaneRows<L, T> from(reader, terms, k);
-      for (int64_t r = 0; r < height; r += L::kWidth) {
-        const auto v = L::across(from.rows, rows.begin + i + r, max(rows.size - i - r, 0));
-        std::memcpy(to + r, &v, sizeof v);
+  const int64_t panel = lanes * kTileRows + kSpacing;
+  for (int64_t p = 0; p * height < rows.size; ++p) {
+    pointers[p] = packed + p * panel;
+  }
+  for (int64_t first = 0; first < lanes; first += kLanesTogether) {
+    const int64_t count = min(kLanesTogether, lanes - first);
+    LaneRows<L, T> from[kLanesTogether];
+    for (int64_t k = 0; k < count; ++k) {
+      from[k] = LaneRows<L, T>(reader, terms, first + k);
+      prefetch(LaneRows<L, T>(reader, terms, first + k + kLanesTogether), rows);
+    }
+    auto* to = packed + first * kTileRows;
+    for (int64_t i = 0; i < rows.size; i += height, to += panel) {
+      for (int64_t k = 0; k < count; ++k) {
+        for (int64_t r = 0; r < height; r += L::kWidth) {
+          const auto v = L::across(from[k].rows, rows.begin + i + r, max(rows.size - i - r, 0));
+          std::memcpy(to + k * kTileRows + r, &v, sizeof v);
+        }
       }
     }
-    *pointers++ = packed;
-    packed += kTermPanel;
   }
 }
 
@@ -158,10 +215,7 @@ void pack_right_terms(const Reader<T>& rows, Range columns, Range terms, typenam
   const int64_t lanes = divide_up(terms.size, L::kTerms);
   for (int64_t k = 0; k < lanes; ++k) {
     const LaneRows<L, T> from(rows, terms, k);
-    const LaneRows<L, T> ahead(rows, terms, k + kAhead);
-    for (const T* row : ahead.rows) {
-      prefetch(row, columns);
-    }
+    prefetch(LaneRows<L, T>(rows, terms, k + kAhead), columns);
     for_panels<L>(columns.size, [&](int64_t j, int64_t vectors) {
       auto* to = right + j * lanes + k * vectors * L::kWidth;
       for (int64_t v = 0; v < vectors; ++v) {

@@ -139,23 +139,30 @@ void multiply_slices(const typename L::LeftLane* const* left,
 
 // ---- The product --------------------------------------------------------------------------------
 
-int64_t slices_of(int64_t lanes) {
-  return max(divide_up(lanes, kLanes), 1);
-}
-
-/// How many sums wait for their last slice outside of the result.
+/// The parts of a product's scratch.
 template <typename L, typename Out>
-int64_t waiting_sums(const ProductCall& call) {
-  const bool wait =
-      !std::is_same_v<typename L::Sum, Out> && slices_of(divide_up(call.k, L::kTerms)) > 1;
-  return wait ? call.m * min(call.n, kColumns) : 0;
-}
+struct Scratch {
+  using Lane = typename L::Lane;
+  using Sum = typename L::Sum;
 
-template <typename L, typename Out>
-int64_t scratch_of(const ProductCall& call) {
-  return (kLeftLanes + kRightLanes<L>)*static_cast<int64_t>(sizeof(typename L::Lane)) +
-         waiting_sums<L, Out>(call) * static_cast<int64_t>(sizeof(typename L::Sum));
-}
+  explicit Scratch(const ProductCall& call)
+      : slices(slices_of<L>(call.m, call.n, call.k)),
+        left(round_up(left_lanes<L>(slices), kLine)),
+        right(round_up(right_lanes<L>(slices), kLine)),
+        // What waits for its last slice outside of the result.
+        sums(std::is_same_v<Sum, Out> || slices.is_only ? 0 : call.m * slices.columns) {}
+
+  int64_t bytes() const {
+    return (left + right) * static_cast<int64_t>(sizeof(Lane)) +
+           sums * static_cast<int64_t>(sizeof(Sum));
+  }
+
+  static constexpr int64_t kLine = 64 / sizeof(Lane);
+  Slices slices;
+  int64_t left;
+  int64_t right;
+  int64_t sums;
+};
 
 template <typename L, Form form, typename Left, typename Right, typename Out>
 void product_of(const ProductCall& call) {
@@ -164,17 +171,15 @@ void product_of(const ProductCall& call) {
   constexpr bool kLeftByTerm = form == Form::tn;
   const Reader<Left> left_reader(call.left);
   const Reader<Right> right_reader(call.right);
+  const Scratch<L, Out> scratch(call);
+  const Slices slices = scratch.slices;
   auto* packed_left = static_cast<Lane*>(call.scratch);
-  auto* packed_right = packed_left + kLeftLanes;
+  auto* packed_right = packed_left + scratch.left;
   auto* out = static_cast<Out*>(call.out.data);
   const auto* bias = static_cast<const Right*>(call.bias.data);
-  const typename L::LeftLane* left[kRows];
-  const int64_t lanes = divide_up(call.k, L::kTerms);
-  const int64_t slice = max(divide_up(lanes, slices_of(lanes)), 1) * L::kTerms;
-  // For few rows a panel is used as soon as it is packed, while it is in L1.
-  const int64_t most_columns = call.m <= kTileRows ? kPanelWidth<L> : kColumns;
-  for (int64_t j = 0; j < call.n; j += most_columns) {
-    const Range columns{j, min(most_columns, call.n - j)};
+  const typename L::LeftLane* left[kMostRows];
+  for (int64_t j = 0; j < call.n; j += slices.columns) {
+    const Range columns{j, min(slices.columns, call.n - j)};
     Destination<Sum, Right, Out> destination{};
     destination.out = out + j;
     destination.out_stride = call.out_stride;
@@ -183,22 +188,22 @@ void product_of(const ProductCall& call) {
       destination.sums = destination.out;
       destination.sums_stride = call.out_stride;
     } else {
-      destination.sums = reinterpret_cast<Sum*>(packed_right + kRightLanes<L>);
+      destination.sums = reinterpret_cast<Sum*>(packed_right + scratch.right);
       destination.sums_stride = columns.size;
     }
     int64_t k = 0;
     do {  // once where there is no term
-      const Range terms{k, min(slice, call.k - k)};
+      const Range terms{k, min(slices.lanes * L::kTerms, call.k - k)};
       destination.has_earlier = k > 0;
-      k += slice;
-      destination.is_last = k >= call.k;
+      k += terms.size;
+      destination.is_last = k == call.k;
       if constexpr (form == Form::nt) {
         pack_right_rows<L>(right_reader, columns, terms, packed_right);
       } else {
         pack_right_terms<L>(right_reader, columns, terms, packed_right);
       }
-      for (int64_t i = 0; i < call.m; i += kRows) {
-        const Range rows{i, min(kRows, call.m - i)};
+      for (int64_t i = 0; i < call.m; i += slices.rows) {
+        const Range rows{i, min(slices.rows, call.m - i)};
         if constexpr (kLeftByTerm) {
           pack_left_terms<L>(left_reader, rows, terms, tile_height(rows.size), packed_left, left);
         } else {
@@ -252,7 +257,7 @@ auto with_types(const ProductCall& call, const Body& body) {
 
 int64_t product_scratch(const ProductCall& call) {
   return with_types(call, [&]<typename L, typename Left, typename Right, typename Out>() {
-    return scratch_of<L, Out>(call);
+    return Scratch<L, Out>(call).bytes();
   });
 }
 

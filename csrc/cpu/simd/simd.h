@@ -107,12 +107,24 @@ struct ActivateBackwardCall {
   int64_t dots_stride;
 };
 
+/// out [width] = the sum of weights[i] * rows[i], in their order.
+struct WeightedSumCall {
+  int64_t count;
+  const float* const* rows;  // [count]
+  const float* weights;      // [count]
+  int64_t width;
+  MutableNumbers out;
+  int64_t num_next;  // the rows of the next call, which the memory is asked for meanwhile
+  const float* const* next;
+};
+
 /// The functions of one instruction set.
 struct Simd {
   int64_t (*product_scratch)(const ProductCall&);  // does not read the call's scratch
   void (*product)(const ProductCall&);
   void (*activate)(const ActivateCall&);
   void (*activate_backward)(const ActivateBackwardCall&);
+  void (*weighted_sum)(const WeightedSumCall&);
   void (*store)(const float* from, MutableNumbers to, int64_t count);
 };
 

@@ -17,6 +17,10 @@ constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
+
 /// A stretch of rows, terms or columns.
 struct Range {
   int64_t begin;

@@ -2,6 +2,7 @@
 #include "cpu/simd/activation.h"
 #include "cpu/simd/product.h"
 #include "cpu/simd/vector.h"
+#include "cpu/simd/weighted_sum.h"
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 
@@ -19,7 +20,7 @@ void store_numbers(const float* from, MutableNumbers to, int64_t count) {
 
 const Simd* table() {
   static const Simd functions{
-      &product_scratch, &product, &activate, &activate_backward, &store_numbers};
+      &product_scratch, &product, &activate, &activate_backward, &weighted_sum, &store_numbers};
   return &functions;
 }
 

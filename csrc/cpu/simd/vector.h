@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -100,17 +101,59 @@ inline Vector load(const Float16* from) {
 #endif
 }
 
-/// The first `count` elements, zeros after them; count is below kWidthOf<T>.
+/// As many bytes as a vector's elements of T have.
 template <typename T>
-inline auto load_part(const T* from, int64_t count) {
-  alignas(64) T numbers[kWidthOf<T>] = {};
-  std::memcpy(numbers, from, count * sizeof(T));
-  return load(numbers);
+using Bits = std::conditional_t<sizeof(T) == 8,
+                                WideVector,
+                                std::conditional_t<sizeof(T) == 4, Vector, HalfWidthVector>>;
+
+#if defined(__AVX512F__)
+inline uint32_t first_lanes(int64_t count) {
+  return (uint32_t{1} << count) - 1;
+}
+#endif
+
+/// The first `count` elements, fewer than a vector has, as they are stored, and zeros after them.
+template <typename T>
+inline Bits<T> load_part_bits(const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) {
+    return _mm512_maskz_loadu_pd(first_lanes(count), from);
+  } else if constexpr (sizeof(T) == 4) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), from);
+  } else {
+    return reinterpret_cast<Bits<T>>(_mm256_maskz_loadu_epi16(first_lanes(count), from));
+  }
+#else
+  Bits<T> bits{};
+  std::memcpy(&bits, from, count * sizeof(T));
+  return bits;
+#endif
+}
+
+/// Stores the first `count` elements.
+template <typename T>
+inline void store_part_bits(Bits<T> bits, T* to, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(to, first_lanes(count), bits);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), bits);
+  } else {
+    _mm256_mask_storeu_epi16(to, first_lanes(count), reinterpret_cast<__m256i>(bits));
+  }
+#else
+  std::memcpy(to, &bits, count * sizeof(T));
+#endif
 }
 
 template <typename T>
 inline auto load_up_to(const T* from, int64_t count) {
-  return count >= kWidthOf<T> ? load(from) : load_part(from, count);
+  if (count >= kWidthOf<T>) {
+    return load(from);
+  }
+  const Bits<T> bits = load_part_bits(from, count);
+  return load(reinterpret_cast<const T*>(&bits));
 }
 
 // ---- Stores -------------------------------------------------------------------------------------
@@ -161,9 +204,9 @@ inline void store_up_to(V v, T* to, int64_t count) {
   if (count >= kWidthOf<T>) {
     return store(v, to);
   }
-  alignas(64) T numbers[kWidthOf<T>];
-  store(v, numbers);
-  std::memcpy(to, numbers, count * sizeof(T));
+  Bits<T> bits;
+  store(v, reinterpret_cast<T*>(&bits));
+  store_part_bits(bits, to, count);
 }
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
@@ -172,18 +215,20 @@ inline void store_up_to(V v, T* to, int64_t count) {
 inline float sum(Vector v) {
   alignas(64) float numbers[kWidth];
   store(v, numbers);
-  float total = 0;
-  for (const float number : numbers) {
-    total += number;
+  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) {
+      numbers[i] += numbers[i + half];
+    }
   }
-  return total;
+  return numbers[0];
 }
 
 /// exp(x), within 2 units in the last place; 0 below -87.3 (where the result is subnormal or less),
 /// inf above 88.7, NaN for NaN.
 ///
 /// x = n ln 2 + r with |r| <= ln 2 / 2, exp(r) = 1 + r + r^2 q(r) with q fitted to a relative error
-/// of 4e-9, and 2^n added to the exponent's bits in two halves, since 2^128 has no float.
+/// of 4e-9, and times 2^n, in two halves where it is made of an exponent's bits, since 2^128 has no
+/// float.
 inline Vector exp(Vector x) {
   constexpr float kLog2E = 1.44269504F;
   constexpr float kLn2High = 0.693359375F;  // few bits: n times it is exact
@@ -201,10 +246,14 @@ inline Vector exp(Vector x) {
   q = q * r + 1.666651248e-1F;
   q = q * r + 4.999998791e-1F;
   const Vector value = (q * r * r + r) + 1.0F;
+#if defined(__AVX512F__)
+  const Vector result = _mm512_maskz_scalef_ps(0xffff, value, n);
+#else
   const IntVector exponent = __builtin_convertvector(n, IntVector);
   const IntVector half = exponent >> 1;
   const auto power = [](IntVector e) { return reinterpret_cast<Vector>((e + 127) << 23); };
   const Vector result = value * power(half) * power(exponent - half);
+#endif
   const Vector zero{};
   const Vector infinite = broadcast(__builtin_inff());
   return x < low ? zero : (x > high ? infinite : (x == x ? result : x));

@@ -200,12 +200,15 @@ TEST_CASE("product: sizes around those of a block", "[cpu][product]") {
     check_sizes(types, is_all ? Sizes{251, 252, 253, 504, 505} : Sizes{252, 253}, {17}, {3});
     check_sizes(
         types, {7}, is_all ? Sizes{511, 512, 513, 1024, 1025} : Sizes{511, 512, 513}, {3, 17});
+    // Terms of a slice: 512 lanes of one or two where there are few columns, and for 512 columns as
+    // many as 512 KB hold: 128, 256 or 512.
     check_sizes(types,
                 {1, 7, 10},
                 {17, 49},
-                is_all ? Sizes{191, 192, 193, 383, 384, 385, 577}
-                       : Sizes{191, 192, 193, 383, 384, 385, 386, 769});
-    check_sizes(types, {253}, {513}, {193, 387});
+                is_all ? Sizes{511, 512, 513, 1023, 1024, 1025, 1537}
+                       : Sizes{511, 512, 513, 1023, 1024, 1025, 1026, 2049});
+    check_sizes(types, {10}, {513}, {127, 128, 129, 257, 511, 513});
+    check_sizes(types, {253}, {513}, {129, 515});
   }
   check_sizes(kFloats, {1, 2, 3, 4, 5, 8}, {512, 1000}, {384, 385, 1030});
   check_sizes(kFloats, {252, 505}, {512, 1025}, {385});

@@ -12,7 +12,7 @@ import torchmoe
 from torchmoe.ops import dispatch_plan, grouped_linear, router_logits
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-H, I, E, K = 70, 150, 24, 2  # no multiples of what the kernels hold at a time
+H, INNER, E, K = 70, 150, 24, 2  # no multiples of what the kernels hold at a time
 SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 13, 30, 257, 300]  # of batches out of T tokens
 T = 600
 
@@ -30,12 +30,12 @@ class Experts:
 
     def __init__(self, dtype: torch.dtype, activation: str, bias: bool) -> None:
         torch.manual_seed(0)
-        width = I if activation == "gelu" else 2 * I
+        width = INNER if activation == "gelu" else 2 * INNER
         self.activation = activation
         self.parameters: dict[str, Tensor | None] = {
             "w_in": drawn(E, width, H, dtype=dtype),
             "b_in": drawn(E, width, dtype=dtype) if bias else None,
-            "w_out": drawn(E, H, I, dtype=dtype),
+            "w_out": drawn(E, H, INNER, dtype=dtype),
             "b_out": drawn(E, H, dtype=dtype) if bias else None,
         }
         self.x = drawn(T, H, dtype=dtype)
@@ -130,7 +130,7 @@ def test_tokens_of_a_router(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_an_expert(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    rows, weight = drawn(T, H, dtype=dtype), drawn(1, I, H, dtype=dtype)
+    rows, weight = drawn(T, H, dtype=dtype), drawn(1, INNER, H, dtype=dtype)
     whole = grouped_linear(rows, weight, None, torch.tensor([0, T]))
     for size in SIZES:
         some = torch.randperm(T)[:size]
