@@ -26,11 +26,14 @@ from torch.nn.functional import linear, silu
 import torchmoe
 
 OURS, LOOP = "torchmoe", "plain torch loop"
+IN_FLOAT32 = f"{OURS} float32"
 TRANSFORMERS = ("grouped_mm", "eager")  # the implementations of its experts
 
 # A peer adds the same values in another order, so a sum of n terms may differ by n * eps of the
 # largest element; four such sums follow one another (router, W_in, W_out and their backward).
 AGREEMENT = 4
+
+Step = Callable[[Tensor], float]  # runs once on these tokens and says how many seconds it took
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def our_layer(shape: Shape, dtype: torch.dtype) -> Contender:
 def in_float32(ours: Contender) -> Contender:
     """The same layer with the same parameters, widened."""
     wide = copy.deepcopy(ours.module).to(torch.float32)
-    return Contender(f"{OURS} float32", wide, lambda module, x: module(x).hidden_states)
+    return Contender(IN_FLOAT32, wide, lambda module, x: module(x).hidden_states)
 
 
 def plain_loop(ours: Contender) -> Contender:

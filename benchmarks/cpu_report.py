@@ -22,6 +22,7 @@ from benchmarks.clock import Block, Clock
 from benchmarks.contenders import positive
 from benchmarks.markdown import table
 from benchmarks.moe_layer import environment
+from benchmarks.peaks import Peaks
 
 if TYPE_CHECKING:
     from benchmarks.cpu.section import Section, Settings
@@ -36,14 +37,15 @@ def sections() -> dict[str, Callable[[Settings], Section]]:
     from benchmarks.cpu.growth import section_growth
     from benchmarks.cpu.layers import section_layers
     from benchmarks.cpu.loads import section_loads
+    from benchmarks.cpu.many_experts import section_many_experts
     from benchmarks.cpu.memory import section_memory
     from benchmarks.cpu.odd_sizes import section_odd_sizes
     from benchmarks.cpu.products import section_products
+    from benchmarks.cpu.rounding import section_rounding
     from benchmarks.cpu.stages import section_stages
     from benchmarks.cpu.threads import section_threads
 
     return {
-        # First, while the process has freed no memory that a pass could use again.
         "memory": section_memory,
         "layers": section_layers,
         "products": section_products,
@@ -51,6 +53,8 @@ def sections() -> dict[str, Callable[[Settings], Section]]:
         "threads": section_threads,
         "loads": section_loads,
         "dtypes": section_dtypes,
+        "rounding": section_rounding,
+        "many_experts": section_many_experts,
         "odd_sizes": section_odd_sizes,
         "growth": section_growth,
     }
@@ -67,7 +71,7 @@ def markdown(name: str, section: Section, blocks: Sequence[Block]) -> str:
         lines += [f"![{section.title}](figures/{file})", ""]
     measured = f"`{COMMAND} --section {name}`"
     if blocks:
-        low, high = (f"{pick(b.peak for b in blocks) / 1e9:.0f}" for pick in (min, max))
+        low, high = (f"{pick(b.peak() for b in blocks) / 1e9:.0f}" for pick in (min, max))
         measured += (
             f"; blocks: {len(blocks)}, with an FMA peak of {low} to {high} GFLOP/s; "
             f"measured again: {repeated}, of which throttled even so: {throttled}"
@@ -78,15 +82,13 @@ def markdown(name: str, section: Section, blocks: Sequence[Block]) -> str:
 def heading(clock: Clock) -> str:
     """The machine, and how all was measured."""
     described = environment(clock, "float32 where nothing else is said")
-    width = f"{clock.probe.bits} bits" if clock.probe.bits else "as the compiler likes"
     rows = [[name, str(value)] for name, value in described.items()]
-    rows.append(["vectors of the FMA peak", width])
     return "\n".join(
         [
             "# Speed on a CPU",
             "",
             f"Written by `{COMMAND}`. What a table compares was timed turn by turn in one process, "
-            "between two probes of the machine's float32 FMA peak; a block whose probes fell below "
+            "between two probes of the machine's peaks; a block whose probes fell below "
             "85 % of the best was measured again, up to three times. Times are those of the "
             "fastest round where nothing else is said.",
             "",
@@ -94,6 +96,11 @@ def heading(clock: Clock) -> str:
             "",
         ]
     )
+
+
+def with_warning(text: str, warning: str | None) -> str:
+    """The report, and at its end what the run as a whole says of its blocks."""
+    return text if warning is None else f"{text}\n{warning}\n"
 
 
 def parse_args(argv: list[str] | None, names: Sequence[str]) -> argparse.Namespace:
@@ -114,7 +121,7 @@ def parse_args(argv: list[str] | None, names: Sequence[str]) -> argparse.Namespa
         help="where measured_cpu.md and figures/ go (default: docs, with --section nowhere)",
     )
     parser.add_argument(
-        "--rounds", type=positive, default=14, help="timed runs of each (default: 14)"
+        "--rounds", type=positive, default=10, help="timed runs of each (default: 10)"
     )
     parser.add_argument("--quick", action="store_true", help="a rehearsal: two rounds, few tokens")
     return parser.parse_args(argv)
@@ -131,23 +138,26 @@ def main(argv: list[str] | None = None) -> int:
     known = sections()
     args = parse_args(argv, list(known))
     out: Path | None = args.out or (None if args.section else ROOT / "docs")
-    clock = Clock(2, repeats=0) if args.quick else Clock(args.rounds)
+    peaks = Peaks()
+    clock = Clock(2, peaks, repeats=0) if args.quick else Clock(args.rounds, peaks)
     settings = Settings(clock, args.quick)
     text = heading(clock)
+    warning = None
     for name in args.section or known:
         begin, seen = time.monotonic(), len(clock.blocks)
         torch.manual_seed(0)
         section = known[name](settings)
         text += "\n" + markdown(name, section, clock.blocks[seen:])
         print(f"cpu_report: {name}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
+        warning = clock.warning()
         if out is not None:
             (out / "figures").mkdir(parents=True, exist_ok=True)
             # After each section, so that an interrupted run leaves what it has found.
-            (out / "measured_cpu.md").write_text(text, encoding="utf-8")
+            (out / "measured_cpu.md").write_text(with_warning(text, warning), encoding="utf-8")
             for file, figure in section.figures.items():
                 figures.save(figure, out / "figures" / file)
     if out is None:
-        print(text)
+        print(with_warning(text, warning))
     else:
         print(f"wrote {out / 'measured_cpu.md'}", file=sys.stderr)
     return 0

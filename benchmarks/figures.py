@@ -15,19 +15,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from benchmarks.contenders import LOOP, OURS
+from benchmarks.contenders import IN_FLOAT32, LOOP, OURS
 from benchmarks.moe_layer import Result
+from benchmarks.traffic import READS
 
 DPI = 150
 WIDTH = 9.0  # inches
 COLOURS = {
     OURS: "#0072B2",
-    f"{OURS} float32": "#56B4E9",
+    IN_FLOAT32: "#56B4E9",
     "transformers grouped_mm": "#E69F00",
     "transformers eager": "#D55E00",
     LOOP: "#CC79A7",
 }
-GREY, PEAK = "0.45", "#009E73"
+GREY, PEAK, MEMORY = "0.45", "#009E73", "black"
 HIGHEST = 4.0  # times the dense bound: longer bars are cut and say how long they are
 BARS = 0.8  # of a group's width
 
@@ -73,18 +74,23 @@ def layers(results: Sequence[Result]) -> Figure:
     names = list(dict.fromkeys(name for result in results for name in others(result)))
     handles: list[Patch | Line2D] = [Patch(color=COLOURS[name], label=name) for name in names]
     handles.append(Line2D([], [], color=GREY, label="dense torch.mm"))
-    handles.append(Line2D([], [], color=PEAK, linewidth=2, label="FMA peak"))
+    handles += [
+        Line2D([], [], color=PEAK, linewidth=2, label=f"{peak} peak")
+        for peak in dict.fromkeys(result.peak for result in results)
+    ]
+    if any(READS in result.rows for result in results):
+        handles.append(Line2D([], [], color=MEMORY, linewidth=2, label=READS))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
 def others(result: Result) -> list[str]:
-    """All contenders but the dense bound."""
-    return [name for name in result.block.times if name != result.dense]
+    """The layers: what has a colour."""
+    return [name for name in result.rows if name in COLOURS]
 
 
 def draw_layers(axes: Axes, results: Sequence[Result]) -> None:
-    """Bars, the dense bound at 1, and for each shape the time that the peak allows."""
+    """Bars, the dense bound at 1, and for each shape what the peak and the memory allow."""
     tallest = max(result.rows[name].min_over_dense for result in results for name in others(result))
     # Where all are slow there is nothing to cut.
     least = max(result.rows[OURS].min_over_dense for result in results)
@@ -109,8 +115,12 @@ def draw_layers(axes: Axes, results: Sequence[Result]) -> None:
                 color="white" if cut else "black",
             )
         dense = result.block.times[result.dense].low
-        at_peak = result.case.flops / result.block.peak / dense
-        axes.plot([place - 0.46, place + 0.46], [at_peak, at_peak], color=PEAK, linewidth=2)
+        at_peak = result.case.flops / result.peak_of(OURS) / dense
+        bounds = {PEAK: at_peak}
+        if READS in result.rows:
+            bounds[MEMORY] = result.rows[READS].min_over_dense
+        for colour, height in bounds.items():
+            axes.plot([place - 0.46, place + 0.46], [height, height], color=colour, linewidth=2)
     axes.axhline(1, color=GREY, linewidth=1)
     axes.set_ylim(0, top)
     axes.set_xlim(-0.6, len(results) - 0.4)

@@ -11,6 +11,10 @@ import torch
 import torchmoe
 from benchmarks.contenders import transformers_version
 
+# Environment variables that limit the instructions of torch's and torchmoe's kernels, and those of
+# the libraries that multiply matrices for torch, which the first does not reach.
+LIMITS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
+
 
 def machine() -> dict[str, str | int]:
     """The processor, the threads, and the versions of what runs on it."""
@@ -22,6 +26,8 @@ def machine() -> dict[str, str | int]:
         "processor": processor(),
         "cores": os.cpu_count() or 1,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "limits": " ".join(f"{name}={os.environ[name]}" for name in LIMITS if name in os.environ)
+        or "none",
         "threads": torch.get_num_threads(),
     }
 

@@ -18,7 +18,7 @@ EXPERTS = tuple(Shape(8192, 64, 64, experts, 2) for experts in (2, 8, 32, 128, 5
 CHOICES = tuple(Shape(4096, 64, 128, 32, top_k) for top_k in (1, 2, 4, 8, 16))
 
 
-def times_of(shapes: Sequence[Shape], settings: Settings) -> list[float]:
+def times_of(title: str, shapes: Sequence[Shape], settings: Settings) -> list[float]:
     """Seconds of a step at each, in one block."""
     runs: dict[str, Run] = {}
     for shape in shapes:
@@ -26,7 +26,7 @@ def times_of(shapes: Sequence[Shape], settings: Settings) -> list[float]:
         runs[str(shape)] = partial(
             our_layer(shape, torch.float32).step, *inputs(shape, torch.float32)
         )
-    return [times.low for times in settings.clock.measure(runs).times.values()]
+    return [times.low for times in settings.clock.measure(title, runs).times.values()]
 
 
 def section_growth(settings: Settings) -> Section:
@@ -39,7 +39,7 @@ def section_growth(settings: Settings) -> Section:
         ("K choices", "top_k", CHOICES, True),
     ):
         tried = shapes[:3] if settings.quick else shapes
-        seconds = times_of(tried, settings)
+        seconds = times_of(title, tried, settings)
         sizes = [int(getattr(shape, key)) for shape in tried]
         per_flop = [time / shape.flops for time, shape in zip(seconds, tried, strict=True)]
         first = tried[0]

@@ -29,9 +29,12 @@ def section_layers(settings: Settings) -> Section:
         "The layer and its peers",
         "A training step (forward and backward, routing included), or inference where it says "
         "forward only, in float32. D is the time over that of dense `torch.mm` of the same FLOPs, "
-        "U the share of the probed FMA peak, P the time of the better of Transformers' "
-        f"({version or 'not installed'}) two implementations over ours; each peer was first shown "
-        "to compute the same. `make bench` prints this table.",
+        "U the share of the probed FMA peak, P the time of the fastest peer over ours; each peer "
+        f"(Transformers {version or 'is not installed'}) was first shown to compute the same. "
+        "Fresh is the median with other tokens in every round: libraries that prepare a kernel "
+        "for each number of rows do so there, until they have met them all. Forward only, the "
+        "time is also given over that of reading the matrices of the chosen experts, and the "
+        "microseconds beyond it. `make bench` prints this table.",
         [table(["T, H, I, E, K", "", *COLUMNS], rows, texts=2), "\n".join(ends)],
         {"cpu_layer.png": figures.layers(results)},
     )

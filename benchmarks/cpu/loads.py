@@ -72,7 +72,7 @@ def section_loads(settings: Settings) -> Section:
             indices = indices_with(counts, shape.top_k)
             step = ExpertStep(indices, shape.hidden, shape.intermediate, shape.experts)
             runs[name] = timed(step.step)
-        block = settings.clock.measure(runs)
+        block = settings.clock.measure(f"loads, {shape}", runs)
         for name, counts in given.items():
             largest = int(counts.max()) / shape.rows
             low = f"{1e3 * block.times[name].low:.1f}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +139,20 @@ def cells(found: Transient, saved: int) -> list[str]:
     return [*mib, f"{found.larger / saved:.2f}"]
 
 
-def section_memory(settings: Settings) -> Section:
-    """The saved set, and what comes and goes."""
+def rows_of(shapes: Sequence[Shape]) -> tuple[bool, list[list[str]]]:
+    """The lines of the table, and whether the process was watched, too."""
     watched = can_watch_process()
-    rows = [row_of(shape, watched) for shape in settings.shapes]
+    return watched, [row_of(shape, watched) for shape in shapes]
+
+
+def section_memory(settings: Settings) -> Section:
+    """The saved set, and what comes and goes.
+
+    In a process of its own, which has freed no memory that a pass could use again, and to which
+    alone the thresholds apply: where freed memory leaves at once, everything takes longer.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as another:
+        watched, rows = another.submit(rows_of, settings.shapes).result()
     header = ["T, H, I, E, K", "saved MiB", "forward MiB", "backward MiB", "over saved"]
     about = (
         "A step in float32. Saved is what the graph holds for the backward pass (the tensors that "

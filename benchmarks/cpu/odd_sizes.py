@@ -68,10 +68,10 @@ def section_odd_sizes(settings: Settings) -> Section:
         loop = LoopStep(ours)
         torch.testing.assert_close(ours.forward(), loop.forward())
         runs: dict[str, Run] = {OURS: timed(ours.step), LOOP: timed(loop.step)}
-        block = settings.clock.measure(runs)
+        block = settings.clock.measure(name, runs)
         low = [1e3 * block.times[who].low for who in runs]
         flops = 18 * ours.indices.numel() * ours.w_out[0].numel()
-        share = flops / block.times[OURS].low / block.peak
+        share = flops / block.times[OURS].low / block.peak()
         ratio = block.ratio(LOOP, OURS)
         rows.append([name, f"{low[0]:.2f}", f"{low[1]:.2f}", f"{ratio:.2f}", f"{share:.3f}"])
     return Section(

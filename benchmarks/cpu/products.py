@@ -79,14 +79,15 @@ def section_products(settings: Settings) -> Section:
         for name, product in members.items():
             runs[name] = timed(product.ours)
             runs[f"mm, {name}"] = timed(product.dense)
-        block = settings.clock.measure(runs)
+        block = settings.clock.measure(f"products, {shape}", runs)
+        peak = block.peak()
         shares[str(shape)] = {}
         for name, product in members.items():
             ours = product.flops / block.times[name].low
             dense = product.flops / block.times[f"mm, {name}"].low
-            shares[str(shape)][name] = (ours / block.peak, dense / block.peak)
+            shares[str(shape)][name] = (ours / peak, dense / peak)
             rates = [f"{rate / 1e9:.0f}" for rate in (ours, dense)]
-            parts = [f"{rate / block.peak:.2f}" for rate in (ours, dense)]
+            parts = [f"{rate / peak:.2f}" for rate in (ours, dense)]
             rows.append(
                 [f"{shape}", name, rates[0], parts[0], rates[1], parts[1], f"{ours / dense:.2f}"]
             )

@@ -14,6 +14,7 @@ from benchmarks.clock import Run, timed
 from benchmarks.contenders import OURS, Shape, inputs, our_layer
 from benchmarks.cpu.section import Section, Settings
 from benchmarks.markdown import table
+from benchmarks.traffic import matrices, our_module
 from torchmoe import ops
 
 ROUTING = ("router_logits", "select_experts", "gate_weights", "dispatch_plan", "limit_capacity")
@@ -37,8 +38,7 @@ class Stage:
 def stages(shape: Shape, layer: torchmoe.nn.MoE, tokens: Tensor) -> dict[str, Stage]:
     """Every op of the layer, and limit_capacity, which it runs where a capacity is set."""
     x, router = tokens.detach().requires_grad_(), layer.router.get_parameter("weight")
-    w_in = layer.experts.get_parameter("gate_up_proj")  # type: ignore[union-attr]
-    w_out = layer.experts.get_parameter("down_proj")  # type: ignore[union-attr]
+    w_in, w_out = matrices(layer)
     logits = ops.router_logits(x, router).detach().requires_grad_()
     fixed = logits.detach()
     indices = ops.select_experts(fixed, shape.top_k)
@@ -74,14 +74,14 @@ def times_of(shape: Shape, settings: Settings) -> dict[str, float]:
     """Seconds of each stage's directions and of the layer's step, fastest rounds."""
     torch.manual_seed(0)
     ours = our_layer(shape, torch.float32)
-    assert isinstance(ours.module, torchmoe.nn.MoE)
     x, grad = inputs(shape, torch.float32)
     runs: dict[str, Run] = {OURS: partial(ours.step, x, grad)}
-    for name, stage in stages(shape, ours.module, x).items():
+    for name, stage in stages(shape, our_module(ours), x).items():
         runs[name] = timed(stage.forward)
         if stage.leaves:
             runs[f"{name} backward"] = stage.backward()
-    return {name: times.low for name, times in settings.clock.measure(runs).times.items()}
+    block = settings.clock.measure(f"stages, {shape}", runs)
+    return {name: times.low for name, times in block.times.items()}
 
 
 def section_stages(settings: Settings) -> Section:

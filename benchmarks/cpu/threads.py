@@ -11,6 +11,7 @@ from benchmarks.clock import Run
 from benchmarks.contenders import OURS, DenseBound, inputs, our_layer
 from benchmarks.cpu.section import Section, Settings
 from benchmarks.markdown import table
+from benchmarks.peaks import FMA
 
 
 def counts() -> list[int]:
@@ -42,8 +43,8 @@ def section_threads(settings: Settings) -> Section:
         for count in tried:
             runs[f"{OURS} {count}"] = partial(with_threads, count, step)
             runs[f"dense {count}"] = partial(with_threads, count, dense.run)
-        block = settings.clock.measure(runs)
-        peaks = {count: settings.clock.probe(count) for count in tried}
+        block = settings.clock.measure(f"threads, {shape}", runs)
+        peaks = {count: settings.clock.peaks(count)[FMA] for count in tried}
         for count in tried:
             rows.append(
                 [

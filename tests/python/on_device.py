@@ -22,6 +22,7 @@ from torchmoe.nn import Balance, Capacity, Gate, MoE
 
 DEVICE = "cpu"
 
+
 def moved(inputs: Inputs) -> Inputs:
     """Onto the device under test."""
     return map_tensors(inputs, lambda tensor: tensor.to(DEVICE))
