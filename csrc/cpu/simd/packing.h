@@ -14,6 +14,8 @@ namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 // A slice of the right operand lies in half of an L2 of 1 MB, one of the left in a quarter. Its lanes
 // are as many as fit then: the sums are loaded and stored once for each slice.
 constexpr int64_t kMostLanes = 512;
+// For few rows a panel is used as soon as it is packed, while it is in L1.
+constexpr int64_t kFewLanes = 128;
 constexpr int64_t kMostRows = 252;  // a multiple of either kTileRows
 constexpr int64_t kMostColumns = 512;
 constexpr int64_t kRightBytes = 512 * 1024;
@@ -38,11 +40,11 @@ Slices slices_of(int64_t m, int64_t n, int64_t k) {
   m = max(m, 1);  // nothing is cut as if it were one
   n = max(n, 1);
   Slices slices{};
-  // For few rows a panel is used as soon as it is packed, while it is in L1.
-  slices.columns = min(n, m <= kTileRows ? kPanelWidth<L> : kMostColumns);
+  const bool is_few = m <= kTileRows;
+  slices.columns = min(n, is_few ? kPanelWidth<L> : kMostColumns);
   const int64_t lanes = max(divide_up(k, L::kTerms), 1);
-  const int64_t most_lanes =
-      min(kRightBytes / kLane / round_up(slices.columns, L::kWidth), kMostLanes);
+  const int64_t most_lanes = min(kRightBytes / kLane / round_up(slices.columns, L::kWidth),
+                                 is_few ? kFewLanes : kMostLanes);
   const int64_t count = divide_up(lanes, most_lanes);
   slices.lanes = divide_up(lanes, count);
   slices.is_only = count == 1;
@@ -228,23 +230,29 @@ void pack_right_terms(const Reader<T>& rows, Range columns, Range terms, typenam
   }
 }
 
-constexpr int64_t kEight = 8;
+/// Rows and columns of a square of lanes that is turned over in registers.
+template <typename L>
+constexpr int64_t kSide = sizeof(typename L::Lane) == 4 ? max(L::kWidth, 8) : 8;
 
-template <typename Lane>
-struct EightLanes {
+template <typename Lane, int64_t side>
+struct SideOf {
   // An alias would lose the attribute, as it depends on Lane.
-  typedef Lane Type __attribute__((vector_size(kEight * sizeof(Lane))));
+  typedef Lane Type __attribute__((vector_size(side * sizeof(Lane))));
 };
 
-/// Turns eight rows of eight lanes into its eight columns.
-template <typename Eight>
-inline void transpose(Eight (&rows)[kEight]) {
-  Eight a[kEight];
+/// A row of the square, which may be wider than a register.
+template <typename L>
+using Side = typename SideOf<typename L::Lane, kSide<L>>::Type;
+
+/// Turns rows into columns: pairs of lanes, pairs of pairs, then the fours.
+template <typename V>
+inline void transpose(V (&rows)[8]) {
+  V a[8];
   for (int i = 0; i < 8; i += 2) {
     a[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     a[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
-  Eight b[kEight];
+  V b[8];
   for (int i = 0; i < 8; i += 4) {
     for (int j = 0; j < 2; ++j) {
       b[i + 2 * j] = __builtin_shufflevector(a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
@@ -258,60 +266,121 @@ inline void transpose(Eight (&rows)[kEight]) {
   }
 }
 
-/// Eight lanes of a row. They may be wider than a register, which a function cannot return.
-template <typename L, typename T, typename Eight>
-inline void load_eight(const T* from, Eight& to) {
+// clang-format off
+template <typename V>
+inline void transpose(V (&rows)[16]) {
+  V a[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = __builtin_shufflevector(
+        rows[i], rows[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+    a[i + 1] = __builtin_shufflevector(
+        rows[i], rows[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  }
+  V b[16];
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + 2 * j] = __builtin_shufflevector(
+          a[i + j], a[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      b[i + 2 * j + 1] = __builtin_shufflevector(
+          a[i + j], a[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+  }
+  const auto even = [](V x, V y) {
+    return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  };
+  const auto odd = [](V x, V y) {
+    return __builtin_shufflevector(
+        x, y, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  };
+  for (int i = 0; i < 4; ++i) {
+    const V low_even = even(b[i], b[i + 4]);
+    const V low_odd = odd(b[i], b[i + 4]);
+    const V high_even = even(b[i + 8], b[i + 12]);
+    const V high_odd = odd(b[i + 8], b[i + 12]);
+    rows[i] = even(low_even, high_even);
+    rows[i + 4] = even(low_odd, high_odd);
+    rows[i + 8] = odd(low_even, high_even);
+    rows[i + 12] = odd(low_odd, high_odd);
+  }
+}
+// clang-format on
+
+/// A side's lanes of a row. They may be wider than a register, which a function cannot return.
+template <typename L, typename T>
+inline void load_side(const T* from, Side<L>& to) {
   if constexpr (L::template kInPlace<T>) {
     std::memcpy(&to, from, sizeof to);
   } else {
-    alignas(64) typename L::Lane wide[max(kEight, L::kWidth)];
-    for (int64_t i = 0; i < kEight; i += L::kWidth) {
-      store(load_up_to(from + i, kEight - i), wide + i);
+    alignas(64) typename L::Lane wide[kSide<L>];
+    for (int64_t i = 0; i < kSide<L>; i += L::kWidth) {
+      store(load(from + i), wide + i);
     }
     std::memcpy(&to, wide, sizeof to);
   }
 }
 
-/// Columns of the result, each with its terms, into the same panels.
+/// Columns of the result, each with its terms, into the same panels. `num_columns` are all that the
+/// product has: the next ones are asked of the memory while these are turned over.
 template <typename L, typename T>
-void pack_right_rows(const Reader<T>& rows, Range columns, Range terms, typename L::Lane* right) {
-  using Eight = typename EightLanes<typename L::Lane>::Type;
+void pack_right_rows(const Reader<T>& rows,
+                     Range columns,
+                     Range terms,
+                     int64_t num_columns,
+                     typename L::Lane* right) {
+  constexpr int64_t kLanes = kSide<L>;
+  constexpr int64_t kElements = kLanes * L::kTerms;
+  constexpr int64_t kLine = 64 / sizeof(T);
   const int64_t lanes = divide_up(terms.size, L::kTerms);
   for_panels<L>(columns.size, [&](int64_t j, int64_t vectors) {
     const int64_t width = vectors * L::kWidth;
-    // In registers of four lanes a panel's width may be no multiple of eight.
-    for (int64_t c = 0; c < width; c += kEight) {
-      const T* from[kEight];
-      for (int64_t i = 0; i < kEight; ++i) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const T* from[kLanes];
+      const T* next[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
         const int64_t column = j + c + i;
-        from[i] = column < columns.size ? rows.row(columns.begin + column) : nullptr;
-        if (column + kEight < columns.size) {
-          prefetch(rows.row(columns.begin + column + kEight), terms);
-        }
+        const T* row = column < columns.size ? rows.row(columns.begin + column) : nullptr;
+        from[i] = row == nullptr ? reinterpret_cast<const T*>(kZeros) : row + terms.begin;
+        const int64_t later = columns.begin + column + kLanes;
+        const T* later_row = later < num_columns ? rows.row(later) : nullptr;
+        next[i] = later_row == nullptr ? from[i] : later_row + terms.begin;
       }
-      const int64_t bytes = min(kEight, width - c) * static_cast<int64_t>(sizeof(typename L::Lane));
+      const int64_t bytes = min(kLanes, width - c) * static_cast<int64_t>(sizeof(typename L::Lane));
       auto* to = right + j * lanes + c;
-      for (int64_t k = 0; k < lanes; k += kEight) {
+      for (int64_t k = 0; k < lanes; k += kLanes) {
         const int64_t first = k * L::kTerms;
-        const int64_t count = min(terms.size - first, kEight * L::kTerms);
-        Eight block[kEight];
-        for (int64_t i = 0; i < kEight; ++i) {
-          if (from[i] == nullptr) {
-            block[i] = Eight{};
-          } else if (count == kEight * L::kTerms) {
-            load_eight<L>(from[i] + terms.begin + first, block[i]);
-          } else {
-            T numbers[kEight * L::kTerms] = {};
-            std::memcpy(numbers, from[i] + terms.begin + first, count * sizeof(T));
-            load_eight<L>(numbers, block[i]);
+        const int64_t count = min(terms.size - first, kElements);
+        // One way through the registers, for an end, too: two would meet in memory.
+        const T* const* source = from;
+        int64_t offset = first;
+        T ends[kLanes][kElements];
+        const T* end_rows[kLanes];
+        if (count < kElements) {
+          std::memset(ends, 0, sizeof ends);
+          for (int64_t i = 0; i < kLanes; ++i) {
+            std::memcpy(ends[i], from[i] + first, count * sizeof(T));
+            end_rows[i] = ends[i];
+          }
+          source = end_rows;
+          offset = 0;
+        }
+        Side<L> square[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          load_side<L>(source[i] + offset, square[i]);
+        }
+        if (first % kLine == 0) {
+          for (int64_t i = 0; i < kLanes; ++i) {
+            __builtin_prefetch(next[i] + first);
           }
         }
-        transpose(block);
-        for (int64_t i = 0; i < min(lanes - k, kEight); ++i) {
-          if (bytes == sizeof(Eight)) {
-            std::memcpy(to + (k + i) * width, &block[i], sizeof(Eight));
-          } else {
-            std::memcpy(to + (k + i) * width, &block[i], bytes);
+        transpose(square);
+        const int64_t whole = min(lanes - k, kLanes);
+        if (whole == kLanes && bytes == sizeof(Side<L>)) {
+          for (int64_t i = 0; i < kLanes; ++i) {
+            std::memcpy(to + (k + i) * width, &square[i], sizeof(Side<L>));
+          }
+        } else {
+          for (int64_t i = 0; i < whole; ++i) {
+            std::memcpy(to + (k + i) * width, &square[i], bytes);
           }
         }
       }

@@ -198,7 +198,7 @@ void product_of(const ProductCall& call) {
       k += terms.size;
       destination.is_last = k == call.k;
       if constexpr (form == Form::nt) {
-        pack_right_rows<L>(right_reader, columns, terms, packed_right);
+        pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
       } else {
         pack_right_terms<L>(right_reader, columns, terms, packed_right);
       }
