@@ -75,7 +75,7 @@ system:
 train: develop  ## Train a small MoE language model on real text (ARGS="--help" for its options)
 	$(BIN)/python examples/train_lm.py $(ARGS)
 
-compare: develop  ## Train the MoE and a dense model of equal active parameters, half an hour (ARGS="--help")
+compare: develop  ## Train mixtures and dense models for the same time, two to three hours (ARGS="--help")
 	$(BIN)/python -m studies.dense $(ARGS)
 
 compare-estimators: develop  ## Train the MoE with each gradient estimator, 40 minutes (ARGS="--help")

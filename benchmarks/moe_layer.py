@@ -17,6 +17,9 @@ that prepare a kernel for each number of rows show what that takes. No two conte
 fresh tokens, as the kernels that one has prepared would serve another. Of fresh rounds medians are
 quoted: the fastest is the one that happened to meet the most numbers of rows a second time.
 
+Like `make train`, the process keeps the memory that it frees (`torchmoe.keep_freed_memory`), for
+every contender.
+
 A forward-only block runs under `torch.inference_mode`. At a few tokens it is bound by reading the
 matrices of the experts that the tokens choose, which is timed (`traffic`): the bound's column is
 the time over it, and the next the microseconds beyond it. The dense bound reads one expert's.
@@ -38,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import torchmoe
 from benchmarks.clock import Block, Clock, Run, Times
 from benchmarks.contenders import (
     IN_FLOAT32,
@@ -325,6 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    torchmoe.keep_freed_memory()
     installed = transformers_version() is not None
     peers = tuple(dict.fromkeys(args.peer or TRANSFORMERS)) if installed else ()
     clock = Clock(args.rounds, Peaks())

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` leaves out
 
+import torchmoe
 from torchmoe.nn import Balance, Capacity, ExpertCommunication, Experts, Gate, MoE, MoEOutput
 from training import terminal
 from training.batches import Batch, next_batch, step_seed
@@ -107,13 +108,13 @@ class DenseFeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         """Makes the two projections."""
         super().__init__()
-        width = config.top_k * config.intermediate_size
+        width = (config.top_k + config.shared_experts) * config.intermediate_size
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Works on each byte alone, [B, S, H] to the same."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, S, K * I] each
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, S, width] each
         return cast(Tensor, self.down_proj(functional.silu(gate) * up))
 
 
@@ -136,7 +137,7 @@ def make_moe(config: ModelConfig, layer: int) -> MoE:
             config.hidden_size,
             config.experts,
         )
-    make_router = ROUTERS[config.router]
+    shared = config.shared_experts * config.intermediate_size
     return MoE(
         config.hidden_size,
         config.intermediate_size,
@@ -149,8 +150,9 @@ def make_moe(config: ModelConfig, layer: int) -> MoE:
             fraction_from="global_batch",  # of all processes
             selection_bias_rate=BIAS_RATE if config.balance == "bias" else 0.0,
         ),
-        router=make_router(config.hidden_size, config.experts, config.top_k, layer),
+        router=ROUTERS[config.router](config.hidden_size, config.experts, config.top_k, layer),
         experts=experts,
+        shared_experts=torchmoe.nn.SharedExperts(config.hidden_size, shared) if shared else None,
     )
 
 
@@ -219,7 +221,7 @@ def make_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
         {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": scales, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(job: Job, share: float) -> float:

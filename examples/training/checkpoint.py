@@ -25,7 +25,7 @@ from training import run_folder
 from training.settings import Settings
 
 PROGRAM = "torchmoe-byte-lm-"
-FORMAT = f"{PROGRAM}4"
+FORMAT = f"{PROGRAM}5"
 KEPT = 2  # the last ones; a new one is complete before an old one goes
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
 

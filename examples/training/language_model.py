@@ -50,9 +50,13 @@ class LanguageModel(nn.Module):
     def count_parameters(self) -> tuple[int, int]:
         """All parameters, and those that work on one byte."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        parts = [module for module in self.modules() if isinstance(module, Experts)]
-        experts = sum(parameter.numel() for part in parts for parameter in part.parameters())
-        return total, total - experts + experts * self.config.top_k // self.config.experts
+        idle = 0
+        for part in self.modules():
+            if isinstance(part, Experts):
+                experts = part.num_experts  # 1 of those that every byte visits
+                size = sum(parameter.numel() for parameter in part.parameters())
+                idle += size - size * min(self.config.top_k, experts) // experts
+        return total, total - idle
 
 
 def bits(nats: float) -> float:

@@ -72,6 +72,7 @@ class Program:
         self.check(settings)
         check_device(settings)
         set_threads(settings)
+        torchmoe.keep_freed_memory()
         with parallel.processes(settings.device) as group, contextlib.ExitStack() as stack:
             if not group.leads:
                 silence = stack.enter_context(Path(os.devnull).open("w"))

@@ -60,6 +60,7 @@ class ModelConfig:
     intermediate_size: int
     experts: int
     top_k: int
+    shared_experts: int
     capacity_factor: float | None
     order: str
     overflow: str
@@ -98,6 +99,9 @@ class Settings:
     )
     experts: int = option("model", 8, "experts per layer", type=number(int, 1, 2**16))
     top_k: int = option("model", 2, "experts that each byte visits", type=number(int, 1, 2**16))
+    shared_experts: int = option(
+        "model", 0, "further experts, which every byte visits", type=number(int, 0, 2**16)
+    )
     capacity_factor: float | None = option(
         "model",
         None,

@@ -20,6 +20,7 @@ _flop_formulas.register()
 from torchmoe import losses, nn, ops, presets, testing  # noqa: E402
 from torchmoe.adapter import Adapter  # noqa: E402
 from torchmoe.capacity import dynamic_capacity, expert_capacity  # noqa: E402
+from torchmoe.memory import keep_freed_memory  # noqa: E402
 from torchmoe.monitor import (  # noqa: E402
     RouterGeometry,
     RoutingStatistics,
@@ -60,6 +61,7 @@ __all__ = [
     "dynamic_capacity",
     "expert_capacity",
     "geometry",
+    "keep_freed_memory",
     "losses",
     "nn",
     "ops",

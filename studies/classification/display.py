@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from studies.classification.evaluation import KINDS, Findings, by_class, wilson
@@ -15,7 +13,7 @@ from studies.classification.model import EXPERTS, TOP_K
 from studies.classification.texts import Task
 from studies.classification.training import BATCH, Run
 from studies.classification.yardsticks import Yardstick
-from studies.common.result import Result
+from studies.common.result import Result, make_table
 from training import specialization
 from training.routers import is_pooled
 
@@ -26,14 +24,6 @@ NAME = 25  # characters of a class's name that are shown
 POOLED = "sequence_attention"  # the router that pools by a learned query
 LAST = -1  # the block whose routers are looked at
 RARE = 0.005  # share of the positions; a rarer kind is not shown
-
-
-def make_table(*titles: str) -> Table:
-    """A table whose first column holds names and the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="right" if place else "left", no_wrap=True)
-    return table
 
 
 def print_task(task: Task) -> None:

@@ -15,47 +15,14 @@ from studies.common.intervals import Interval
 from training.figures import (
     GREY,
     WIDTH,
-    Record,
     Values,
     add_legend,
-    bytes_read,
     line_look,
     new_figure,
     set_loss_axes,
-    set_text_axis,
-    smooth,
 )
 
 COMPARED_BITS = 1.5  # shown above the worst end of a comparison, whose differences are small
-
-
-def comparison(curves: Mapping[str, Sequence[Sequence[Record]]]) -> Figure:
-    """Training loss of several kinds of model, by text read and by time; one line per seed.
-
-    Args:
-        curves: the records of each seed's run, by the name of the kind.
-    """
-    figure = new_figure(WIDTH, 4.2)
-    by_text, by_time = figure.subplots(1, 2, sharey=True)
-    handles, lasts, lowest = [], [], []
-    for index, (kind, runs) in enumerate(curves.items()):
-        look = line_look(index)
-        for records in runs:
-            loss = smooth(np.array([record["loss"] for record in records], dtype=np.float64))
-            by_text.plot(bytes_read(records), loss, **look)
-            by_time.plot([record["seconds"] for record in records], loss, **look)
-            lasts.append(loss[-1])
-            lowest.append(loss.min())
-        seeds = "" if len(runs) == 1 else f" ({len(runs)} seeds)"
-        handles.append(Line2D([], [], label=kind + seeds, **look))
-    set_loss_axes(by_text)
-    set_loss_axes(by_time)
-    by_text.set_ylim(min(lowest) - 0.05, max(lasts) + COMPARED_BITS)
-    by_text.set_ylabel("training loss, smoothed (bits per byte)")
-    set_text_axis(by_text)
-    by_time.set_xlabel("training time (seconds)")
-    add_legend(figure, handles, None)
-    return figure
 
 
 class Curve(NamedTuple):

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from studies.common.outcome import Outcome, trained
+from studies.common.outcome import Outcome, kept, trained
 from training import corpus
 from training.program import USER_ERRORS, set_threads
 from training.settings import Settings
@@ -27,46 +28,86 @@ class RunError(Exception):
     """A run failed; the message says which and why in one line."""
 
 
-def train_all(
-    runs: Mapping[str, Settings], jobs: int, finished: Callable[[str, Outcome], None]
-) -> dict[str, Outcome]:
-    """Trains all runs to their end, `jobs` at a time, and gives their outcomes in the same order.
+@dataclass(frozen=True)
+class Workers:
+    """Processes that train."""
 
-    Args:
-        runs: by name, begun in this order.
-        jobs: how many train at the same time.
-        finished: is told of each run as it ends.
+    count: int
+    executor: ProcessPoolExecutor
 
-    Raises:
-        RunError: one failed.
-        KeyboardInterrupt: somebody asked to stop; each run at work has saved a checkpoint.
+
+@contextmanager
+def workers(count: int) -> Iterator[Workers]:
+    """Processes for as long as the block: each is begun when a run needs it, and reads a text once.
+
+    Where the block fails, a run at work saves a checkpoint and ends.
     """
-    outcomes: dict[str, Outcome] = {}
-    waiting = list(runs)
-    at_work: dict[Future[Outcome], str] = {}
-    with (
-        asked_to_stop() as stopped,
-        ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), follow_parent) as pool,
-    ):
+    with ProcessPoolExecutor(
+        count, multiprocessing.get_context("spawn"), follow_parent
+    ) as executor:
         try:
-            while waiting or at_work:
-                # None more than can be at work, since one that the pool holds cannot be taken back.
-                while waiting and len(at_work) < jobs:
-                    name = waiting.pop(0)
-                    with ctrl_c_held():
-                        at_work[pool.submit(train_one, runs[name])] = name
-                done = wait(at_work, POLL_SECONDS, FIRST_COMPLETED).done
-                if stopped:
-                    raise KeyboardInterrupt
-                for future in done:
-                    name = at_work.pop(future)
-                    outcomes[name] = outcome_of(name, future)
-                    finished(name, outcomes[name])
+            yield Workers(count, executor)
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()  # which lets a run save a checkpoint first
             raise
+
+
+def train_all(
+    runs: Mapping[str, Settings], some: Workers, finished: Callable[[str, Outcome], None]
+) -> dict[str, Outcome]:
+    """Trains all runs to their end, as many at a time as there are workers.
+
+    Args:
+        runs: by name, begun in this order.
+        some: who train.
+        finished: is told of each run as it ends.
+
+    Returns:
+        Their outcomes in the same order.
+
+    Raises:
+        RunError: one failed.
+        KeyboardInterrupt: somebody asked to stop.
+    """
+    outcomes = finished_before(runs, finished)
+    waiting = [name for name in runs if name not in outcomes]
+    at_work: dict[Future[Outcome], str] = {}
+    with asked_to_stop() as stopped:
+        while waiting or at_work:
+            # None more than can be at work, since one that a process awaits cannot be taken back.
+            while waiting and len(at_work) < some.count:
+                name = waiting.pop(0)
+                with ctrl_c_held():
+                    at_work[some.executor.submit(train_one, runs[name])] = name
+            done = wait(at_work, POLL_SECONDS, FIRST_COMPLETED).done
+            if stopped:
+                raise KeyboardInterrupt
+            for future in done:
+                name = at_work.pop(future)
+                outcomes[name] = outcome_of(name, future)
+                finished(name, outcomes[name])
     return {name: outcomes[name] for name in runs}
+
+
+def finished_before(
+    runs: Mapping[str, Settings], finished: Callable[[str, Outcome], None]
+) -> dict[str, Outcome]:
+    """The outcomes of those runs that are over, read here; a process for them would take longer.
+
+    Raises:
+        RunError: one cannot be read, or is not of these settings and this text.
+    """
+    outcomes = {}
+    for name, settings in runs.items():
+        try:
+            before = kept(settings, load_text(settings.data))
+        except USER_ERRORS as error:
+            raise RunError(f"{name}: {error}") from error
+        if before is not None:
+            outcomes[name] = before
+            finished(name, before)
+    return outcomes
 
 
 def outcome_of(name: str, future: Future[Outcome]) -> Outcome:

@@ -1,4 +1,4 @@
-"""What the programs of all studies have in common: an option, and how they end."""
+"""What the programs of studies have in common: options, and how they end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from training.arguments import Parser, number
+from training.run_folder import cores
 
 # What is left of a study whose runs have checkpoints, and of one that writes at its end.
 RESUMABLE = "the same command goes on from here"
@@ -21,6 +22,21 @@ def add_seeds(parser: Parser, default: int, what: str = "of each") -> None:
         metavar="N",
         help=f"{what} (default {default})",
     )
+
+
+def add_jobs(parser: Parser) -> None:
+    """Adds the option that says how many runs there are at a time."""
+    parser.add_argument(
+        "--jobs",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="runs at a time, each on --threads of its own (default as many as the cores can)",
+    )
+
+
+def jobs_at_a_time(given: int | None, threads: int) -> int:
+    """As many as were given, or as the cores can where each has so many threads, 0 for all."""
+    return given or max(1, cores() // (threads or cores()))
 
 
 def exit_status(

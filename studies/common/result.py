@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -72,6 +73,14 @@ class Result:
             raise RunFolder(folder).unwritable(error) from error
         run_folder.write_json(folder / f"{name}.json", {**content, **versions})
         print(f"tables: {folder / name}.md, numbers: {folder / name}.json")
+
+
+def make_table(*titles: str) -> Table:
+    """A table whose first column holds names and the others numbers."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="right" if place else "left", no_wrap=True)
+    return table
 
 
 def cell_text(cell: object) -> str:

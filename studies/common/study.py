@@ -20,12 +20,24 @@ from rich.table import Table
 
 from studies.common import figures, pool
 from studies.common.figures import Comparison, Curve
-from studies.common.intervals import Interval, each_confidence, t_interval
+from studies.common.intervals import (
+    Interval,
+    digits,
+    each_confidence,
+    ends,
+    listed,
+    t_interval,
+    to_dict,
+)
 from studies.common.outcome import Outcome, common_settings, step_seconds
-from studies.common.program import RESUMABLE, add_seeds, exit_status
+from studies.common.program import (
+    RESUMABLE,
+    add_jobs,
+    add_seeds,
+    exit_status,
+    jobs_at_a_time,
+)
 from studies.common.result import Result
-from training import corpus
-from training.arguments import number
 from training.figures import Values
 from training.program import USER_ERRORS
 from training.run_folder import cores
@@ -110,12 +122,7 @@ def run(study: Study, arguments: list[str] | None = None) -> int:
         help=f"which, besides {study.yardstick}: {study.name_help}",
     )
     add_seeds(parser, SEEDS)
-    parser.add_argument(
-        "--jobs",
-        type=number(int, 1, 4096),
-        metavar="N",
-        help="runs at a time, each on --threads of its own (default as many as the cores can)",
-    )
+    add_jobs(parser)
     given = read_arguments(parser, arguments)
     names, seeds, jobs = given.pop(study.nouns), given.pop("seeds"), given.pop("jobs", None)
     return exit_status(
@@ -135,13 +142,14 @@ def compare(
     if len(names) == 1:
         raise SettingsError(f"--{study.nouns} must name one besides {study.yardstick}, got none")
     kinds = {name: study.settings_of(name, common) for name in names}
-    text = corpus.Text.load(list(common.data))
+    text = pool.load_text(common.data)
     text.describe(common.context)
 
-    jobs = jobs or max(1, cores() // (common.threads or cores()))
+    jobs = jobs_at_a_time(jobs, common.threads)
     runs = plan(kinds, seeds)
     print(f"\n{len(runs)} runs, {jobs} at a time (held-out: bits per byte)")
-    outcomes = pool.train_all(runs, jobs, show)
+    with pool.workers(jobs) as workers:
+        outcomes = pool.train_all(runs, workers, show)
 
     print(f"\ntime of a step: the {study.nouns} take turns")
     torch.set_num_threads(cores())
@@ -341,18 +349,6 @@ def table(
     return rows
 
 
-def digits(value: Values | np.floating[Any], sign: str = "") -> str:
-    """A loss or a difference of two."""
-    return "n/a" if np.isnan(value) else f"{value:{sign}.4f}"
-
-
-def ends(interval: Interval, sign: str = "") -> str:
-    """Those of an interval, where there is one."""
-    if np.isnan(interval.low):
-        return "n/a"
-    return f"{digits(interval.low, sign)} to {digits(interval.high, sign)}"
-
-
 def draw(study: Study, kinds: Mapping[str, Kind]) -> Figure:
     """The curves by steps and by time."""
     yardstick = kinds[study.yardstick]
@@ -392,13 +388,3 @@ def shared(study: Study, common: Settings) -> dict[str, Any]:
     left_out = {*study.settled, "out"} - {"feed_forward"}
     settings = {name: v for name, v in common.to_dict().items() if name not in left_out}
     return {**settings, "data": [Path(path).name for path in common.data]}
-
-
-def listed(values: Values) -> list[float | None]:
-    """Numbers ready for JSON, which has no NaN."""
-    return [None if math.isnan(value) else value for value in values.tolist()]
-
-
-def to_dict(interval: Interval | None) -> dict[str, float | None] | None:
-    """An interval ready for JSON."""
-    return interval and dict(zip(interval._fields, listed(np.array(interval)), strict=True))

@@ -1,1 +1,1 @@
-"""Is the mixture better than a dense model of equal active parameters?"""
+"""Is a mixture better than a dense model in the same time on the same machine?"""

@@ -1,177 +1,193 @@
-"""Compares the mixture-of-experts language model with a dense one of equal active parameters.
+"""Is a mixture of experts better than a dense model in the same time on the same machine?
 
-Both are the transformer of train_lm.py and read the same bytes in the same order. The learning rate
-is tuned alike for both, on the training loss, so that the held-out text has no part in it. Then
-several seeds of each give the loss at equal bytes; and since a dense step is cheaper, the dense
-model is trained once more for as many steps as fit into the other's time, which gives the loss at
-equal time. Stopped and started again, it goes on where it was.
+Both are the transformer of train_lm.py. Every model is given the time that the mixture of
+train_lm.py takes for --steps steps; how many steps of another model fit into it is measured before
+any is trained. Several mixtures and several widths of the dense model are tried, each with its own
+learning rate, on one seed of the first text; the training loss decides, so that held-out text has
+no part in the choice. The two that are chosen are then trained with other seeds on two texts, for
+that time and shorter: the differences are taken seed by seed, at equal time and at equal bytes, and
+the losses by length say at which ratio of step times the two are equal.
+
+Stopped and started again, it goes on where it was, with the step times that it had. What else the
+machine does meanwhile changes no result.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
+from studies.common import pool
+from studies.common.outcome import Outcome, common_settings
+from studies.common.program import (
+    RESUMABLE,
+    add_jobs,
+    add_seeds,
+    exit_status,
+    jobs_at_a_time,
+)
+from studies.dense import prose
+from studies.dense.budget import step_times
+from studies.dense.candidates import dense_models, mixtures, plain, selected
+from studies.dense.confirmation import DENSE, MIXTURE, Confirmed
+from studies.dense.flip import lengths
+from studies.dense.report import Study, report
+from studies.dense.search import Choice, Train, search
+from training import run_folder
+from training.corpus import Text
+from training.program import USER_ERRORS
+from training.settings import Settings, make_parser, read_arguments
 
-from studies.common.figures import comparison
-from studies.common.outcome import Outcome, common_settings, step_seconds, trained
-from studies.common.program import RESUMABLE, add_seeds, exit_status
-from studies.common.result import Result
-from training import corpus
-from training.program import USER_ERRORS, set_threads
-from training.settings import FEED_FORWARDS, Settings, make_parser, read_arguments
-
-DEFAULTS = replace(Settings(), steps=1600, out="runs/dense")
+DEFAULTS = replace(Settings(), steps=1600, threads=1, out="runs/dense")
 # What the comparison chooses itself.
-SETTLED = ("feed_forward", "lr", "seed", "minutes", "load", "resume")
+SETTLED = (
+    *("feed_forward", "top_k", "shared_experts", "normalize", "lr", "seed", "minutes", "load"),
+    "resume",
+)
 EXAMPLES = """\
 examples:
-  python -m studies.dense                           half an hour on two cores
-  python -m studies.dense --experts 16 --top-k 1    another mixture and its dense equal
+  python -m studies.dense                            two to three hours on two cores
+  python -m studies.dense --steps 400 --seeds 3      a quarter of the time for every model
+  python -m studies.dense --data book/ --second-data src/
+  python -m studies.dense --candidates E8-K2 W512     one mixture and the dense model of its width
 """
-FIRST_RATES = (1.5e-3, 3e-3, 6e-3)
-RATE_FACTOR = 2.0  # to the next learning rate where the best one is at an end of those tried
-MOST_RATES = 6
+SEEDS = 5  # other ones than the one that the models are chosen with
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Reads the command line and compares."""
     parser = make_parser("python -m studies.dense", __doc__ or "", EXAMPLES, DEFAULTS)
-    add_seeds(parser, 3)
+    parser.add_argument(
+        "--second-data",
+        nargs="+",
+        default=(),
+        metavar="PATH",
+        help="the second text, as --data is the first (default docstrings of the packages that "
+        "torch and the training program need)",
+    )
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="which models are tried, such as E16-K2 E16-K2-shared W512 (default all)",
+    )
+    add_seeds(parser, SEEDS, "of the chosen models, besides the one that they are chosen with")
+    add_jobs(parser)
     given = read_arguments(parser, arguments)
-    return exit_status(parser, partial(compare, given.pop("seeds"), given), USER_ERRORS, RESUMABLE)
+    asked = Asked(
+        given.pop("candidates"),
+        given.pop("second_data"),
+        given.pop("seeds"),
+        given.pop("jobs", None),
+    )
+    return exit_status(
+        parser,
+        partial(compare, asked, given),
+        (*USER_ERRORS, pool.RunError),
+        RESUMABLE,
+    )
 
 
-def compare(seeds: int, given: dict[str, Any]) -> None:
-    """Tunes, trains, times, and reports."""
+@dataclass(frozen=True)
+class Asked:
+    """What the command line has besides the settings of runs."""
+
+    candidates: tuple[str, ...]
+    second_data: tuple[str, ...]
+    seeds: int
+    jobs: int | None
+
+
+def compare(asked: Asked, given: Mapping[str, Any]) -> None:
+    """Times, chooses, confirms, and reports."""
     common = common_settings(DEFAULTS, given, SETTLED)
-    steps = common.steps or 0
-    set_threads(common)
+    every = {MIXTURE: mixtures(common), DENSE: dense_models(common)}
+    sides = selected(every, asked.candidates)
+    yardstick = plain(common)
+    kinds = {yardstick: every[MIXTURE].first[yardstick]}
+    kinds |= {name: some for side in sides.values() for name, some in side.all.items()}
     folder = Path(common.out)
-    text = corpus.Text.load(list(common.data))
-    text.describe(common.context)
-
-    def run(kind: str, seed: int, steps: int, lr: float) -> Outcome:
-        name = f"{kind}-lr{lr:g}-seed{seed}-steps{steps}"
-        print(f"  {name:34s}", end="", flush=True)
-        outcome = trained(
-            replace(
-                common, feed_forward=kind, lr=lr, seed=seed, steps=steps, out=str(folder / name)
-            ),
-            text,
-        )
-        print(
-            f"  training {outcome.tuning_loss:.4f}  held-out {outcome.held_out:.4f}  "
-            f"{outcome.seconds:5.0f} s",
-            flush=True,
-        )
-        return outcome
-
-    print("\nlearning rate: the training loss of the last tenth decides (bits per byte)")
-    rates = {kind: best_rate(partial(run, kind, 0, steps)) for kind in FEED_FORWARDS}
-    print("\nequal bytes")
-    moe, dense = (
-        [run(kind, seed, steps, rates[kind]) for seed in range(seeds)] for kind in FEED_FORWARDS
-    )
-    print("\nequal time")
-    ratio = time_ratio(common, text)
-    print(f"  side by side, a step with experts takes {ratio:.2f} times the time of a dense one")
-    longer = [run("dense", seed, round(steps * ratio), rates["dense"]) for seed in range(seeds)]
-    report(folder, ratio, {"MoE": moe, "dense": dense, "dense, equal time": longer})
-
-
-def best_rate(run: Callable[[float], Outcome]) -> float:
-    """The learning rate with the least training loss, tried further where it is at an end."""
-    losses = {rate: run(rate).tuning_loss for rate in FIRST_RATES}
-    while len(losses) < MOST_RATES:
-        best = min(losses, key=lambda rate: losses[rate])
-        if best == min(losses):
-            rate = best / RATE_FACTOR
-        elif best == max(losses):
-            rate = best * RATE_FACTOR
-        else:
-            break
-        losses[rate] = run(rate).tuning_loss
-    return min(losses, key=lambda rate: losses[rate])
-
-
-def time_ratio(common: Settings, text: corpus.Text) -> float:
-    """Time of a step with experts over that of a dense one; the two take turns."""
-    kinds = {kind: replace(common, feed_forward=kind) for kind in FEED_FORWARDS}
-    seconds = step_seconds(kinds, text)
-    return seconds["moe"] / seconds["dense"]
-
-
-def report(folder: Path, ratio: float, outcomes: dict[str, list[Outcome]]) -> None:
-    """Prints the table, draws the figure, writes the numbers."""
-    results, columns = {}, {}
-    moe = [one.held_out for one in outcomes["MoE"]]
-    for title, runs in outcomes.items():
-        first, losses = runs[0], [one.held_out for one in runs]
-        gains = [loss - mine for loss, mine in zip(losses, moe, strict=True)]
-        columns[title] = [
-            f"{first.active_parameters:,}",
-            f"{first.parameters:,}",
-            f"{first.settings.lr:g}",
-            f"{first.records[-1].bytes:,}",
-            f"{statistics.fmean(one.seconds for one in runs):.0f}",
-            f"{statistics.fmean(losses):.4f}",
-            f"{min(losses):.4f} to {max(losses):.4f}",
-            *("", ""),
-        ]
-        if runs is not outcomes["MoE"]:
-            ends = f"{min(gains):+.4f} to {max(gains):+.4f}"
-            columns[title][-2:] = f"{statistics.fmean(gains):+.4f}", ends
-        results[title] = {
-            "active_parameters": first.active_parameters,
-            "parameters": first.parameters,
-            "settings": first.settings.to_dict(),
-            "bytes": first.records[-1].bytes,
-            "training_seconds": [one.seconds for one in runs],
-            "held_out_bits_per_byte": losses,
-            "gain_of_moe": gains,
+    jobs = jobs_at_a_time(asked.jobs, common.threads)
+    with run_folder.locked(folder), pool.workers(jobs) as workers:
+        second = asked.second_data or (str(prose.write(folder)),)
+        trainers = {
+            name: Trainer(name, data, workers)
+            for name, data in {"first": common.data, "second": second}.items()
         }
-    result = Result()
-    result.say(
-        "\nheld-out: bits per byte, the mean of all domains and of "
-        f"{len(moe)} seed{'s' * (len(moe) > 1)}\n"
-        "MoE less: how far the MoE is below, seed by seed"
+        for name, trainer in trainers.items():
+            print(f"{name} text")
+            trainer.text.describe(common.context)
+        first = trainers["first"]
+
+        print(f"\nstep times of {len(kinds)} models, in turn", flush=True)
+        times = step_times(folder, kinds, first.text)
+        print(times.in_words())
+        budget = (common.steps or 0) * times.seconds(yardstick)
+        steps = {name: times.steps(budget, name) for name in kinds}
+
+        print(f"\nthe choice: each model has {budget:.4g} s; its training loss decides")
+        tried, chosen = search(sides, steps, first)
+        print(f"\nthe comparison: {' and '.join(one.name for one in chosen.values())}")
+        texts = {name: confirm(chosen, asked.seeds, trainer) for name, trainer in trainers.items()}
+        domains = {name: [*trainer.text.train] for name, trainer in trainers.items()}
+        about = " ".join((__doc__ or "").split())
+        report(Study(about, common, budget, times, steps, tried, chosen, domains, texts))
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains on one text."""
+
+    name: str
+    """Of the text."""
+    data: tuple[str, ...]
+    """Its paths, none for the default one."""
+    workers: pool.Workers
+    """Who do it."""
+
+    @property
+    def text(self) -> Text:
+        """The text, which is read once."""
+        return pool.load_text(self.data)
+
+    def __call__(self, runs: Sequence[Settings]) -> list[Outcome]:
+        """The outcomes of runs, in their order; the folder of each is named by what it is."""
+        named = {}
+        for some in runs:
+            model = Path(some.out)
+            name = f"{self.name}-{model.name}-lr{some.lr:g}-seed{some.seed}-steps{some.steps}"
+            named[name] = replace(some, data=self.data, out=str(model.with_name(name)))
+        outcomes = pool.train_all(named, self.workers, show)
+        return [outcomes[name] for name in named]
+
+
+def show(name: str, outcome: Outcome) -> None:
+    """One line for a run that is over."""
+    print(
+        f"  {name:48s}  training {outcome.tuning_loss:.4f}  held-out {outcome.held_out:.4f}",
+        flush=True,
     )
-    result.show(table(columns))
-    curves = {
-        title: [
-            [{**asdict(record), "seconds": record.training_seconds} for record in one.records]
-            for one in runs
-        ]
-        for title, runs in outcomes.items()
+
+
+def confirm(chosen: Mapping[str, Choice], seeds: int, train: Train) -> Confirmed:
+    """Both models with seeds that they were not chosen with, for all of the time and shorter."""
+    wanted = lengths({side: one.settings.steps or 0 for side, one in chosen.items()})
+    keys = [
+        (side, steps, seed)
+        for seed in range(1, 1 + seeds)
+        for side in chosen
+        for steps in wanted[side]
+    ]
+    outcomes = train(
+        [replace(chosen[side].settings, steps=steps, seed=seed) for side, steps, seed in keys]
+    )
+    runs: dict[str, dict[int, list[Outcome]]] = {
+        side: {steps: [] for steps in some} for side, some in wanted.items()
     }
-    content = {"step_time_ratio": ratio, "results": results}
-    result.say(f"step time ratio: {ratio:.2f}")
-    result.save(comparison(curves), content, folder, "dense")
-
-
-def table(columns: dict[str, list[str]]) -> Table:
-    """The outcomes side by side."""
-    names = (
-        "active parameters",
-        "all parameters",
-        "learning rate",
-        "bytes read",
-        "seconds",
-        "held-out",
-        "  range",
-        "MoE less",
-        "  range",
-    )
-    rows = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in columns:
-        rows.add_column(title, justify="right", no_wrap=True)
-    for row in zip(names, *columns.values(), strict=True):
-        rows.add_row(*row)
-    return rows
+    for (side, steps, _), outcome in zip(keys, outcomes, strict=True):
+        runs[side][steps].append(outcome)
+    return Confirmed(runs)

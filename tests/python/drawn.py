@@ -59,3 +59,12 @@ def check_files(make: Callable[[], Figure], name: str, tmp_path: Path) -> None:
     assert picture[..., :3].std() > 0.02  # not blank
     assert len(ElementTree.parse(first[1]).findall(".//{*}path")) > 20
     assert dict(matplotlib.rcParams) == settings
+
+
+def check_nothing_is_hidden(figure: Figure) -> None:
+    """Panels and legend lie side by side and inside."""
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    boxes = [legend.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)

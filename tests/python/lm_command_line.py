@@ -21,8 +21,8 @@ from training.settings import (
 
 OPTION_NAMES = [
     *("--data", "--layers", "--hidden-size", "--feed-forward", "--intermediate-size", "--experts"),
-    *("--top-k", "--capacity-factor", "--order", "--overflow", "--balance", "--router"),
-    *("--communication", "--estimator", "--normalize", "--context"),
+    *("--top-k", "--shared-experts", "--capacity-factor", "--order", "--overflow", "--balance"),
+    *("--router", "--communication", "--estimator", "--normalize", "--context"),
     *("--steps", "--minutes", "--batch-tokens", "--lr", "--seed"),
     *("--dtype", "--compile", "--threads", "--device"),
     *("--out", "--checkpoint-every", "--load", "--config", "--resume"),
@@ -36,6 +36,7 @@ OTHERS: dict[str, Any] = {
     "intermediate_size": 100,
     "experts": 16,
     "top_k": 3,
+    "shared_experts": 1,
     "capacity_factor": 1.25,
     "order": "token",
     "overflow": "next_best",
@@ -105,6 +106,7 @@ def settings() -> st.SearchStrategy[Settings]:
         hidden=st.integers(1, 2**11),
         data=st.lists(st.text(min_size=1)).map(tuple),
         layers=st.integers(1, 256),
+        shared_experts=st.integers(0, 100),
         feed_forward=st.sampled_from(("moe", "dense")),
         intermediate_size=st.integers(1, 2**20),
         capacity_factor=st.none() | st.floats(0.01, 10**6),

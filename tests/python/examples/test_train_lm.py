@@ -216,12 +216,18 @@ def test_balance_reaches_the_layer(balance: str, weight: float) -> None:
         assert bias is None
 
 
-def test_dense_model_has_the_active_parameters_of_the_experts() -> None:
-    moe, dense = (ByteLM(Settings(feed_forward=kind).model()) for kind in ("moe", "dense"))
+@pytest.mark.parametrize("shared", [0, 1, 2])
+def test_dense_model_has_the_active_parameters_of_the_experts(shared: int) -> None:
+    moe, dense = (
+        ByteLM(Settings(feed_forward=kind, shared_experts=shared).model())
+        for kind in ("moe", "dense")
+    )
     total, active = moe.count_parameters()
     routers = sum(layer.get_submodule("router").weight.numel() for layer in moe.moes)
     assert dense.count_parameters() == (active - routers, active - routers)
-    assert total > 3 * active
+    layers, expert = len(moe.moes), 3 * 128 * 256  # the matrices of one
+    assert total - active == layers * 6 * expert  # of 8, two of which work
+    assert [layer.shared_experts is None for layer in moe.moes] == [shared == 0] * layers
     output = dense(torch.zeros(1, 8, dtype=torch.int64))
     assert output.routings == []
     assert float(output.aux_loss) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from small_runs import data, in_the_foreground, same_threads_afterwards, short_report, tiny
-from studies.common import study
+from studies.common import program, study
 
 __all__ = ["data", "in_the_foreground", "same_threads_afterwards", "short_report", "tiny"]
 
@@ -13,4 +13,5 @@ __all__ = ["data", "in_the_foreground", "same_threads_afterwards", "short_report
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps the timed steps short where other work has the cores."""
-    monkeypatch.setattr(study, "cores", lambda: 1)
+    for module in (program, study):
+        monkeypatch.setattr(module, "cores", lambda: 1)

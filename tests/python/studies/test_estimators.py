@@ -6,14 +6,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from begun_study import begun
 from refused import refused
 from studies.common import pool, study
 from studies.estimators import program
@@ -21,7 +20,6 @@ from studies.estimators.program import STUDY
 from torchmoe.nn import known_estimators
 from training.settings import Settings, SettingsError
 
-ROOT = Path(__file__).parents[3]
 RUN = re.compile(r"^  (\w+-seed\d-steps\d+) +held-out ([\d.]+) ", re.MULTILINE)
 OTHER = "straight_through"
 NAMES = [f"{name}-seed{seed}-steps24" for seed in (0, 1) for name in ("exact", OTHER)]
@@ -42,18 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.study
 def test_stops(tiny: list[str], folder: Path) -> None:
     options = [*tiny, *SHORT, "--jobs", "1", "--out", str(folder)]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "studies.estimators", *options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        if RUN.match(line):
-            break
+    child = begun("estimators", options, RUN)
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does
     _, error = child.communicate(timeout=60)
     assert child.returncode == 130
@@ -142,9 +129,9 @@ def test_compares_all_estimators_unless_told(
 ) -> None:
     planned = {}
 
-    def train_all(runs: dict[str, Settings], jobs: int, _finished: object) -> None:
+    def train_all(runs: dict[str, Settings], workers: pool.Workers, _finished: object) -> None:
         planned.update(runs)
-        assert jobs == 1  # as many as there are cores
+        assert workers.count == 1  # as many as there are cores
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pool, "train_all", train_all)

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from drawn import check_files, make_records, texts
+from drawn import check_files, check_nothing_is_hidden, texts
 from studies.common.figures import (
     COMPARED_BITS,
     Comparison,
     Curve,
-    comparison,
     shown_differences,
     shown_losses,
     study,
@@ -43,33 +42,8 @@ def estimators_figure(seeds: int = 3, names: tuple[str, ...] = ESTIMATORS) -> Fi
     return study(by_steps, by_seconds, names[0], f"{seeds} seeds")
 
 
-MAKERS = {
-    "comparison": lambda: comparison({"MoE": [make_records(12)], "dense": []}),
-    "estimators": estimators_figure,
-}
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_files_are_whole_and_repeatable(name: str, tmp_path: Path) -> None:
-    check_files(MAKERS[name], name, tmp_path)
-
-
-def test_a_dense_model_alone_can_be_drawn() -> None:
-    comparison({"dense": [make_records(3, layers=0)]})
-
-
-def test_comparison_has_one_colour_per_kind_and_one_line_per_seed() -> None:
-    runs = [make_records(count, layers=0) for count in (20, 30, 40)]
-    figure = comparison({"MoE": runs, "dense": runs[:1]})
-    by_text, by_time = figure.axes
-    for axes in (by_text, by_time):
-        colours = [line.get_color() for line in axes.lines]
-        assert colours == [figures.COLOURS[0]] * 3 + [figures.COLOURS[1]]
-    assert by_text.lines[1].get_xdata()[-1] == 30 * 10_240
-    assert by_time.lines[1].get_xdata()[-1] == pytest.approx(27)
-    found = texts(figure)
-    assert found.count("MoE (3 seeds)") == found.count("dense") == 1
-    assert "training time (seconds)" in found
+def test_files_are_whole_and_repeatable(tmp_path: Path) -> None:
+    check_files(estimators_figure, "estimators", tmp_path)
 
 
 def test_estimators_have_one_look_in_all_panels() -> None:
@@ -126,9 +100,4 @@ def test_estimators_of_one_seed_have_no_band() -> None:
 
 
 def test_estimators_hide_nothing() -> None:
-    figure = estimators_figure()
-    figure.draw_without_rendering()
-    (legend,) = figure.legends
-    boxes = [legend.get_window_extent(), *(axes.get_tightbbox() for axes in figure.axes)]
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    check_nothing_is_hidden(estimators_figure())

@@ -49,7 +49,7 @@ def test_compares_every_causal_router_unless_told(
 ) -> None:
     planned = {}
 
-    def train_all(runs: dict[str, Settings], _jobs: int, _finished: object) -> None:
+    def train_all(runs: dict[str, Settings], _workers: object, _finished: object) -> None:
         planned.update(runs)
         raise KeyboardInterrupt
 
