@@ -20,10 +20,10 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
+.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-aarch64 test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------------------
 
@@ -50,6 +50,8 @@ library: $(VENV)/.complete
 	@mkdir -p $(BUILD)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace > $(BUILD)/library.log 2>&1 || { cat $(BUILD)/library.log; exit 1; }
 
+INSTALL := apt-get update -qq > /dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq
+
 # A C++ compiler is needed, and Doxygen for the site, without which its test is skipped; torch.compile and its tests want Python's headers; ccache and
 # Catch2 save time (CMake fetches Catch2 where it is missing).
 system:
@@ -64,7 +66,7 @@ system:
 	test -e /usr/include/catch2 || wanted="$$wanted catch2"; \
 	if [ -n "$$wanted" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	  echo "make: installing$$wanted with apt-get"; \
-	  apt-get update -qq > /dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$wanted > /dev/null || \
+	  $(INSTALL) $$wanted > /dev/null || \
 	    { test -z "$$missing" || { echo "make: could not install$$missing"; exit 1; }; }; \
 	elif [ -n "$$missing" ]; then \
 	  echo "make: this needs the Debian packages$$missing; as root: apt-get install$$missing"; exit 1; \
@@ -101,7 +103,7 @@ report-cpu: develop  ## Measure the CPU kernels and write docs/measured_cpu.md, 
 
 # ---- Check -----------------------------------------------------------------------------------------------------------------
 
-test: test-cpp test-python test-capabilities test-emulation  ## Run every test, C++ and Python
+test: test-cpp test-python test-capabilities test-aarch64 test-emulation  ## Run every test, C++ and Python
 
 test-cpp: build-tests
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
@@ -118,6 +120,23 @@ test-capabilities: build-tests
 	@for capability in avx2 default; do echo "ATEN_CPU_CAPABILITY=$$capability"; \
 	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) --dist worksteal \
 	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan}.py tests/python/test_questions.py || exit 1; done
+
+# The room cpu/simd alone, which needs no torch. Its compiler and emulator are asked for by this target only: nothing else needs them.
+AARCH64 := $(BUILD)/aarch64
+test-aarch64: $(VENV)/.complete  ## Run the tests of the CPU kernels for aarch64, under qemu
+	@missing=""; \
+	command -v aarch64-linux-gnu-g++ > /dev/null || missing="$$missing g++-aarch64-linux-gnu"; \
+	command -v qemu-aarch64 > /dev/null || missing="$$missing qemu-user"; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	  echo "make: installing$$missing with apt-get"; \
+	  $(INSTALL) $$missing > /dev/null && missing=""; \
+	fi; \
+	if [ -n "$$missing" ]; then echo "test-aarch64: skipped, this needs the Debian packages$$missing"; exit 0; fi; \
+	echo "make: building the tests of cpu/simd for aarch64"; \
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	{ cmake -S tests/cpp/simd -B $(AARCH64) -GNinja -DTORCHMOE_WERROR=ON --toolchain $(CURDIR)/tests/cpp/simd/aarch64.cmake && \
+	  cmake --build $(AARCH64) -j $(JOBS); } > $(AARCH64).log 2>&1 || { cat $(AARCH64).log; exit 1; }; \
+	ctest --test-dir $(AARCH64) --output-on-failure
 
 # The CUDA kernels, run thread by thread on the host: all but 1,300 tokens through every expert, which take minutes.
 test-emulation: build-tests  ## Run the CUDA kernels on the host through the tests of every op

@@ -8,6 +8,7 @@
 
 #include "common/activation.h"
 #include "common/dtypes.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe {
 

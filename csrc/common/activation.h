@@ -6,23 +6,13 @@
 
 #include <array>
 #include <cmath>
-#include <string_view>
-#include <utility>
+#include <cstddef>
 
 #include "activation_names.h"
 #include "host_device.h"
 #include "sigmoid.h"
-#include "vocabulary.h"
 
 namespace torchmoe {
-
-template <>
-struct Vocabulary<Activation> {
-  static constexpr std::string_view kArgument = "activation";
-#define TORCHMOE_ACTIVATION_WORD(name, f, kind, doc) TORCHMOE_WORD(name, doc)
-  static constexpr std::array kWords{TORCHMOE_ACTIVATIONS(TORCHMOE_ACTIVATION_WORD)};
-#undef TORCHMOE_ACTIVATION_WORD
-};
 
 constexpr ActivationKind kind_of(Activation activation) {
 #define TORCHMOE_KIND(name, f, kind, doc) ActivationKind::kind,

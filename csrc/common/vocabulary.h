@@ -9,6 +9,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "activation_names.h"
+
 namespace torchmoe {
 
 /// kArgument: what messages call the argument; kWords: name and doc of every enumerator, in order.
@@ -88,6 +90,14 @@ TORCHMOE_VOCABULARY(FractionChoices, "fraction_choices", TORCHMOE_FRACTION_CHOIC
   X(straight_through, "selection and normalisation as the identity") \
   X(straight_through_dense, "the same over every expert, chosen or not")
 TORCHMOE_VOCABULARY(LayerEstimator, "estimator", TORCHMOE_LAYER_ESTIMATORS)
+
+template <>
+struct Vocabulary<Activation> {
+  static constexpr std::string_view kArgument = "activation";
+#define TORCHMOE_ACTIVATION_WORD(name, f, kind, doc) TORCHMOE_WORD(name, doc)
+  static constexpr std::array kWords{TORCHMOE_ACTIVATIONS(TORCHMOE_ACTIVATION_WORD)};
+#undef TORCHMOE_ACTIVATION_WORD
+};
 
 template <typename Enum>
 Enum choose(std::string_view op, std::string_view given) {

@@ -5,6 +5,7 @@
 #include "common/dtypes.h"
 #include "common/find_op.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cpu/activation_block.h"
 #include "cpu/expert_matrices.h"
 #include "cpu/gemm/tasks.h"

@@ -4,9 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
-
+#include "common/float_types.h"
 #include "cpu/simd/simd.h"
 
 namespace torchmoe::cpu {

@@ -16,6 +16,7 @@
 #include "common/find_op.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cpu/activation_block.h"
 #include "cpu/empty_pages.h"
 #include "cpu/expert_matrices.h"

@@ -8,6 +8,7 @@
 #include "common/dtypes.h"
 #include "common/find_op.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "cuda/expert_mlp_kernel.h"
 #include "cuda/gemm/grouped_product.h"

@@ -10,6 +10,7 @@
 #include "common/find_op.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "cuda/gemm/grouped_product.h"
 #include "cuda/gemm/tile_map_tensors.h"

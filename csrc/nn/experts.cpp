@@ -8,6 +8,7 @@
 
 #include "common/activation.h"
 #include "common/tensors.h"
+#include "common/vocabulary.h"
 #include "nn/detail/checks.h"
 #include "ops/expert_mlp.h"
 

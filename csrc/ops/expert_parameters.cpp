@@ -2,6 +2,7 @@
 
 #include "common/activation.h"
 #include "common/checks.h"
+#include "common/vocabulary.h"
 
 namespace torchmoe {
 

@@ -1,34 +1,9 @@
-// The only include of Catch2. Serves versions 2 and 3.
+// Catch2 for tests that use torch.
 #pragma once
-
-#include <string>
 
 #include <torch/torch.h>
 
 // c10's logging defines the macro of that name too; the tests mean Catch2's.
 #undef CHECK
 
-#if __has_include(<catch2/catch_all.hpp>)
-#include <catch2/catch_all.hpp>
-#else
-#include <catch2/catch.hpp>
-#endif
-
-namespace torchmoe::test {
-
-#if __has_include(<catch2/catch_all.hpp>)
-using Catch::Approx;
-#else
-using Catch::Detail::Approx;
-#endif
-
-// Matches a text that contains `part`.
-inline auto contains(const std::string& part) {
-#if __has_include(<catch2/catch_all.hpp>)
-  return Catch::Matchers::ContainsSubstring(part);
-#else
-  return Catch::Matchers::Contains(part);
-#endif
-}
-
-}  // namespace torchmoe::test
+#include "simd/catch2.h"

@@ -45,7 +45,7 @@ every_page = pytest.mark.parametrize(
 # --- commands -------------------------------------------------------------------------------------
 
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, flags=re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, flags=re.MULTILINE))
 VARIABLES = set(re.findall(r"\$\((\w+)\)", MAKEFILE)) | set(
     re.findall(r"^(\w+) [?:]?=", MAKEFILE, flags=re.MULTILINE)
 )

@@ -35,10 +35,8 @@ struct Singles {
   }
 };
 
-#if defined(__AVX512BF16__)
-/// Two bfloat16 terms a lane, the earlier in the lower half, for the instruction that multiplies both
-/// and adds the products to a float32.
-struct Pairs {
+/// Two bfloat16 terms a lane, the earlier in the lower half.
+struct PairsAsLanes {
   using Lane = uint32_t;
   using LeftLane = uint32_t __attribute__((aligned(2), may_alias));
   using Sum = float;
@@ -49,12 +47,6 @@ struct Pairs {
 
   template <typename T>
   static constexpr bool kInPlace = std::is_same_v<T, BFloat16>;
-
-  static Sums multiply_add(Sums sums, LeftLane left, Lanes right) {
-    return _mm512_dpbf16_ps(sums,
-                            reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(left))),
-                            reinterpret_cast<__m512bh>(right));
-  }
 
   static Lanes across(const BFloat16* const (&rows)[kTerms], int64_t first, int64_t count) {
     return half(rows[0], first, count) | half(rows[1], first, count) << 16;
@@ -68,6 +60,28 @@ struct Pairs {
     const HalfWidthVector bits = count >= kWidth ? load_bits<HalfWidthVector>(row + first)
                                                  : load_part_bits(row + first, count);
     return __builtin_convertvector(bits, UnsignedVector);
+  }
+};
+
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define TORCHMOE_HAS_PAIRS
+/// For the instruction that multiplies both terms and adds the products to a float32. It takes
+/// subnormal numbers for 0.
+struct Pairs : PairsAsLanes {
+  static Sums multiply_add(Sums sums, LeftLane left, Lanes right) {
+#if defined(__AVX512BF16__)
+    __m512i both = _mm512_set1_epi32(static_cast<int>(left));
+#if defined(__clang__)
+    asm("" : "+v"(both));  // clang 16 does not return where it sees that all lanes are equal
+#endif
+    return _mm512_dpbf16_ps(
+        sums, reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(right));
+#else
+    return vbfdotq_lane_f32(sums,
+                            reinterpret_cast<bfloat16x8_t>(right),
+                            reinterpret_cast<bfloat16x4_t>(uint32x2_t{left, 0}),
+                            0);
+#endif
   }
 };
 #endif

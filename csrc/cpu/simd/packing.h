@@ -16,10 +16,10 @@ namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 constexpr int64_t kMostLanes = 512;
 // For few rows a panel is used as soon as it is packed, while it is in L1.
 constexpr int64_t kFewLanes = 128;
-constexpr int64_t kMostRows = 252;  // a multiple of either kTileRows
+constexpr int64_t kMostRows = 252;  // a multiple of every kTileRows
 constexpr int64_t kMostColumns = 512;
-constexpr int64_t kRightBytes = 512 * 1024;
-constexpr int64_t kLeftBytes = 256 * 1024;
+constexpr int64_t kRightBytes = int64_t{512} * 1024;
+constexpr int64_t kLeftBytes = int64_t{256} * 1024;
 
 // Packed rows and panels lie a little more than a power of two apart, which would put all of them
 // into the same few lines of L1.
@@ -196,15 +196,30 @@ void pack_left_terms(const Reader<T>& reader,
 
 // ---- Packing the right operand ------------------------------------------------------------------
 
+/// A panel has up to kPanelUnits units of so many columns, and its lanes come in blocks; the last
+/// block's missing lanes are 0.
+template <typename L>
+constexpr int64_t kPanelUnit = L::kWidth;
+template <typename L>
+constexpr int64_t kPanelUnits = kTileVectors;
+template <typename L>
+constexpr int64_t kLaneBlock = 1;
+
+/// How many lanes a panel has.
+template <typename L>
+constexpr int64_t panel_lanes(Range terms) {
+  return divide_up(terms.size, L::kTerms * kLaneBlock<L>) * kLaneBlock<L>;
+}
+
 /// Calls body(first column, vectors) for each panel of a slice's columns. They are as wide as the
-/// kernel's tile or one vector narrower: a last panel of one vector would run at half the speed.
+/// kernel's tile or one unit narrower: a last panel of one vector would run at half the speed.
 template <typename L, typename Body>
 void for_panels(int64_t columns, const Body& body) {
-  const int64_t vectors = divide_up(columns, L::kWidth);
-  const int64_t panels = divide_up(vectors, kTileVectors);
+  const int64_t units = divide_up(columns, kPanelUnit<L>);
+  const int64_t panels = divide_up(units, kPanelUnits<L>);
   for (int64_t p = 0, first = 0; p < panels; ++p) {
-    const int64_t width = vectors / panels + (p < vectors % panels ? 1 : 0);
-    body(first * L::kWidth, width);
+    const int64_t width = units / panels + (p < units % panels ? 1 : 0);
+    body(first * kPanelUnit<L>, width * (kPanelUnit<L> / L::kWidth));
     first += width;
   }
 }
@@ -214,7 +229,7 @@ void for_panels(int64_t columns, const Body& body) {
 template <typename L, typename T>
 void pack_right_terms(const Reader<T>& rows, Range columns, Range terms, typename L::Lane* right) {
   constexpr int64_t kAhead = 8 / L::kTerms;  // lanes: packing for the memory to answer in
-  const int64_t lanes = divide_up(terms.size, L::kTerms);
+  const int64_t lanes = panel_lanes<L>(terms);
   for (int64_t k = 0; k < lanes; ++k) {
     const LaneRows<L, T> from(rows, terms, k);
     prefetch(LaneRows<L, T>(rows, terms, k + kAhead), columns);
@@ -330,7 +345,7 @@ void pack_right_rows(const Reader<T>& rows,
   constexpr int64_t kLanes = kSide<L>;
   constexpr int64_t kElements = kLanes * L::kTerms;
   constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t lanes = divide_up(terms.size, L::kTerms);
+  const int64_t lanes = panel_lanes<L>(terms);
   for_panels<L>(columns.size, [&](int64_t j, int64_t vectors) {
     const int64_t width = vectors * L::kWidth;
     for (int64_t c = 0; c < width; c += kLanes) {
@@ -348,7 +363,7 @@ void pack_right_rows(const Reader<T>& rows,
       auto* to = right + j * lanes + c;
       for (int64_t k = 0; k < lanes; k += kLanes) {
         const int64_t first = k * L::kTerms;
-        const int64_t count = min(terms.size - first, kElements);
+        const int64_t count = max(min(terms.size - first, kElements), 0);
         // One way through the registers, for an end, too: two would meet in memory.
         const T* const* source = from;
         int64_t offset = first;

@@ -20,55 +20,15 @@
 // docs/cpu_kernels.md has the measurements behind the constants.
 #include "cpu/simd/product.h"
 
+#include "cpu/simd/destination.h"
 #include "cpu/simd/packing.h"
 #include "cpu/simd/tile.h"
+#include "cpu/simd/tile_product.h"
 #include "cpu/simd/vector.h"
 
 namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 
 namespace {
-
-// ---- Where the sums go --------------------------------------------------------------------------
-
-/// The sums of a block of the result after a slice of their terms.
-template <typename Sum, typename Bias, typename Out>
-struct Destination {
-  Sum* sums;  // between slices
-  int64_t sums_stride;
-  bool has_earlier;  // sums holds those of earlier slices
-  bool is_last;      // after this slice they are the result:
-  Out* out;
-  int64_t out_stride;
-  const Bias* bias;  // [columns]; null: none
-
-  Destination from(int64_t row, int64_t column) const {
-    Destination rest = *this;
-    rest.sums += row * sums_stride + column;
-    rest.out += row * out_stride + column;
-    rest.bias = bias == nullptr ? nullptr : bias + column;
-    return rest;
-  }
-
-  /// Whether a tile's sums need no more than to be stored.
-  bool takes_sums() const { return !is_last || (std::is_same_v<Sum, Out> && bias == nullptr); }
-
-  /// Takes sums [rows, columns], whose rows hold whole vectors, out of a buffer.
-  void take(const Sum* buffer, int64_t stride, int64_t rows, int64_t columns) const {
-    for (int64_t i = 0; i < rows; ++i, buffer += stride) {
-      if (!is_last) {
-        std::memcpy(sums + i * sums_stride, buffer, columns * sizeof(Sum));
-        continue;
-      }
-      for (int64_t c = 0; c < columns; c += kWidthOf<Sum>) {
-        auto v = load(buffer + c);
-        if (bias != nullptr) {
-          v += load_up_to(bias + c, columns - c);
-        }
-        store_up_to(v, out + i * out_stride + c, columns - c);
-      }
-    }
-  }
-};
 
 /// A tile that is narrower than its last vector, or whose sums are rounded: by way of a buffer, in
 /// which the sums go on as they do elsewhere.
@@ -77,7 +37,7 @@ void multiply_by_way_of_buffer(
     MultiplyTile<L> multiply, Tile<L> tile, int64_t rows, int64_t columns, const To& destination) {
   using Sum = typename L::Sum;
   alignas(64) Sum buffer[kTileRows * kPanelWidth<L>];
-  if (tile.from != nullptr && columns % L::kWidth != 0) {
+  if (destination.has_earlier && columns % L::kWidth != 0) {
     std::memset(buffer, 0, sizeof buffer);
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(
@@ -175,22 +135,11 @@ void product_of(const ProductCall& call) {
   const Slices slices = scratch.slices;
   auto* packed_left = static_cast<Lane*>(call.scratch);
   auto* packed_right = packed_left + scratch.left;
-  auto* out = static_cast<Out*>(call.out.data);
-  const auto* bias = static_cast<const Right*>(call.bias.data);
   const typename L::LeftLane* left[kMostRows];
   for (int64_t j = 0; j < call.n; j += slices.columns) {
     const Range columns{j, min(slices.columns, call.n - j)};
-    Destination<Sum, Right, Out> destination{};
-    destination.out = out + j;
-    destination.out_stride = call.out_stride;
-    destination.bias = bias == nullptr ? nullptr : bias + j;
-    if constexpr (std::is_same_v<Sum, Out>) {
-      destination.sums = destination.out;
-      destination.sums_stride = call.out_stride;
-    } else {
-      destination.sums = reinterpret_cast<Sum*>(packed_right + scratch.right);
-      destination.sums_stride = columns.size;
-    }
+    auto* waiting = reinterpret_cast<Sum*>(packed_right + scratch.right);
+    auto destination = destination_of<Sum, Right, Out>(call, columns, waiting);
     int64_t k = 0;
     do {  // once where there is no term
       const Range terms{k, min(slices.lanes * L::kTerms, call.k - k)};
@@ -229,33 +178,37 @@ auto with_types(const ProductCall& call, const Body& body) {
     }
     return body.template operator()<L, Left, Right, Right>();
   };
-  const auto narrow = [&]<typename Right>() {
+  const auto with_left = [&]<typename Right>() {
     if (call.left.numbers.type == Element::float32) {
       return with_out.template operator()<Singles<float>, float, Right>();
     }
-#if defined(__AVX512BF16__)
+#if defined(TORCHMOE_HAS_PAIRS) && !defined(TORCHMOE_TILES)
     if constexpr (std::is_same_v<Right, BFloat16>) {
       return with_out.template operator()<Pairs, Right, Right>();
     }
 #endif
     return with_out.template operator()<Singles<float>, Right, Right>();
   };
+#define TORCHMOE_CASE(name, stored, ...) \
+  case Element::name:                    \
+    return with_left.template operator()<stored>();
   switch (call.right.numbers.type) {
+    TORCHMOE_FLOAT32_ELEMENTS(TORCHMOE_CASE)
     case Element::float64:
       return body.template operator()<Singles<double>, double, double, double>();
-    case Element::float32:
-      return body.template operator()<Singles<float>, float, float, float>();
-    case Element::bfloat16:
-      return narrow.template operator()<BFloat16>();
-    case Element::float16:
-      return narrow.template operator()<Float16>();
   }
+#undef TORCHMOE_CASE
   __builtin_unreachable();
 }
 
 }  // namespace
 
 int64_t product_scratch(const ProductCall& call) {
+#if defined(TORCHMOE_TILES)
+  if (is_on_tiles(call)) {
+    return tile_product_scratch(call);
+  }
+#endif
   return with_types(call, [&]<typename L, typename Left, typename Right, typename Out>() {
     return Scratch<L, Out>(call).bytes();
   });
@@ -265,6 +218,11 @@ void product(const ProductCall& call) {
   if (call.m == 0) {
     return;  // an operand of no rows may have no data, and the other one need not be packed
   }
+#if defined(TORCHMOE_TILES)
+  if (is_on_tiles(call)) {
+    return tile_product(call);
+  }
+#endif
   with_types(call, [&]<typename L, typename Left, typename Right, typename Out>() {
     switch (call.form) {
       case Form::nt:

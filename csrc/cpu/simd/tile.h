@@ -10,9 +10,14 @@ namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 // The tile is as large as the registers allow: rows x vectors of sums, the panel's vectors and one
 // lane of the left operand at a time. Of 32 registers 9 x 3 need 31, of 16 registers 6 x 2 need
 // 15. Each step loads rows + vectors lanes for rows * vectors multiply-adds, so that the loads
-// (two a cycle, as the multiply-adds) are never what the step waits for.
-#if defined(__AVX512F__) || defined(__aarch64__)
+// (two a cycle, as the multiply-adds) are never what the step waits for. On aarch64 a lane of the
+// left operand takes a register until it is multiplied, and the compiler loads them early: with
+// 9 x 3 or 6 x 4 sums it keeps some of these in memory, with 7 x 3 none.
+#if defined(__AVX512F__)
 constexpr int kTileRows = 9;
+constexpr int kTileVectors = 3;
+#elif defined(__aarch64__)
+constexpr int kTileRows = 7;
 constexpr int kTileVectors = 3;
 #else
 constexpr int kTileRows = 6;

@@ -7,6 +7,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/simd/simd.h"
@@ -89,6 +91,8 @@ inline Vector load(const Float16* from) {
   return _mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(from));
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(load_bits<__m128i>(from));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(load_bits<float16x4_t>(from));
 #else
   // The exponent's bias differs by 112: a multiplication by 2^112, which normalises what is
   // subnormal. The largest exponent stands for infinity and NaN.
@@ -168,11 +172,15 @@ inline void store(WideVector v, double* to) {
 
 /// Rounds to nearest, ties to even; a NaN stays one, whatever its payload.
 inline void store(Vector v, BFloat16* to) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const bfloat16x4_t narrow = vcvt_bf16_f32(v);
+#else
   const auto bits = reinterpret_cast<UnsignedVector>(v);
   const UnsignedVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const UnsignedVector quiet = (bits >> 16) | 0x40;
   const UnsignedVector chosen = v == v ? rounded : quiet;
   const auto narrow = __builtin_convertvector(chosen, HalfWidthVector);
+#endif
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -181,6 +189,8 @@ inline void store(Vector v, Float16* to) {
   const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__AVX2__)
   const __m128i narrow = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  const float16x4_t narrow = vcvt_f16_f32(v);
 #else
   // What is subnormal in float16 is rounded by adding 0.5, whose unit in the last place is the
   // smallest float16.

@@ -2,9 +2,11 @@
 #include <string>
 #include <vector>
 
+#include "common/vocabulary.h"
 #include "cpu/activation_block.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/matrices.h"
 #include "reference.h"
+#include "simd/memory.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
 using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
@@ -57,15 +59,16 @@ Tensor block_results(Activation activation, const Tensor& us) {
                                    columns,
                                    dots.data(),
                                    1});
-  std::vector<Tensor> all = {
+  std::vector<Matrix> all = {
       pre_gate.values(), act.values(), weighted.values(), grad_gate.values(), dots.values()};
   if (gated) {
     all.insert(all.end(), {pre_up.values(), grad_up.values()});
   }
-  for (Tensor& x : all) {
-    x = x.to(torch::kDouble).flatten();
+  std::vector<Tensor> flat;
+  for (const Matrix& x : all) {
+    flat.push_back(tensor_of(x).flatten());
   }
-  return torch::cat(all);
+  return torch::cat(flat);
 }
 
 /// The same from torch's own functions in float64, the pre-activation rounded to `type`.

@@ -35,7 +35,7 @@ def test_the_processor_limits_the_probe() -> None:
 
 
 def test_the_probe_is_compiled_as_the_kernels_are() -> None:
-    cmake = (ROOT / "CMakeLists.txt").read_text()
+    cmake = (ROOT / "cmake" / "simd.cmake").read_text()
     for capability in ("AVX2", "AVX512"):
         (flags,) = re.findall(rf"set\(TORCHMOE_{capability} (.*)\)", cmake)
         inherited, *_ = [*re.findall(r"\$\{TORCHMOE_(\w+)\} ", flags), None]

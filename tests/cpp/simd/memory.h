@@ -1,4 +1,4 @@
-// The elements that the functions of csrc/cpu/simd read and write.
+// The memory that the functions of csrc/cpu/simd read and write.
 #pragma once
 
 #include <algorithm>
@@ -9,9 +9,8 @@
 #include <unistd.h>
 #include <vector>
 
-#include "cpu/simd/instruction_sets.h"
 #include "cpu/simd/simd.h"
-#include "support.h"
+#include "simd/matrix.h"
 
 #include <sys/mman.h>
 
@@ -20,11 +19,13 @@ namespace torchmoe::test {
 /// Of a rounding to float32: half its epsilon.
 constexpr double kUnit = 0x1p-24;
 
-inline cpu::Element element(at::ScalarType type) {
-  return type == torch::kDouble     ? cpu::Element::float64
-         : type == torch::kBFloat16 ? cpu::Element::bfloat16
-         : type == torch::kHalf     ? cpu::Element::float16
-                                    : cpu::Element::float32;
+template <typename T>
+cpu::Numbers numbers(const T* data) {
+  return {data, element_of<T>()};
+}
+template <typename T>
+cpu::MutableNumbers numbers(T* data) {
+  return {data, element_of<T>()};
 }
 
 /// Memory that ends where a page begins that nobody may touch: reading or writing past the end is a
@@ -63,34 +64,39 @@ class Guarded {
 /// A matrix stored in one of the types at the end of guarded memory.
 class Stored {
  public:
-  Stored(const Tensor& matrix, at::ScalarType type)
-      : Stored(matrix.to(type).contiguous(), nullptr) {}
+  Stored(const Matrix& matrix, cpu::Element type)
+      : values_(matrix.as(type)),
+        type_(type),
+        size_(size_of(type)),
+        memory_(matrix.size() * size_) {
+    with_stored(type, [&]<typename T>() {
+      T* to = memory_.last<T>(matrix.size());
+      for (const double x : values_.numbers()) {
+        *to++ = static_cast<T>(x);
+      }
+    });
+  }
 
-  /// What is stored, in float64.
-  const Tensor& values() const { return values_; }
+  /// What is stored.
+  const Matrix& values() const { return values_; }
 
-  cpu::Numbers numbers() const { return {first(values_.numel()), type_}; }
+  cpu::Numbers numbers() const { return {first(values_.size()), type_}; }
 
   /// The last elements of the last rows: what comes before them belongs to others.
   cpu::NumberRows last(int64_t rows, int64_t numbers) const {
-    const int64_t width = values_.size(1);
+    const int64_t width = values_.columns();
     const int64_t used = std::max<int64_t>(0, (rows - 1) * width + numbers);
     return {{first(used), type_}, width, nullptr};
   }
 
  private:
-  Stored(const Tensor& stored, std::nullptr_t)
-      : values_(stored.to(torch::kDouble)),
-        type_(element(stored.scalar_type())),
-        size_(static_cast<int64_t>(stored.element_size())),
-        memory_(stored.numel() * size_) {
-    const auto* bytes = static_cast<const char*>(stored.const_data_ptr());
-    std::copy_n(bytes, stored.numel() * size_, memory_.last<char>(stored.numel() * size_));
+  static int64_t size_of(cpu::Element type) {
+    return with_stored(type, []<typename T>() { return static_cast<int64_t>(sizeof(T)); });
   }
 
   const void* first(int64_t numbers) const { return memory_.last<char>(numbers * size_); }
 
-  Tensor values_;
+  Matrix values_;
   cpu::Element type_;
   int64_t size_;
   Guarded memory_;
@@ -110,9 +116,14 @@ class Written {
 
   T at(int64_t i, int64_t j) const { return data()[i * stride_ + j]; }
 
-  Tensor values() const {
-    return at::from_blob(
-        data(), {rows_, columns_}, {stride_, 1}, c10::CppTypeToScalarType<T>::value);
+  Matrix values() const {
+    Matrix result(rows_, columns_);
+    for (int64_t i = 0; i < rows_; ++i) {
+      for (int64_t j = 0; j < columns_; ++j) {
+        result(i, j) = static_cast<double>(at(i, j));
+      }
+    }
+    return result;
   }
 
   /// Whether what lies before and between the rows is as it was.

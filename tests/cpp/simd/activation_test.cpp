@@ -1,19 +1,26 @@
 // The activations of every instruction set against the float64 formulas of common/activation.h.
+#include "common/activation.h"
 
-#include "cpu/activation_block.h"
-
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "cpu/expected_activation.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
+#include "simd/catch2.h"
+#include "simd/expected_activation.h"
+#include "simd/memory.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
-using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
 using torchmoe::Nonlinearity;
+using torchmoe::cpu::Element;
+using torchmoe::cpu::instruction_sets;
+using torchmoe::cpu::kDotColumns;
+using torchmoe::cpu::MutableNumbers;
+using torchmoe::cpu::Numbers;
+using torchmoe::cpu::Simd;
 
 namespace {
 
@@ -147,18 +154,26 @@ Bounded stored(Bounded x) {
   if constexpr (std::is_same_v<T, float>) {
     return x;
   }
-  using Limits = std::numeric_limits<T>;
-  const double unit = static_cast<double>(Limits::epsilon()) / 2;
-  return {
-      x.value,
-      x.error * (1 + unit) + unit * std::fabs(x.value) + static_cast<double>(Limits::denorm_min())};
+  constexpr double kStored = RoundingOf<T>::kUnit;
+  return {x.value, x.error * (1 + kStored) + kStored * std::fabs(x.value) + RoundingOf<T>::kLeast};
 }
 
-template <typename T>
-constexpr at::ScalarType type_of = c10::CppTypeToScalarType<T>::value;
+/// The matrix with so many columns of NaN before it.
+Matrix padded(const Matrix& matrix, int64_t gap) {
+  Matrix result(matrix.rows(), gap + matrix.columns(), kNaN);
+  for (int64_t i = 0; i < matrix.rows(); ++i) {
+    std::copy_n(matrix.row(i), matrix.columns(), result.row(i) + gap);
+  }
+  return result;
+}
+
+/// How many stretches of kDotColumns the columns have.
+constexpr int64_t dots_of(int64_t columns) {
+  return (columns + kDotColumns - 1) / kDotColumns;
+}
 
 float float_at(const Stored& stored, int64_t i, int64_t j) {
-  return static_cast<const float*>(stored.numbers().data)[i * stored.values().size(1) + j];
+  return static_cast<const float*>(stored.numbers().data)[i * stored.values().columns() + j];
 }
 
 /// A forward call over `us` as [rows, columns], the biases already taken off where there are any.
@@ -173,20 +188,18 @@ struct Forward {
 };
 
 template <typename T>
-std::string check_forward(const Simd& simd, const Forward& given, const Tensor& us) {
-  const int64_t rows = us.size(0), columns = us.size(1), gap = given.gap;
-  const auto padded = [&](const Tensor& x) {
-    return Stored(torch::constant_pad_nd(x, {gap, 0}, kNaN), torch::kFloat);
-  };
-  const Stored gate = padded(us), up = padded(wave(us.sizes(), 1, 3));
-  const Stored gate_bias(wave({1, columns}, 2), type_of<T>),
-      up_bias(wave({1, columns}, 3), type_of<T>);
+std::string check_forward(const Simd& simd, const Forward& given, const Matrix& us) {
+  const int64_t rows = us.rows(), columns = us.columns(), gap = given.gap;
+  const Stored gate(padded(us, gap), Element::float32),
+      up(padded(wave_matrix(rows, columns, 1, 3), gap), Element::float32);
+  const Stored gate_bias(wave_matrix(1, columns, 2), element_of<T>()),
+      up_bias(wave_matrix(1, columns, 3), element_of<T>());
   const Written<T> pre_gate(rows, columns, columns + gap), pre_up(rows, columns, columns + gap);
   const Written<T> act(rows, columns, columns + gap + 1);
   const auto* gates = static_cast<const float*>(gate.last(rows, columns).numbers.data);
   const auto* ups = static_cast<const float*>(up.last(rows, columns).numbers.data);
-  const Numbers no_bias{nullptr, element(type_of<T>)};
-  const MutableNumbers no_pre{nullptr, element(type_of<T>)};
+  const Numbers no_bias{nullptr, element_of<T>()};
+  const MutableNumbers no_pre{nullptr, element_of<T>()};
   simd.activate({given.f,
                  rows,
                  columns,
@@ -229,15 +242,12 @@ std::string check_forward(const Simd& simd, const Forward& given, const Tensor& 
 
 template <typename T>
 std::string check_backward(
-    const Simd& simd, Nonlinearity f, bool is_gated, int64_t gap, const Tensor& us) {
-  const int64_t rows = us.size(0), columns = us.size(1), stride = columns + gap;
-  const auto padded = [&](const Tensor& x, at::ScalarType type) {
-    return Stored(torch::constant_pad_nd(x, {gap, 0}, kNaN), type);
-  };
-  const Stored pre_gate = padded(us, type_of<T>),
-               pre_up = padded(wave(us.sizes(), 1, 3), type_of<T>);
-  const Stored grad_act = padded(wave(us.sizes(), 4), torch::kFloat);
-  const Stored weights(wave({1, rows}, 5), torch::kFloat);
+    const Simd& simd, Nonlinearity f, bool is_gated, int64_t gap, const Matrix& us) {
+  const int64_t rows = us.rows(), columns = us.columns(), stride = columns + gap;
+  const Stored pre_gate(padded(us, gap), element_of<T>()),
+      pre_up(padded(wave_matrix(rows, columns, 1, 3), gap), element_of<T>());
+  const Stored grad_act(padded(wave_matrix(rows, columns, 4), gap), Element::float32);
+  const Stored weights(wave_matrix(1, rows, 5), Element::float32);
   const int64_t num_dots = dots_of(columns);
   const Written<T> weighted_act(rows, columns, stride + 1);
   const Written<T> grad_gate(rows, columns, stride), grad_up(rows, columns, stride);
@@ -301,17 +311,16 @@ std::string check_backward(
 }
 
 /// `numbers` in rows of `columns`, the last row filled up with the first element.
-Tensor in_rows(const std::vector<float>& numbers, int64_t columns) {
+Matrix in_rows(const std::vector<float>& numbers, int64_t columns) {
   const auto count = static_cast<int64_t>(numbers.size());
-  const int64_t rows = (count + columns - 1) / columns;
-  Tensor all = torch::full({rows * columns}, numbers[0], torch::kFloat);
-  std::copy(numbers.begin(), numbers.end(), all.data_ptr<float>());
-  return all.view({rows, columns}).to(torch::kDouble);
+  Matrix all((count + columns - 1) / columns, columns, numbers[0]);
+  std::copy(numbers.begin(), numbers.end(), all.numbers().begin());
+  return all;
 }
 
 }  // namespace
 
-TEST_CASE("activation: what is expected is what common/activation.h says", "[cpu][activation]") {
+TEST_CASE("activation: what is expected is what common/activation.h says", "[activation]") {
   for (const auto& [f, name] : kNonlinearities) {
     INFO(name);
     double worst = 0;
@@ -328,26 +337,26 @@ TEST_CASE("activation: what is expected is what common/activation.h says", "[cpu
   }
 }
 
-TEST_CASE("activate: values", "[cpu][activation]") {
-  const Tensor us = in_rows(sweep(), 101);
+TEST_CASE("activate: values", "[activation]") {
+  const Matrix us = in_rows(sweep(), 101);
   for (const auto& [f, f_name] : kNonlinearities) {
     for (const bool is_gated : {false, true}) {
       for (const auto& [name, functions] : instruction_sets()) {
         INFO(name << " " << f_name << (is_gated ? " gated" : ""));
         const Forward call{f, is_gated, false, false, true, is_gated, 0};
         CHECK(check_forward<float>(*functions, call, us) == "");
-        CHECK(check_forward<c10::BFloat16>(*functions, call, us) == "");
-        CHECK(check_forward<c10::Half>(*functions, call, us) == "");
+        CHECK(check_forward<BFloat16>(*functions, call, us) == "");
+        CHECK(check_forward<Float16>(*functions, call, us) == "");
       }
     }
   }
 }
 
-TEST_CASE("activate: sizes, biases and what is wanted", "[cpu][activation]") {
+TEST_CASE("activate: sizes, biases and what is wanted", "[activation]") {
   for (const auto& [f, f_name] : kNonlinearities) {
     for (const auto& [name, functions] : instruction_sets()) {
       for (const int64_t columns : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33}) {
-        const Tensor us = wave({columns == 17 ? 0 : 3, columns}, 0, 6);
+        const Matrix us = wave_matrix(columns == 17 ? 0 : 3, columns, 0, 6);
         for (int choice = 0; choice < 32; ++choice) {
           const bool is_gated = (choice & 1) != 0;
           const Forward call{f,
@@ -362,29 +371,29 @@ TEST_CASE("activate: sizes, biases and what is wanted", "[cpu][activation]") {
           }
           INFO(name << " " << f_name << " " << columns << " columns, choice " << choice);
           CHECK(check_forward<float>(*functions, call, us) == "");
-          CHECK(check_forward<c10::BFloat16>(*functions, call, us) == "");
-          CHECK(check_forward<c10::Half>(*functions, call, us) == "");
+          CHECK(check_forward<BFloat16>(*functions, call, us) == "");
+          CHECK(check_forward<Float16>(*functions, call, us) == "");
         }
       }
     }
   }
 }
 
-TEST_CASE("activate_backward: values", "[cpu][activation]") {
-  const Tensor us = in_rows(sweep(), 101);
+TEST_CASE("activate_backward: values", "[activation]") {
+  const Matrix us = in_rows(sweep(), 101);
   for (const auto& [f, f_name] : kNonlinearities) {
     for (const bool is_gated : {false, true}) {
       for (const auto& [name, functions] : instruction_sets()) {
         INFO(name << " " << f_name << (is_gated ? " gated" : ""));
         CHECK(check_backward<float>(*functions, f, is_gated, 0, us) == "");
-        CHECK(check_backward<c10::BFloat16>(*functions, f, is_gated, 0, us) == "");
-        CHECK(check_backward<c10::Half>(*functions, f, is_gated, 0, us) == "");
+        CHECK(check_backward<BFloat16>(*functions, f, is_gated, 0, us) == "");
+        CHECK(check_backward<Float16>(*functions, f, is_gated, 0, us) == "");
       }
     }
   }
 }
 
-TEST_CASE("activate_backward: sizes", "[cpu][activation]") {
+TEST_CASE("activate_backward: sizes", "[activation]") {
   for (const auto& [f, f_name] : kNonlinearities) {
     for (const auto& [name, functions] : instruction_sets()) {
       for (const int64_t columns : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 200}) {
@@ -392,10 +401,10 @@ TEST_CASE("activate_backward: sizes", "[cpu][activation]") {
           for (const int64_t gap : {0, 3}) {
             INFO(name << " " << f_name << " " << columns << " columns, gap " << gap
                       << (is_gated ? ", gated" : ""));
-            const Tensor us = wave({columns == 17 ? 0 : 3, columns}, 0, 6);
+            const Matrix us = wave_matrix(columns == 17 ? 0 : 3, columns, 0, 6);
             CHECK(check_backward<float>(*functions, f, is_gated, gap, us) == "");
-            CHECK(check_backward<c10::BFloat16>(*functions, f, is_gated, gap, us) == "");
-            CHECK(check_backward<c10::Half>(*functions, f, is_gated, gap, us) == "");
+            CHECK(check_backward<BFloat16>(*functions, f, is_gated, gap, us) == "");
+            CHECK(check_backward<Float16>(*functions, f, is_gated, gap, us) == "");
           }
         }
       }
@@ -403,9 +412,9 @@ TEST_CASE("activate_backward: sizes", "[cpu][activation]") {
   }
 }
 
-TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[cpu][activation]") {
-  const Stored us(in_rows(specials(), 1), torch::kFloat);
-  const int64_t rows = us.values().size(0);
+TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[activation]") {
+  const Stored us(in_rows(specials(), 1), Element::float32);
+  const int64_t rows = us.values().rows();
   const auto* u = static_cast<const float*>(us.numbers().data);
   const std::vector<float> ones(rows, 1);
   for (const auto& [f, f_name] : kNonlinearities) {
@@ -455,26 +464,27 @@ TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[cpu][
   }
 }
 
-TEST_CASE("activation: NaN stays with its row", "[cpu][activation]") {
+TEST_CASE("activation: NaN stays with its row", "[activation]") {
   constexpr int64_t kColumns = 19;
+  const std::vector<float> ones(3 * kColumns, 1);
   for (const auto& [f, f_name] : kNonlinearities) {
     for (const auto& [name, functions] : instruction_sets()) {
-      for (const int64_t column : {0L, 9L, kColumns - 1}) {
+      for (const int64_t column : {int64_t{0}, int64_t{9}, kColumns - 1}) {
         INFO(name << " " << f_name << " in column " << column);
-        Tensor us = wave({3, kColumns}, 0, 2).to(torch::kFloat);
-        us[1][column] = kNaN;
-        const Tensor ones = torch::ones({3, kColumns}), up = wave({3, kColumns}).to(torch::kFloat);
+        Matrix us = wave_matrix(3, kColumns, 0, 2);
+        us(1, column) = kNaN;
+        const Stored gates(us, Element::float32), up(wave_matrix(3, kColumns), Element::float32);
         const Written<float> act(3, kColumns, kColumns), gate(3, kColumns, kColumns),
             of_up(3, kColumns, kColumns), dots(3, 1, 1);
         functions->activate_backward({f,
                                       3,
                                       kColumns,
-                                      ones.const_data_ptr<float>(),
+                                      ones.data(),
                                       kColumns,
-                                      numbers(us.const_data_ptr<float>()),
-                                      numbers(up.const_data_ptr<float>()),
+                                      gates.numbers(),
+                                      up.numbers(),
                                       kColumns,
-                                      ones.const_data_ptr<float>(),
+                                      ones.data(),
                                       numbers(act.data()),
                                       kColumns,
                                       numbers(gate.data()),
@@ -482,14 +492,16 @@ TEST_CASE("activation: NaN stays with its row", "[cpu][activation]") {
                                       kColumns,
                                       dots.data(),
                                       1});
-        for (const auto* written : {&act, &of_up}) {
-          CHECK(torch::equal(written->values().isnan(), us.isnan()));
+        for (int64_t i = 0; i < 3; ++i) {
+          CHECK(std::isnan(dots.at(i, 0)) == (i == 1));
+          for (int64_t j = 0; j < kColumns; ++j) {
+            const bool is_nan = i == 1 && j == column;
+            CHECK(std::isnan(act.at(i, j)) == is_nan);
+            CHECK(std::isnan(of_up.at(i, j)) == is_nan);
+            // relu's slope is 0 there, as in the scalar formula.
+            CHECK(std::isnan(gate.at(i, j)) == (is_nan && f != Nonlinearity::relu));
+          }
         }
-        // relu's slope is 0 there, as in the scalar formula.
-        CHECK(torch::equal(
-            gate.values().isnan(),
-            f == Nonlinearity::relu ? torch::zeros_like(us).to(torch::kBool) : us.isnan()));
-        CHECK(torch::equal(dots.values().flatten().isnan(), us.isnan().any(1)));
       }
     }
   }

@@ -1,14 +1,17 @@
 // How the instruction sets store float32 values in a narrower type.
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
 
-#include "cpu/gemm/product.h"
-#include "cpu/instruction_sets.h"
+#include "cpu/simd/instruction_sets.h"
+#include "simd/catch2.h"
+#include "simd/memory.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
-using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
+using torchmoe::cpu::instruction_sets;
+using torchmoe::cpu::Simd;
 
 namespace {
 
@@ -22,10 +25,9 @@ std::vector<float> numbers_to_round() {
     numbers.insert(numbers.end(), {x, std::nextafter(x, kInf), std::nextafter(x, -kInf)});
   };
   for (uint32_t bits = 0; bits < 65536; ++bits) {
-    const auto x = static_cast<float>(T(static_cast<uint16_t>(bits), T::from_bits()));
-    const auto next = static_cast<float>(T(static_cast<uint16_t>(bits + 1), T::from_bits()));
-    with_neighbours(x);
-    with_neighbours(static_cast<float>((static_cast<double>(x) + static_cast<double>(next)) / 2));
+    const double x = T::kFormat.value(bits), next = T::kFormat.value((bits + 1) & 0xffff);
+    with_neighbours(static_cast<float>(x));
+    with_neighbours(static_cast<float>((x + next) / 2));
   }
   constexpr float kLargest = std::numeric_limits<float>::max();
   for (const float x : {65504.0F, 65519.996F, 65520.0F, 65536.0F, kLargest, 3.3895314e38F, 0.0F}) {
@@ -48,14 +50,15 @@ void check_rounding(const Simd& simd) {
   const auto numbers = numbers_to_round<T>();
   const auto count = static_cast<int64_t>(numbers.size());
   const Written<T> out(1, count, count);
-  simd.store(numbers.data(), torchmoe::cpu::numbers(out.data()), count);
+  simd.store(numbers.data(), torchmoe::test::numbers(out.data()), count);
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
     const T expected(numbers[i]), actual = out.data()[i];
-    if (std::isnan(numbers[i]) ? !std::isnan(static_cast<float>(actual)) : actual.x != expected.x) {
+    if (std::isnan(numbers[i]) ? !std::isnan(static_cast<double>(actual))
+                               : actual.bits != expected.bits) {
       if (++wrong == 1) {
         UNSCOPED_INFO(std::hex << "bits " << std::bit_cast<uint32_t>(numbers[i]) << " become "
-                               << actual.x << " instead of " << expected.x);
+                               << actual.bits << " instead of " << expected.bits);
       }
     }
   }
@@ -66,35 +69,35 @@ template <typename T>
 void check_counts(const Simd& simd) {
   for (int64_t count = 0; count <= 70; ++count) {
     INFO(count << " numbers");
-    const Stored from(wave({1, count}, 0, 100), torch::kFloat);
+    const Stored from(wave_matrix(1, count, 0, 100), torchmoe::cpu::Element::float32);
     const Written<T> out(1, count, count);
     simd.store(
-        static_cast<const float*>(from.numbers().data), torchmoe::cpu::numbers(out.data()), count);
-    CHECK(torch::equal(out.values(), from.values().to(torch::kFloat).to(out.values().dtype())));
+        static_cast<const float*>(from.numbers().data), torchmoe::test::numbers(out.data()), count);
+    CHECK(out.values().equals(from.values().as(element_of<T>())));
     CHECK(out.is_only_matrix_written());
   }
 }
 
 }  // namespace
 
-TEST_CASE("store: rounds as c10 does", "[cpu][product]") {
+TEST_CASE("store: rounds to nearest, ties to even", "[store]") {
   for (const auto& [name, functions] : instruction_sets()) {
     INFO(name);
-    check_rounding<c10::BFloat16>(*functions);
-    check_rounding<c10::Half>(*functions);
-    const auto numbers = numbers_to_round<c10::Half>();
+    check_rounding<BFloat16>(*functions);
+    check_rounding<Float16>(*functions);
+    const auto numbers = numbers_to_round<Float16>();
     std::vector<float> out(numbers.size());
     functions->store(
-        numbers.data(), torchmoe::cpu::numbers(out.data()), static_cast<int64_t>(out.size()));
+        numbers.data(), torchmoe::test::numbers(out.data()), static_cast<int64_t>(out.size()));
     CHECK(std::memcmp(out.data(), numbers.data(), out.size() * sizeof(float)) == 0);
   }
 }
 
-TEST_CASE("store: writes what it is asked for", "[cpu][product]") {
+TEST_CASE("store: writes what it is asked for", "[store]") {
   for (const auto& [name, functions] : instruction_sets()) {
     INFO(name);
     check_counts<float>(*functions);
-    check_counts<c10::BFloat16>(*functions);
-    check_counts<c10::Half>(*functions);
+    check_counts<BFloat16>(*functions);
+    check_counts<Float16>(*functions);
   }
 }

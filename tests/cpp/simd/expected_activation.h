@@ -6,10 +6,12 @@
 // gives 0 where its result is below the least normal number.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
-#include "common/activation.h"
-#include "cpu/instruction_sets.h"
+#include "common/activation_names.h"
+#include "common/sigmoid.h"
+#include "simd/memory.h"
 
 namespace torchmoe::test {
 
