@@ -125,7 +125,7 @@ def draw_layers(axes: Axes, results: Sequence[Result]) -> None:
     axes.set_ylim(0, top)
     axes.set_xlim(-0.6, len(results) - 0.4)
     labels = [str(result.case.shape).replace(", ", ",") for result in results]
-    axes.set_xticks(range(len(results)), labels, fontsize=8)
+    axes.set_xticks(range(len(results)), labels, fontsize=7)
     axes.set_xlabel("T,H,I,E,K", fontsize=8)
     clear(axes)
 
