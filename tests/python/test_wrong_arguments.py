@@ -327,6 +327,7 @@ WITHOUT_ARGUMENTS = {
     "ExpertsDeclaration",
     "RouterDeclaration",
     "build_info",
+    "keep_freed_memory",
     "known_estimators",
     "known_laws",
     *(kind.__name__ for kind in ESTIMATORS.values() if not by_annotations(kind, {})),
