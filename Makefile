@@ -119,7 +119,7 @@ test-python: build-tests
 test-capabilities: build-tests
 	@for capability in avx2 default; do echo "ATEN_CPU_CAPABILITY=$$capability"; \
 	  ATEN_CPU_CAPABILITY=$$capability $(PYTEST) --dist worksteal \
-	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan}.py tests/python/test_questions.py || exit 1; done
+	  tests/python/ops/test_{expert_mlp,grouped_linear,router_logits,attach_dense_gradient,bad_plan,subsets}.py tests/python/test_questions.py || exit 1; done
 
 # The room cpu/simd alone, which needs no torch. Its compiler and emulator are asked for by this target only: nothing else needs them.
 AARCH64 := $(BUILD)/aarch64
