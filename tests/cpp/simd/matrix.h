@@ -85,18 +85,17 @@ struct RoundingOf {
                                                                  : 0x1p-24;
 };
 
-/// Calls body.template operator()<T>() with the type that is stored.
+/// Calls body.template operator()<T>() with the type that is stored, one of those above.
 template <typename Body>
 auto with_stored(cpu::Element type, const Body& body) {
-  switch (type) {
-    case cpu::Element::float64:
-      return body.template operator()<double>();
-    case cpu::Element::bfloat16:
-      return body.template operator()<BFloat16>();
-    case cpu::Element::float16:
-      return body.template operator()<Float16>();
-    case cpu::Element::float32:
-      break;
+  if (type == cpu::Element::float64) {
+    return body.template operator()<double>();
+  }
+  if (type == cpu::Element::bfloat16) {
+    return body.template operator()<BFloat16>();
+  }
+  if (type == cpu::Element::float16) {
+    return body.template operator()<Float16>();
   }
   return body.template operator()<float>();
 }
