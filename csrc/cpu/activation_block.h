@@ -103,11 +103,6 @@ struct ActivationBackwardBlock {
   int64_t dots_stride;
 };
 
-/// How many stretches of kDotColumns the columns have.
-constexpr int64_t dots_of(int64_t columns) {
-  return (columns + kDotColumns - 1) / kDotColumns;
-}
-
 template <typename T, typename Acc>
 void activate_block_backward(Activation activation, const ActivationBackwardBlock<T, Acc>& block) {
   if constexpr (std::is_same_v<Acc, float>) {

@@ -87,6 +87,11 @@ struct ActivateCall {
 /// A row's <dA', a> is formed for each stretch of so many columns.
 constexpr int64_t kDotColumns = 64;
 
+/// How many stretches of kDotColumns the columns have.
+constexpr int64_t dots_of(int64_t columns) {
+  return (columns + kDotColumns - 1) / kDotColumns;
+}
+
 /// A block of dA' = dL/dy w_out goes backward through the activation. What is stored is of one type.
 struct ActivateBackwardCall {
   Nonlinearity f;

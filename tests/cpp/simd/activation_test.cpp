@@ -15,6 +15,7 @@
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
 using torchmoe::Nonlinearity;
+using torchmoe::cpu::dots_of;
 using torchmoe::cpu::Element;
 using torchmoe::cpu::instruction_sets;
 using torchmoe::cpu::kDotColumns;
@@ -165,11 +166,6 @@ Matrix padded(const Matrix& matrix, int64_t gap) {
     std::copy_n(matrix.row(i), matrix.columns(), result.row(i) + gap);
   }
   return result;
-}
-
-/// How many stretches of kDotColumns the columns have.
-constexpr int64_t dots_of(int64_t columns) {
-  return (columns + kDotColumns - 1) / kDotColumns;
 }
 
 float float_at(const Stored& stored, int64_t i, int64_t j) {
