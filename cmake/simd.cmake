@@ -10,6 +10,7 @@ function(torchmoe_add_simd instruction_set)
   add_library(${_target} OBJECT
     ${_room}/cpu/simd/activation.cpp
     ${_room}/cpu/simd/product.cpp
+    ${_room}/cpu/simd/softmax.cpp
     ${_room}/cpu/simd/table.cpp
     ${_room}/cpu/simd/weighted_sum.cpp
   )

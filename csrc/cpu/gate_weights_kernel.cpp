@@ -86,11 +86,10 @@ class Gate {
       return;
     }
     if (normalize_ == Normalize::topk) {
-      cpu::relative_scores(
-          score_function_,
-          count,
-          [&](int64_t i) { return logits[routed_.experts[i]]; },
-          slot_values_.data());
+      for (int64_t i = 0; i < count; ++i) {
+        slot_values_[i] = logits[routed_.experts[i]];
+      }
+      cpu::relative_scores(score_function_, count, slot_values_.data(), slot_values_.data());
       if (score_function_ == ScoreFunction::sigmoid) {
         cpu::divide_by_sum(count, slot_values_.data());
       }

@@ -22,7 +22,7 @@ void shares_of_token(ScoreFunction score_function,
                      const T* logits,
                      int64_t num_experts,
                      T* shares) {
-  cpu::relative_scores(score_function, num_experts, [&](int64_t e) { return logits[e]; }, shares);
+  cpu::relative_scores(score_function, num_experts, logits, shares);
   cpu::divide_by_sum(num_experts, shares);
 }
 

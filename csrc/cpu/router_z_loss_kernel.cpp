@@ -15,7 +15,7 @@ namespace {
 
 template <typename T>
 T logsumexp(const T* logits, int64_t num_experts) {
-  const T top = cpu::largest<T>(num_experts, [&](int64_t e) { return logits[e]; });
+  const T top = cpu::largest(num_experts, logits);
   if (std::isinf(top)) {
     return top;
   }
@@ -79,7 +79,7 @@ at::Tensor router_z_loss_backward_kernel(const at::Tensor& grad,
           continue;
         }
         const scalar_t lse = logsumexp(row, num_experts);
-        cpu::softmax(num_experts, [&](int64_t e) { return row[e]; }, out);
+        cpu::softmax(num_experts, row, out);
         // Logits that are all -inf have softmax 0 and cannot be moved: no gradient, instead of inf * 0.
         const scalar_t factor = std::isinf(lse) && lse < 0 ? scalar_t(0) : scale * lse;
         std::transform(out, out + num_experts, out, [factor](scalar_t p) { return factor * p; });

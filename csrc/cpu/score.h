@@ -5,35 +5,38 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/sigmoid.h"
 #include "common/vocabulary.h"
+#include "cpu/simd/simd.h"
 
 namespace torchmoe::cpu {
 
-/// The largest of values(0) .. values(size - 1), -inf for none; a NaN among them is the result, so
-/// that it is not lost.
-template <typename T, typename Values>
-T largest(int64_t size, const Values& values) {
+/// The largest value, -inf for none; a NaN among them is the result, so that it is not lost.
+template <typename T>
+T largest(int64_t size, const T* values) {
   T result = -std::numeric_limits<T>::infinity();
   for (int64_t i = 0; i < size; ++i) {
-    const T value = values(i);
-    if (value > result || std::isnan(value)) {
-      result = value;
+    if (values[i] > result || std::isnan(values[i])) {
+      result = values[i];
     }
   }
   return result;
 }
 
-/// out[i] = exp(value(i)) / sum of exp, 0 where every value is -inf; the largest is subtracted
-/// first.
-template <typename T, typename Values>
-void softmax(int64_t size, const Values& values, T* out) {
-  const T top = largest<T>(size, values);
+/// out[i] = exp(values[i]) / sum of exp, 0 where every value is -inf; the largest is subtracted
+/// first. out may be values.
+template <typename T>
+void softmax(int64_t size, const T* values, T* out) {
+  if constexpr (std::is_same_v<T, float>) {
+    return simd().softmax({size, values, out});
+  }
+  const T top = largest(size, values);
   const bool empty = top == -std::numeric_limits<T>::infinity();
   T sum = 0;
   for (int64_t i = 0; i < size; ++i) {
-    out[i] = empty ? T(0) : std::exp(values(i) - top);
+    out[i] = empty ? T(0) : std::exp(values[i] - top);
     sum += out[i];
   }
   for (int64_t i = 0; !empty && i < size; ++i) {
@@ -45,7 +48,7 @@ void softmax(int64_t size, const Values& values, T* out) {
 template <typename T>
 void score_row(ScoreFunction score_function, const T* logits, int64_t num_experts, T* probs) {
   if (score_function == ScoreFunction::softmax) {
-    softmax(num_experts, [&](int64_t e) { return logits[e]; }, probs);
+    softmax(num_experts, logits, probs);
     return;
   }
   for (int64_t e = 0; e < num_experts; ++e) {
@@ -53,17 +56,17 @@ void score_row(ScoreFunction score_function, const T* logits, int64_t num_expert
   }
 }
 
-/// The scores of logits(0) .. logits(size - 1) up to a factor, with which they do not all underflow:
-/// the softmax, or sigmoids moved by sigmoid_shift.
-template <typename T, typename Logits>
-void relative_scores(ScoreFunction score_function, int64_t size, const Logits& logits, T* out) {
+/// The scores of some logits up to a factor, with which they do not all underflow: the softmax, or
+/// sigmoids moved by sigmoid_shift. out may be logits.
+template <typename T>
+void relative_scores(ScoreFunction score_function, int64_t size, const T* logits, T* out) {
   if (score_function == ScoreFunction::softmax) {
     softmax(size, logits, out);
     return;
   }
-  const T shift = sigmoid_shift(largest<T>(size, logits));
+  const T shift = sigmoid_shift(largest(size, logits));
   for (int64_t i = 0; i < size; ++i) {
-    out[i] = shifted_sigmoid(logits(i), shift);
+    out[i] = shifted_sigmoid(logits[i], shift);
   }
 }
 

@@ -123,12 +123,21 @@ struct WeightedSumCall {
   const float* const* next;
 };
 
+/// out[i] = exp(values[i]) / sum of exp, 0 where every value is -inf and NaN where one is; the largest
+/// is subtracted first. out may be values.
+struct SoftmaxCall {
+  int64_t size;
+  const float* values;
+  float* out;
+};
+
 /// The functions of one instruction set.
 struct Simd {
   int64_t (*product_scratch)(const ProductCall&);  // does not read the call's scratch
   void (*product)(const ProductCall&);
   void (*activate)(const ActivateCall&);
   void (*activate_backward)(const ActivateBackwardCall&);
+  void (*softmax)(const SoftmaxCall&);
   void (*weighted_sum)(const WeightedSumCall&);
   void (*store)(const float* from, MutableNumbers to, int64_t count);
 };

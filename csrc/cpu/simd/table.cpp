@@ -1,6 +1,7 @@
 // One instruction set's entry in the table.
 #include "cpu/simd/activation.h"
 #include "cpu/simd/product.h"
+#include "cpu/simd/softmax.h"
 #include "cpu/simd/vector.h"
 #include "cpu/simd/weighted_sum.h"
 
@@ -19,8 +20,13 @@ void store_numbers(const float* from, MutableNumbers to, int64_t count) {
 }  // namespace
 
 const Simd* table() {
-  static const Simd functions{
-      &product_scratch, &product, &activate, &activate_backward, &weighted_sum, &store_numbers};
+  static const Simd functions{&product_scratch,
+                              &product,
+                              &activate,
+                              &activate_backward,
+                              &softmax,
+                              &weighted_sum,
+                              &store_numbers};
   return &functions;
 }
 
