@@ -29,8 +29,11 @@ T largest(int64_t size, const T* values) {
 /// first. out may be values.
 template <typename T>
 void softmax(int64_t size, const T* values, T* out) {
+  constexpr int64_t kFew = 4;  // are done before a vector's elements are added up
   if constexpr (std::is_same_v<T, float>) {
-    return simd().softmax({size, values, out});
+    if (size > kFew) {
+      return simd().softmax({size, values, out});
+    }
   }
   const T top = largest(size, values);
   const bool empty = top == -std::numeric_limits<T>::infinity();

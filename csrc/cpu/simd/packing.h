@@ -15,7 +15,7 @@ namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 // are as many as fit then: the sums are loaded and stored once for each slice.
 constexpr int64_t kMostLanes = 512;
 // For few rows a panel is used as soon as it is packed, while it is in L1.
-constexpr int64_t kFewLanes = 128;
+constexpr int64_t kL1Bytes = int64_t{24} * 1024;
 constexpr int64_t kMostRows = 252;  // a multiple of every kTileRows
 constexpr int64_t kMostColumns = 512;
 constexpr int64_t kRightBytes = int64_t{512} * 1024;
@@ -35,16 +35,16 @@ struct Slices {
 
 /// Rows and slices of nearly equal size, so that no last one has a single row or term.
 template <typename L>
-Slices slices_of(int64_t m, int64_t n, int64_t k) {
+Slices slices_of(Form form, int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kLane = sizeof(typename L::Lane);
   m = max(m, 1);  // nothing is cut as if it were one
   n = max(n, 1);
   Slices slices{};
   const bool is_few = m <= kTileRows;
-  slices.columns = min(n, is_few ? kPanelWidth<L> : kMostColumns);
+  slices.columns = min(n, is_few && form == Form::nt ? kPanelWidth<L> : kMostColumns);
   const int64_t lanes = max(divide_up(k, L::kTerms), 1);
-  const int64_t most_lanes = min(kRightBytes / kLane / round_up(slices.columns, L::kWidth),
-                                 is_few ? kFewLanes : kMostLanes);
+  const int64_t most_lanes =
+      min((is_few ? kL1Bytes : kRightBytes) / kLane / round_up(slices.columns, L::kWidth), kMostLanes);
   const int64_t count = divide_up(lanes, most_lanes);
   slices.lanes = divide_up(lanes, count);
   slices.is_only = count == 1;
@@ -225,14 +225,20 @@ void for_panels(int64_t columns, const Body& body) {
 }
 
 /// Terms of the result's columns into panels; in the panel that starts at column j,
-/// right[j * lanes + k * width + c].
+/// right[j * lanes + k * width + c]. `num_terms` are all that the product has: the next ones are asked
+/// of the memory while these are packed.
 template <typename L, typename T>
-void pack_right_terms(const Reader<T>& rows, Range columns, Range terms, typename L::Lane* right) {
-  constexpr int64_t kAhead = 8 / L::kTerms;  // lanes: packing for the memory to answer in
+void pack_right_terms(const Reader<T>& rows,
+                      Range columns,
+                      Range terms,
+                      int64_t num_terms,
+                      typename L::Lane* right) {
+  constexpr int64_t kAhead = 16 / L::kTerms;  // lanes: packing for the memory to answer in
   const int64_t lanes = panel_lanes<L>(terms);
+  const Range terms_left{terms.begin, num_terms - terms.begin};
   for (int64_t k = 0; k < lanes; ++k) {
     const LaneRows<L, T> from(rows, terms, k);
-    prefetch(LaneRows<L, T>(rows, terms, k + kAhead), columns);
+    prefetch(LaneRows<L, T>(rows, terms_left, k + kAhead), columns);
     for_panels<L>(columns.size, [&](int64_t j, int64_t vectors) {
       auto* to = right + j * lanes + k * vectors * L::kWidth;
       for (int64_t v = 0; v < vectors; ++v) {

@@ -67,32 +67,41 @@ void multiply_slices(const typename L::LeftLane* const* left,
                      const To& destination) {
   const int64_t height = tile_height(rows);
   const bool direct = destination.takes_sums();
-  for_panels<L>(columns, [&](int64_t j, int64_t vectors) {
+  const auto multiply_one = [&](int64_t i, int64_t j, int64_t vectors) {
     const int64_t panel_columns = min(columns - j, vectors * L::kWidth);
+    const int64_t tile_rows = min(height, rows - i);
+    const To to = destination.from(i, j);
+    for (int64_t r = height; r < min(2 * height, rows - i); ++r) {  // the next tile
+      if (direct || to.has_earlier) {
+        prefetch(to.sums + r * to.sums_stride, Range{0, panel_columns});
+      }
+      if (!direct) {
+        prefetch(to.out + r * to.out_stride, Range{0, panel_columns});
+      }
+    }
+    const auto multiply = kKernels<L, left_by_term>.kernels[vectors - 1][tile_rows - 1];
+    const Tile<L> tile{left_by_term ? left + i / height : left + i,
+                       right + j * lanes,
+                       lanes,
+                       to.has_earlier ? to.sums : nullptr,
+                       to.sums_stride,
+                       to.sums,
+                       to.sums_stride};
+    if (direct && panel_columns == vectors * L::kWidth) {
+      multiply(tile);
+    } else {
+      multiply_by_way_of_buffer(multiply, tile, tile_rows, panel_columns, to);
+    }
+  };
+  if (lanes * columns * static_cast<int64_t>(sizeof(typename L::Lane)) <= kL1Bytes) {
     for (int64_t i = 0; i < rows; i += height) {
-      const int64_t tile_rows = min(height, rows - i);
-      const To to = destination.from(i, j);
-      for (int64_t r = height; r < min(2 * height, rows - i); ++r) {  // the next tile
-        if (direct || to.has_earlier) {
-          prefetch(to.sums + r * to.sums_stride, Range{0, panel_columns});
-        }
-        if (!direct) {
-          prefetch(to.out + r * to.out_stride, Range{0, panel_columns});
-        }
-      }
-      const auto multiply = kKernels<L, left_by_term>.kernels[vectors - 1][tile_rows - 1];
-      const Tile<L> tile{left_by_term ? left + i / height : left + i,
-                         right + j * lanes,
-                         lanes,
-                         to.has_earlier ? to.sums : nullptr,
-                         to.sums_stride,
-                         to.sums,
-                         to.sums_stride};
-      if (direct && panel_columns == vectors * L::kWidth) {
-        multiply(tile);
-      } else {
-        multiply_by_way_of_buffer(multiply, tile, tile_rows, panel_columns, to);
-      }
+      for_panels<L>(columns, [&](int64_t j, int64_t vectors) { multiply_one(i, j, vectors); });
+    }
+    return;
+  }
+  for_panels<L>(columns, [&](int64_t j, int64_t vectors) {
+    for (int64_t i = 0; i < rows; i += height) {
+      multiply_one(i, j, vectors);
     }
   });
 }
@@ -106,7 +115,7 @@ struct Scratch {
   using Sum = typename L::Sum;
 
   explicit Scratch(const ProductCall& call)
-      : slices(slices_of<L>(call.m, call.n, call.k)),
+      : slices(slices_of<L>(call.form, call.m, call.n, call.k)),
         left(round_up(left_lanes<L>(slices), kLine)),
         right(round_up(right_lanes<L>(slices), kLine)),
         // What waits for its last slice outside of the result.
@@ -149,7 +158,7 @@ void product_of(const ProductCall& call) {
       if constexpr (form == Form::nt) {
         pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
       } else {
-        pack_right_terms<L>(right_reader, columns, terms, packed_right);
+        pack_right_terms<L>(right_reader, columns, terms, call.k, packed_right);
       }
       for (int64_t i = 0; i < call.m; i += slices.rows) {
         const Range rows{i, min(slices.rows, call.m - i)};

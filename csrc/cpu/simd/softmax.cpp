@@ -9,43 +9,46 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
+template <int... place>
+IntVector counted(std::integer_sequence<int, place...>) {
+  return IntVector{place...};
+}
+
 /// Up to a vector of the values, -inf after them.
 Vector load_or_none(const float* from, int64_t count) {
   if (count >= kWidth) {
     return load(from);
   }
-  Vector v = broadcast(-kInfinity);
-  std::memcpy(&v, from, count * sizeof(float));
-  return v;
+  const IntVector places = counted(std::make_integer_sequence<int, kWidth>{});
+  return places < static_cast<int>(count) ? load_part_bits(from, count) : broadcast(-kInfinity);
 }
 
-/// The largest value, -inf for none; a NaN among them is the result, so that it is not lost: nothing
-/// is larger than it.
-float largest(const float* values, int64_t size) {
-  Vector top = broadcast(-kInfinity);
-  for (int64_t i = 0; i < size; i += kWidth) {
-    const Vector v = load_or_none(values + i, size - i);
-    top = v > top ? v : (v == v ? top : v);
-  }
-  alignas(64) float numbers[kWidth];
-  store(top, numbers);
-  float result = -kInfinity;
-  for (const float number : numbers) {
-    result = number > result || number != number ? number : result;
-  }
-  return result;
+/// The larger of each two. A NaN among them is the result, so that it is not lost: nothing is larger
+/// than it.
+Vector larger(Vector a, Vector b) {
+  return a > b ? a : (a == a ? b : a);
 }
 
 }  // namespace
 
 void softmax(const SoftmaxCall& call) {
-  const float top = largest(call.values, call.size);
+  const Vector first = load_or_none(call.values, call.size);
+  Vector tops = first;
+  for (int64_t i = kWidth; i < call.size; i += kWidth) {
+    tops = larger(load_or_none(call.values + i, call.size - i), tops);
+  }
+  const float top = fold(tops, larger);
   if (top == -kInfinity) {
     std::memset(call.out, 0, call.size * sizeof(float));
     return;
   }
-  Vector sums{};
-  for (int64_t i = 0; i < call.size; i += kWidth) {
+  Vector sums = exp(first - top);
+  if (call.size <= kWidth) {  // what has just been stored in part is slow to load again
+    store_up_to(sums / sum(sums), call.out, call.size);
+    return;
+  }
+  store(sums, call.out);
+  for (int64_t i = kWidth; i < call.size; i += kWidth) {
     const Vector power = exp(load_or_none(call.values + i, call.size - i) - top);
     sums += power;
     store_up_to(power, call.out + i, call.size - i);

@@ -281,7 +281,7 @@ void product_of(const ProductCall& call) {
       if (call.form == Form::nt) {
         pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
       } else {
-        pack_right_terms<L>(right_reader, columns, terms, packed_right);
+        pack_right_terms<L>(right_reader, columns, terms, call.k, packed_right);
       }
       for (int64_t i = 0; i < call.m; i += kBlockRows) {
         const Range rows{i, min(kBlockRows, call.m - i)};

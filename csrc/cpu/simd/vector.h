@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -170,16 +171,26 @@ inline void store(WideVector v, double* to) {
   std::memcpy(to, &v, sizeof v);
 }
 
-/// Rounds to nearest, ties to even; a NaN stays one, whatever its payload.
-inline void store(Vector v, BFloat16* to) {
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-  const bfloat16x4_t narrow = vcvt_bf16_f32(v);
-#else
+/// The nearest bfloat16, ties to even; a NaN stays one, whatever its payload.
+inline HalfWidthVector round_bits(Vector v) {
   const auto bits = reinterpret_cast<UnsignedVector>(v);
   const UnsignedVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const UnsignedVector quiet = (bits >> 16) | 0x40;
   const UnsignedVector chosen = v == v ? rounded : quiet;
-  const auto narrow = __builtin_convertvector(chosen, HalfWidthVector);
+  return __builtin_convertvector(chosen, HalfWidthVector);
+}
+
+inline void store(Vector v, BFloat16* to) {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  const bfloat16x4_t narrow = vcvt_bf16_f32(v);
+#elif defined(__AVX512BF16__)
+  auto narrow = reinterpret_cast<HalfWidthVector>(_mm512_cvtneps_pbh(v));
+  constexpr int kSubnormal = 0x20;
+  if (_mm512_fpclass_ps_mask(v, kSubnormal) != 0) {  // which the instruction takes for 0
+    narrow = round_bits(v);
+  }
+#else
+  const auto narrow = round_bits(v);
 #endif
   std::memcpy(to, &narrow, sizeof narrow);
 }
@@ -221,16 +232,26 @@ inline void store_up_to(V v, T* to, int64_t count) {
 
 // ---- Arithmetic ---------------------------------------------------------------------------------
 
-/// The sum of the elements, always in the same order.
-inline float sum(Vector v) {
-  alignas(64) float numbers[kWidth];
-  store(v, numbers);
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) {
-      numbers[i] += numbers[i + half];
-    }
+/// The vector with the element `distance` further on in each place, the first after the last.
+template <int64_t distance, int... place>
+inline Vector rotate(Vector v, std::integer_sequence<int, place...>) {
+  return __builtin_shufflevector(v, v, ((place + distance) % kWidth)...);
+}
+
+/// All elements in one number: halves, then halves of these, always in the same order.
+template <int64_t half = kWidth / 2, typename Combine>
+inline float fold(Vector v, const Combine& combine) {
+  if constexpr (half == 0) {
+    return v[0];
+  } else {
+    const Vector other = rotate<half>(v, std::make_integer_sequence<int, kWidth>{});
+    return fold<half / 2>(combine(v, other), combine);
   }
-  return numbers[0];
+}
+
+/// The sum of the elements.
+inline float sum(Vector v) {
+  return fold(v, [](Vector a, Vector b) { return a + b; });
 }
 
 /// exp(x), within 2 units in the last place; 0 below -87.3 (where the result is subnormal or less),
