@@ -14,7 +14,7 @@ namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 // A slice of the right operand lies in half of an L2 of 1 MB, one of the left in a quarter. Its lanes
 // are as many as fit then: the sums are loaded and stored once for each slice.
 constexpr int64_t kMostLanes = 512;
-// For few rows a panel is used as soon as it is packed, while it is in L1.
+// What is used as soon as it is packed, while it is in L1.
 constexpr int64_t kL1Bytes = int64_t{24} * 1024;
 constexpr int64_t kMostRows = 252;  // a multiple of every kTileRows
 constexpr int64_t kMostColumns = 512;
@@ -25,12 +25,24 @@ constexpr int64_t kLeftBytes = int64_t{256} * 1024;
 // into the same few lines of L1.
 constexpr int64_t kSpacing = 16;
 
+/// Rows and columns of a square of lanes that is turned over in registers.
+template <typename L>
+constexpr int64_t kSide = sizeof(typename L::Lane) == 4 ? max(L::kWidth, 8) : 8;
+
+/// Whether so few rows are multiplied by a square as soon as it is turned over: where its rows are
+/// vectors. A panel of it would be used once.
+template <typename L>
+constexpr bool is_turned_in_use(Form form, int64_t rows) {
+  return form == Form::nt && rows <= kTileRows && kSide<L> == L::kWidth;
+}
+
 /// How a product is cut.
 struct Slices {
   int64_t lanes;
   int64_t rows;     // of the left operand that are packed at a time
   int64_t columns;  // of the right
   bool is_only;     // a slice has all terms
+  bool is_packed;   // the right one's, and not multiplied as it is read
 };
 
 /// Rows and slices of nearly equal size, so that no last one has a single row or term.
@@ -41,10 +53,12 @@ Slices slices_of(Form form, int64_t m, int64_t n, int64_t k) {
   n = max(n, 1);
   Slices slices{};
   const bool is_few = m <= kTileRows;
+  slices.is_packed = !is_turned_in_use<L>(form, m);
   slices.columns = min(n, is_few && form == Form::nt ? kPanelWidth<L> : kMostColumns);
   const int64_t lanes = max(divide_up(k, L::kTerms), 1);
-  const int64_t most_lanes =
-      min((is_few ? kL1Bytes : kRightBytes) / kLane / round_up(slices.columns, L::kWidth), kMostLanes);
+  const int64_t bytes = is_few ? kL1Bytes : kRightBytes;
+  const int64_t packed_lanes = bytes / kLane / round_up(slices.columns, L::kWidth);
+  const int64_t most_lanes = slices.is_packed ? min(packed_lanes, kMostLanes) : kMostLanes;
   const int64_t count = divide_up(lanes, most_lanes);
   slices.lanes = divide_up(lanes, count);
   slices.is_only = count == 1;
@@ -61,7 +75,7 @@ int64_t left_lanes(const Slices& slices) {
 }
 template <typename L>
 int64_t right_lanes(const Slices& slices) {
-  return slices.lanes * round_up(slices.columns, L::kWidth);
+  return slices.is_packed ? slices.lanes * round_up(slices.columns, L::kWidth) : 0;
 }
 
 // What a row of zeros is read from.
@@ -228,11 +242,8 @@ void for_panels(int64_t columns, const Body& body) {
 /// right[j * lanes + k * width + c]. `num_terms` are all that the product has: the next ones are asked
 /// of the memory while these are packed.
 template <typename L, typename T>
-void pack_right_terms(const Reader<T>& rows,
-                      Range columns,
-                      Range terms,
-                      int64_t num_terms,
-                      typename L::Lane* right) {
+void pack_right_terms(
+    const Reader<T>& rows, Range columns, Range terms, int64_t num_terms, typename L::Lane* right) {
   constexpr int64_t kAhead = 16 / L::kTerms;  // lanes: packing for the memory to answer in
   const int64_t lanes = panel_lanes<L>(terms);
   const Range terms_left{terms.begin, num_terms - terms.begin};
@@ -250,10 +261,6 @@ void pack_right_terms(const Reader<T>& rows,
     });
   }
 }
-
-/// Rows and columns of a square of lanes that is turned over in registers.
-template <typename L>
-constexpr int64_t kSide = sizeof(typename L::Lane) == 4 ? max(L::kWidth, 8) : 8;
 
 template <typename Lane, int64_t side>
 struct SideOf {

@@ -14,6 +14,9 @@
 // rows listed by an index cost no more than others. What lies across the sums, and the whole right
 // operand, would be read from as many pages as there are terms; packed it is a single stream.
 //
+// A panel would be used once where a few rows meet columns that hold their terms (nt): few_rows.h has
+// no panel.
+//
 // Every sum is one chain, from its first term to its last, whatever the sizes of the result, the
 // slices and the tiles are: a number of the result depends on its own row and column alone.
 //
@@ -21,6 +24,7 @@
 #include "cpu/simd/product.h"
 
 #include "cpu/simd/destination.h"
+#include "cpu/simd/few_rows.h"
 #include "cpu/simd/packing.h"
 #include "cpu/simd/tile.h"
 #include "cpu/simd/tile_product.h"
@@ -155,6 +159,13 @@ void product_of(const ProductCall& call) {
       destination.has_earlier = k > 0;
       k += terms.size;
       destination.is_last = k == call.k;
+      if constexpr (form == Form::nt && kSide<L> == L::kWidth) {
+        if (!slices.is_packed) {
+          find_left_rows<L>(left_reader, Range{0, call.m}, terms, packed_left, left);
+          multiply_few_rows<L>(left, call.m, right_reader, columns, terms, call.n, destination);
+          continue;
+        }
+      }
       if constexpr (form == Form::nt) {
         pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
       } else {
