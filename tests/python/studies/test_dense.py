@@ -1,4 +1,4 @@
-"""The comparison with dense models: what it tries and chooses, what it says, how it goes on."""
+"""The comparison with dense models: its program, what it refuses, and what it tries."""
 
 from __future__ import annotations
 
@@ -7,36 +7,23 @@ import math
 import os
 import re
 import signal
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from begun_study import begun
+from dense_comparison import COMMON
 from refused import refused
-from studies.common.outcome import Outcome
-from studies.dense import budget, candidates, flip, prose, report, search
-from studies.dense.budget import StepTimes, step_times
-from studies.dense.confirmation import DENSE, MIXTURE, Confirmed
-from studies.dense.program import DEFAULTS, SETTLED, main
-from studies.dense.search import Choice, Tried
-from training import corpus
-from training.cleaning import Document
-from training.corpus import CorpusError, Text
-from training.run_folder import FolderError
-from training.settings import Settings, SettingsError, flag
+from studies.dense import budget, candidates
+from studies.dense.confirmation import DENSE, MIXTURE
+from studies.dense.program import SETTLED, main
+from training.settings import flag
 
 RUN = re.compile(
     r"^  (\S+)-lr(\S+)-seed(\d)-steps(\d+) +training ([\d.]+) +held-out ([\d.]+)", re.M
 )
-COMMON = replace(DEFAULTS, out="some")
-
-
-# ---- the program
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +161,6 @@ def test_refuses(
     assert re.match(f"python -m studies.dense: error: {message}", error)
 
 
-# ---- what is tried
-
-
 def test_mixtures() -> None:
     side = candidates.mixtures(COMMON)
     sizes = {name: (some.experts, some.top_k) for name, some in side.first.items()}
@@ -213,321 +197,3 @@ def test_some_are_tried_where_they_are_named() -> None:
     assert [*some[MIXTURE].all] == ["E8-K2", "E32-K1"]
     assert [*some[DENSE].all] == ["W512", "W768"]
     assert [*some[DENSE].around["W512"]] == ["W768"]
-
-
-# ---- the time
-
-
-def make_times(**rounds: list[float]) -> StepTimes:
-    return StepTimes(rounds, "2 cores of a processor")
-
-
-def test_steps_fit_into_the_time() -> None:
-    times = make_times(plain=[0.3, 0.1, 0.2], fast=[0.07], slow=[0.26, 0.25], slowest=[900.0])
-    spent = 1600 * times.seconds("plain")
-    assert times.steps(spent, "plain") == 1600
-    assert times.steps(spent, "fast") == 2285  # 160 s hold 2285.7
-    assert times.steps(spent, "slow") == 640
-    assert times.steps(spent, "slowest") == 1
-    for seconds in (0.1, 0.07, 1 / 3, 0.0123):
-        for count in (1, 3, 10, 49, 1600):
-            assert make_times(a=[seconds]).steps(count * seconds, "a") == count
-
-
-def test_says_how_far_rounds_are_apart() -> None:
-    assert make_times(a=[0.1, 0.1, 0.9], b=[0.1, 0.13, 0.12]).unrest == pytest.approx(0.2)
-
-
-def test_step_times_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kinds = {"some": replace(COMMON, data=("notes",)), "other": replace(COMMON, hidden_size=64)}
-    measured = []
-
-    def step_rounds(kinds: Mapping[str, Settings], _text: object) -> dict[str, list[float]]:
-        measured.append([*kinds])
-        return {name: [0.5, 0.25] for name in kinds}
-
-    monkeypatch.setattr(budget, "step_rounds", step_rounds)
-    monkeypatch.setattr(budget, "cores", lambda: 1)
-    text: Any = None
-    first = step_times(tmp_path, kinds, text)
-    assert first.seconds("other") == 0.25
-    assert "1 cores of " in first.machine
-    moved = {
-        name: replace(some, out="moved", threads=2, steps=7, checkpoint_every=5)
-        for name, some in kinds.items()
-    }
-    assert step_times(tmp_path, moved, text) == first
-    assert measured == [["some", "other"]]
-    for others in (
-        {"some": kinds["some"]},
-        {**kinds, "some": replace(kinds["some"], top_k=1)},
-        {**kinds, "some": replace(kinds["some"], device="cuda")},
-    ):
-        with pytest.raises(SettingsError, match=r"step_times.json has the step times of other"):
-            step_times(tmp_path, others, text)
-    (tmp_path / budget.FILE).write_text("[]")
-    with pytest.raises(FolderError, match=r"step_times.json does not hold step times"):
-        step_times(tmp_path, kinds, text)
-
-
-# ---- the choice
-
-
-def outcome(settings: Settings, loss: float, held_out: float = 9.0) -> Outcome:
-    record: Any = SimpleNamespace(
-        step=settings.steps, loss=loss, bytes=1024 * (settings.steps or 0)
-    )
-    return Outcome(settings, [record], held_out, 100, 50)
-
-
-def trains(
-    loss: Callable[[Settings], float], seen: list[Settings]
-) -> Callable[[Sequence[Settings]], list[Outcome]]:
-    """What says what a run's training loss would be, and remembers which runs there were."""
-
-    def train(runs: Sequence[Settings]) -> list[Outcome]:
-        seen.extend(runs)
-        return [outcome(some, loss(some)) for some in runs]
-
-    return train
-
-
-@pytest.mark.parametrize(
-    ("best", "tried"),
-    [
-        (3e-3, [1.5e-3, 3e-3, 6e-3]),
-        (1.5e-3, [7.5e-4, 1.5e-3, 3e-3, 6e-3]),
-        (1.2e-2, [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2]),
-        (1.0, [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2]),
-    ],
-)
-def test_tries_rates_until_the_best_is_inside(best: float, tried: list[float]) -> None:
-    seen: list[Settings] = []
-    train = trains(lambda some: abs(some.lr - best), seen)
-    found = search.tune({"a": replace(COMMON, lr=search.MIDDLE_RATE)}, train)["a"]
-    assert search.best_rate(found) == min(tried, key=lambda rate: abs(rate - best))
-    assert sorted(found) == sorted(some.lr for some in seen) == pytest.approx(tried)
-
-
-def test_chooses_both_sides_alike() -> None:
-    sides = {MIXTURE: candidates.mixtures(COMMON), DENSE: candidates.dense_models(COMMON)}
-    every = {**sides[MIXTURE].all, **sides[DENSE].all}
-    steps = {name: 1000 + 4 * place for place, name in enumerate(every)}
-    wanted = {"E16-K2": 2.0, "E16-K2-shared": 1.5, "W1024": 3.0, "W768": 3.5}
-    seen: list[Settings] = []
-
-    def loss(some: Settings) -> float:
-        name = Path(some.out).name
-        full = some.steps == steps[name]
-        best = 6e-3 if not full else 1.2e-2 if name == "E16-K2-shared" else 3e-3
-        return wanted.get(name, 4.0) + abs(math.log2(some.lr / best)) / 100
-
-    tried, chosen = search.search(sides, steps, trains(loss, seen))
-    assert [*tried] == [
-        *sides[MIXTURE].first,
-        *sides[DENSE].first,
-        *sides[MIXTURE].around["E16-K2"],
-        *sides[DENSE].around["W1024"],
-    ]
-    assert {side: one.name for side, one in chosen.items()} == {
-        MIXTURE: "E16-K2-shared",
-        DENSE: "W1024",
-    }
-    for name, one in tried.items():
-        assert one.rate == 6e-3  # the best of the short runs
-        assert [*one.rates] == [1.5e-3, 3e-3, 6e-3, 1.2e-2]
-        short = [some for some in seen if some.steps == steps[name] // 4]
-        assert {some.lr for some in short} == {*one.rates}
-    # All steps have another best rate, which the two that are chosen are given.
-    assert chosen[MIXTURE].settings == replace(
-        every["E16-K2-shared"], lr=1.2e-2, steps=steps["E16-K2-shared"]
-    )
-    assert chosen[DENSE].settings == replace(every["W1024"], lr=3e-3, steps=steps["W1024"])
-    assert [*chosen[MIXTURE].rates] == [3e-3, 6e-3, 1.2e-2, 2.4e-2]
-    assert [*chosen[DENSE].rates] == [1.5e-3, 3e-3, 6e-3, 1.2e-2]
-    assert {some.seed for some in seen} == {0}
-
-
-# ---- where it flips
-
-
-def test_lengths() -> None:
-    assert flip.lengths({"mixture": 1600, "dense": 1420}) == {
-        "mixture": [355, 710, 1420, 1600],
-        "dense": [355, 710, 1420],
-    }
-    assert flip.lengths({"mixture": 3, "dense": 3}) == {"mixture": [1, 3], "dense": [1, 3]}
-
-
-def test_steps_to_a_loss() -> None:
-    curve = {400: 3.0, 100: 5.0, 200: 4.0}  # straight over the logarithm
-    assert flip.steps_to(5.0, curve) == pytest.approx(100)
-    assert flip.steps_to(4.5, curve) == pytest.approx(100 * math.sqrt(2))
-    assert flip.steps_to(3.0, curve) == 400
-    assert math.isnan(flip.steps_to(5.1, curve))
-    assert math.isnan(flip.steps_to(2.9, curve))
-    assert flip.steps_to(2.0, {7: 2.0}) == 7
-    # Of two crossings the later; a stretch without a slope ends at its end.
-    assert flip.steps_to(4.0, {1: 4.5, 2: 3.0, 4: 5.0, 8: 3.0}) == pytest.approx(4 * math.sqrt(2))
-    assert flip.steps_to(4.0, {1: 4.0, 2: 4.0, 4: 3.0}) == pytest.approx(2)
-
-
-def falling(start: float, lengths: Sequence[int]) -> dict[int, float]:
-    """One bit less for each doubling of the steps."""
-    return {steps: start - math.log2(steps) for steps in lengths}
-
-
-@pytest.mark.parametrize("head_start", [0.3, 0.0, -0.3])
-def test_the_ratio_is_that_of_the_steps_for_the_same_loss(head_start: float) -> None:
-    mixture = falling(10 - head_start, [250, 500, 1000, 1100])
-    dense = falling(10, [250, 500, 1000])
-    assert flip.flip_ratio(mixture, dense) == pytest.approx(2**head_start)
-
-
-def test_a_ratio_out_of_reach_is_none() -> None:
-    mixture, dense = falling(7, [250, 500, 1000]), falling(10, [250, 500, 1000])
-    assert math.isnan(flip.flip_ratio(mixture, dense))
-    assert math.isnan(flip.flip_ratio(dense, mixture))
-
-
-def test_the_mean_ratio_is_geometric() -> None:
-    mean, low, high = flip.mean_ratio([0.5, 2.0], 0.95)
-    assert mean == pytest.approx(1)
-    assert math.log(high) == pytest.approx(12.706205 * math.log(2), rel=1e-5)
-    assert low == pytest.approx(1 / high)
-    assert np.isnan(flip.mean_ratio([0.5, math.nan], 0.95)).all()
-    mean, low, _ = flip.mean_ratio([0.5], 0.95)
-    assert mean == pytest.approx(0.5)
-    assert math.isnan(low)
-
-
-# ---- what it says
-
-
-def confirmed(gain: Sequence[float], seeds: int = 3) -> Confirmed:
-    """The mixture's losses lie below those of the dense model by `gain`, seed by seed."""
-
-    def runs(steps: int, gains: Sequence[float]) -> list[Outcome]:
-        settings = replace(COMMON, steps=steps)
-        return [
-            outcome(settings, 3.0, 12 - math.log2(steps) + 0.5 * seed - gains[seed])
-            for seed in range(seeds)
-        ]
-
-    return Confirmed(
-        {
-            MIXTURE: {steps: runs(steps, gain) for steps in (200, 400, 800, 900)},
-            DENSE: {steps: runs(steps, [0.0] * seeds) for steps in (200, 400, 800)},
-        }
-    )
-
-
-def test_differences_are_taken_seed_by_seed() -> None:
-    found = confirmed([0.1, 0.2, 0.3])
-    assert found.shared == [200, 400, 800]
-    assert {side: found.own(side) for side in (MIXTURE, DENSE)} == {MIXTURE: 900, DENSE: 800}
-    reach = 4.302653 * 0.1 / math.sqrt(3)  # the quantile of 2 degrees of freedom
-    for steps in found.shared:
-        apart = found.at_equal_bytes(steps)
-        assert tuple(apart) == pytest.approx((-0.2, -0.2 - reach, -0.2 + reach), abs=1e-6)
-    longer = math.log2(900 / 800)
-    assert found.at_equal_time().mean == pytest.approx(-0.2 - longer)
-    assert found.flips() == pytest.approx([2**0.1, 2**0.2, 2**0.3])
-    assert found.flip().mean == pytest.approx(2**0.2)
-
-
-def test_verdict() -> None:
-    unit = r"\d\.\d{4} \(\d\.\d{4} to \d\.\d{4}\) bits per byte"
-    better = report.verdict("first", confirmed([0.1, 0.2, 0.3]))
-    assert re.fullmatch(f"first: at equal time the mixture is better by {unit}", better)
-    worse = report.verdict("first", confirmed([-0.5, -0.6, -0.5]))
-    assert re.fullmatch(f"first: at equal time the mixture is worse by {unit}", worse)
-    unclear = report.verdict("first", confirmed([-0.5, 0.6, -0.5]))
-    assert unclear == "first: at equal time no difference that 3 seeds can show"
-    alone = report.verdict("first", confirmed([0.1], seeds=1))
-    assert alone == "first: one seed gives no interval"
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_report(seeds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = replace(COMMON, data=("/home/me/text",), out=str(tmp_path))
-    names = {MIXTURE: "E32-K2-shared", DENSE: "W1024"}
-    steps = {"E32-K2-shared": 900, "W1024": 800}
-    runs = {name: outcome(replace(common, steps=some), 2.5) for name, some in steps.items()}
-    study = report.Study(
-        "It compares.",
-        common,
-        100.0,
-        make_times(**{"E32-K2-shared": [0.1], "W1024": [0.125]}),
-        steps,
-        {name: Tried({3e-3: 2.7}, run) for name, run in runs.items()},
-        {side: Choice(name, runs[name].settings, {3e-3: 2.5}) for side, name in names.items()},
-        {"first": ["python", "cpp"], "second": ["prose.txt"]},
-        {"first": confirmed([0.1, 0.2, 0.3], seeds), "second": confirmed([3.0, 0.2, 0.3], seeds)},
-    )
-    report.report(study)
-    output = capsys.readouterr().out
-    assert "chosen: mixture E32-K2-shared, dense W1024" in output
-    assert "first text: python, cpp" in output
-    assert "equal time: held-out after 100 s (steps: mixture 900, dense 800)" in output
-    assert f"second: in 1 of {report.in_words(seeds)} one side's shortest run is better" in output
-    (row,) = re.findall(r"^ first +0\.8000 .*$", output, re.M)
-    if seeds == 1:
-        assert row.split() == ["first", "0.8000", f"{2**0.1:.4f}", "n/a"]
-        assert "first: one seed gives no interval" in output
-    else:
-        assert row.split()[2] == f"{2**0.2:.4f}"
-        assert "first: at equal time the mixture is better by 0.3699 (" in output
-    assert "…" not in output
-    page = (tmp_path / "dense.md").read_text()
-    assert page.count("|---|") == 5
-    content = (tmp_path / "dense.json").read_text()
-    assert "NaN" not in content
-    assert str(tmp_path) not in content
-    assert "/home" not in content
-
-
-# ---- the second text
-
-
-def test_the_held_out_tenth_of_the_prose_is_what_the_program_holds_out(tmp_path: Path) -> None:
-    words = [f"word{number:04d}" for number in range(4000)]
-    documents = [
-        Document(f"{start}", " ".join(words[start : start + 100])) for start in range(0, 4000, 100)
-    ]
-    # One shares a run of words with one that is held out.
-    copied = Document("copied", f"{documents[0].text}\n\n{' '.join(reversed(words[:300]))}")
-    path = tmp_path / prose.FILE
-    path.write_text(prose.with_held_out_tenth([*documents[:20], copied, *documents[20:]]))
-    (domain,) = corpus.load([str(path)])
-    (train,), (held_out,) = domain.train, domain.held_out
-    assert held_out.text.startswith("word0000 word0001 ")
-    assert "word0299 word0298 " in train.text
-    assert train.runs.isdisjoint(held_out.runs)
-    assert len(train.text) == 9 * len(held_out.text) > 30_000
-
-
-def test_the_prose_is_of_packages_and_written_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(prose, "PACKAGES", ("networkx", "nowhere_at_all"))
-    path = prose.write(tmp_path)
-    text = path.read_text()
-    assert len(text) > 100_000
-    assert "graph" in text
-    assert "import networkx" not in text.partition("\n")[0]
-    path.write_text("another")
-    assert prose.write(tmp_path).read_text() == "another"
-    monkeypatch.setattr(prose, "PACKAGES", ("nowhere_at_all",))
-    path.unlink()
-    with pytest.raises(CorpusError, match="too little text: use --second-data"):
-        prose.write(tmp_path)
-    assert not path.exists()
-
-
-def test_the_second_text_can_be_read(data: list[str], tmp_path: Path) -> None:
-    path = prose.write(tmp_path)
-    text = Text.load([str(path)])
-    (train,), (held_out,) = text.train.values(), text.held_out.values()
-    assert len(train) > 2_000_000
-    assert len(held_out) == pytest.approx(len(train) / 9, rel=0.02)
