@@ -11,10 +11,9 @@ def count(indices: Tensor, num_experts: int) -> Tensor:
 
     An id outside [0, E) counts nowhere. Integers add up to the same in any order.
     """
-    routed = (indices >= 0) & (indices < num_experts)
-    ids = indices.where(routed, num_experts)
-    counts = indices.new_zeros((*indices.shape[:-1], num_experts + 1))
-    return counts.scatter_add(-1, ids, torch.ones_like(ids))[..., :num_experts]
+    bins = _bins(indices, num_experts)
+    counts = indices.new_zeros((*indices.shape[:-1], num_experts + 2))
+    return counts.scatter_add(-1, bins, torch.ones_like(bins))[..., 1:-1]
 
 
 def shares(counts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,12 +34,15 @@ def by_expert(values: Tensor, indices: Tensor, num_experts: int) -> Tensor:
     Returns:
         [T, E] in the dtype of values.
     """
-    routed = (indices >= 0) & (indices < num_experts)
-    beyond = indices.where(routed, num_experts)
-    sums = values.new_zeros(indices.shape[0], num_experts + 1)
-    return sums.scatter_add(1, beyond, values)[:, :num_experts]
+    sums = values.new_zeros(indices.shape[0], num_experts + 2)
+    return sums.scatter_add(1, _bins(indices, num_experts), values)[:, 1:-1]
 
 
 def named(indices: Tensor, num_experts: int) -> Tensor:
     """Which experts the slots [T, K] of each token name: [T, E] bool."""
     return by_expert(torch.ones_like(indices), indices, num_experts) > 0
+
+
+def _bins(indices: Tensor, num_experts: int) -> Tensor:
+    """An expert's place between one for smaller ids and one for larger ones."""
+    return indices.clamp(-1, num_experts) + 1

@@ -2,7 +2,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
 
 namespace torchmoe::nn {
 
@@ -16,12 +15,12 @@ at::Tensor wide(const at::Tensor& values) {
 
 at::Tensor count(const at::Tensor& indices, int64_t num_experts) {
   auto sizes = indices.sizes().vec();
-  sizes.back() = num_experts + 1;
-  const auto routed = indices.ge(0).logical_and_(indices.lt(num_experts));
-  const auto ids = at::where(routed, indices, num_experts);
+  // An expert's place is between one for smaller ids and one for larger ones.
+  const auto bins = indices.clamp(-1, num_experts).add_(1);
+  sizes.back() = num_experts + 2;
   return indices.new_zeros(sizes)
-      .scatter_add_(-1, ids, at::ones_like(ids))
-      .narrow(-1, 0, num_experts);
+      .scatter_add_(-1, bins, at::ones_like(bins))
+      .narrow(-1, 1, num_experts);
 }
 
 at::Tensor shares(const at::Tensor& counts, at::ScalarType dtype) {

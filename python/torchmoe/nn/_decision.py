@@ -86,9 +86,9 @@ def weigh(layer: MoE, logits: Tensor, ids: Tensor) -> Tensor:
     logits require a gradient. The logits may require one for x alone: a frozen router loses nothing
     by a gradient of zero.
     """
-    learns = any(parameter.requires_grad for parameter in layer.router.parameters())
-    if not learns and layer.estimator.has_constant_weights(ids.shape[1]):
-        logits = logits.detach()
+    if layer.estimator.has_constant_weights(ids.shape[1]):
+        learns = any(parameter.requires_grad for parameter in layer.router.parameters())
+        logits = logits if learns else logits.detach()
     weights = layer.estimator.weigh(logits, ids)
     part = "gate.estimator.weigh"
     return check_output("MoE", part, weights, ids.shape, "[num_tokens, top_k]", ids.device)
