@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "cpu/elements.h"
 #include "cpu/gemm/blocks.h"
 #include "cpu/gemm/product.h"
 #include "cpu/gemm/tasks.h"
@@ -125,8 +127,12 @@ void grouped_linear_grad_bias(Phase& tasks,
           sum[o] += weight * static_cast<Acc>(row[o]);
         }
       }
-      std::copy_n(
-          sum, block.columns.size(), grad_bias + block.expert * out_features + block.columns.begin);
+      Out* out = grad_bias + block.expert * out_features + block.columns.begin;
+      if constexpr (std::is_same_v<Acc, float>) {
+        simd().store(sum, numbers(out), block.columns.size());
+      } else {
+        std::copy_n(sum, block.columns.size(), out);
+      }
     });
   }
 }

@@ -69,4 +69,27 @@ Destination<Sum, Bias, Out> destination_of(const ProductCall& call, Range column
   return destination;
 }
 
+/// Calls body(columns, terms, destination) for each slice of a product: of so many columns, and of
+/// these the terms from the first to the last; once where there is no term. `waiting` is for the sums
+/// that wait for further terms outside of the result.
+template <typename Sum, typename Bias, typename Out, typename Body>
+void for_slices(const ProductCall& call,
+                int64_t most_columns,
+                int64_t most_terms,
+                Sum* waiting,
+                const Body& body) {
+  for (int64_t j = 0; j < call.n; j += most_columns) {
+    const Range columns{j, min(most_columns, call.n - j)};
+    auto destination = destination_of<Sum, Bias, Out>(call, columns, waiting);
+    int64_t k = 0;
+    do {
+      const Range terms{k, min(most_terms, call.k - k)};
+      destination.has_earlier = k > 0;
+      k += terms.size;
+      destination.is_last = k == call.k;
+      body(columns, terms, destination);
+    } while (k < call.k);
+  }
+}
+
 }  // namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET

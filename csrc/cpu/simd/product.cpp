@@ -149,44 +149,36 @@ void product_of(const ProductCall& call) {
   auto* packed_left = static_cast<Lane*>(call.scratch);
   auto* packed_right = packed_left + scratch.left;
   const typename L::LeftLane* left[kMostRows];
-  for (int64_t j = 0; j < call.n; j += slices.columns) {
-    const Range columns{j, min(slices.columns, call.n - j)};
-    auto* waiting = reinterpret_cast<Sum*>(packed_right + scratch.right);
-    auto destination = destination_of<Sum, Right, Out>(call, columns, waiting);
-    int64_t k = 0;
-    do {  // once where there is no term
-      const Range terms{k, min(slices.lanes * L::kTerms, call.k - k)};
-      destination.has_earlier = k > 0;
-      k += terms.size;
-      destination.is_last = k == call.k;
-      if constexpr (form == Form::nt && kSide<L> == L::kWidth) {
-        if (!slices.is_packed) {
-          find_left_rows<L>(left_reader, Range{0, call.m}, terms, packed_left, left);
-          multiply_few_rows<L>(left, call.m, right_reader, columns, terms, call.n, destination);
-          continue;
-        }
+  const auto multiply = [&](Range columns, Range terms, const auto& destination) {
+    if constexpr (form == Form::nt && kSide<L> == L::kWidth) {
+      if (!slices.is_packed) {
+        find_left_rows<L>(left_reader, Range{0, call.m}, terms, packed_left, left);
+        return multiply_few_rows<L>(
+            left, call.m, right_reader, columns, terms, call.n, destination);
       }
-      if constexpr (form == Form::nt) {
-        pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
+    }
+    if constexpr (form == Form::nt) {
+      pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
+    } else {
+      pack_right_terms<L>(right_reader, columns, terms, call.k, packed_right);
+    }
+    for (int64_t i = 0; i < call.m; i += slices.rows) {
+      const Range rows{i, min(slices.rows, call.m - i)};
+      if constexpr (kLeftByTerm) {
+        pack_left_terms<L>(left_reader, rows, terms, tile_height(rows.size), packed_left, left);
       } else {
-        pack_right_terms<L>(right_reader, columns, terms, call.k, packed_right);
+        find_left_rows<L>(left_reader, rows, terms, packed_left, left);
       }
-      for (int64_t i = 0; i < call.m; i += slices.rows) {
-        const Range rows{i, min(slices.rows, call.m - i)};
-        if constexpr (kLeftByTerm) {
-          pack_left_terms<L>(left_reader, rows, terms, tile_height(rows.size), packed_left, left);
-        } else {
-          find_left_rows<L>(left_reader, rows, terms, packed_left, left);
-        }
-        multiply_slices<L, kLeftByTerm>(left,
-                                        packed_right,
-                                        rows.size,
-                                        columns.size,
-                                        divide_up(terms.size, L::kTerms),
-                                        destination.from(i, 0));
-      }
-    } while (k < call.k);
-  }
+      multiply_slices<L, kLeftByTerm>(left,
+                                      packed_right,
+                                      rows.size,
+                                      columns.size,
+                                      divide_up(terms.size, L::kTerms),
+                                      destination.from(i, 0));
+    }
+  };
+  auto* waiting = reinterpret_cast<Sum*>(packed_right + scratch.right);
+  for_slices<Sum, Right, Out>(call, slices.columns, slices.lanes * L::kTerms, waiting, multiply);
 }
 
 /// Calls body.template operator()<lanes, left, right, out>() with the types of a product.

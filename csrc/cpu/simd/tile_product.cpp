@@ -268,36 +268,28 @@ void product_of(const ProductCall& call) {
   auto* packed_right = packed_left + cut.left;
   LeftTile left[kBlockTiles];
   Tiles registers(cut.height);
-  for (int64_t j = 0; j < call.n; j += cut.columns) {
-    const Range columns{j, min(cut.columns, call.n - j)};
-    auto* waiting = reinterpret_cast<float*>(packed_right + cut.right);
-    auto destination = destination_of<float, BFloat16, Out>(call, columns, waiting);
-    int64_t k = 0;
-    do {  // once where there is no term
-      const Range terms{k, min(cut.lanes * L::kTerms, call.k - k)};
-      destination.has_earlier = k > 0;
-      k += terms.size;
-      destination.is_last = k == call.k;
-      if (call.form == Form::nt) {
-        pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
-      } else {
-        pack_right_terms<L>(right_reader, columns, terms, call.k, packed_right);
-      }
-      for (int64_t i = 0; i < call.m; i += kBlockRows) {
-        const Range rows{i, min(kBlockRows, call.m - i)};
-        const auto tiles_of = call.form == Form::tn ? pack_left_tiles : find_left_tiles;
-        tiles_of(call, rows, terms, cut.height, packed_left, left);
-        multiply_slices(registers,
-                        left,
-                        packed_right,
-                        rows.size,
-                        columns.size,
-                        panel_lanes<L>(terms),
-                        cut.height,
-                        destination.from(i, 0));
-      }
-    } while (k < call.k);
-  }
+  const auto multiply = [&](Range columns, Range terms, const auto& destination) {
+    if (call.form == Form::nt) {
+      pack_right_rows<L>(right_reader, columns, terms, call.n, packed_right);
+    } else {
+      pack_right_terms<L>(right_reader, columns, terms, call.k, packed_right);
+    }
+    for (int64_t i = 0; i < call.m; i += kBlockRows) {
+      const Range rows{i, min(kBlockRows, call.m - i)};
+      const auto tiles_of = call.form == Form::tn ? pack_left_tiles : find_left_tiles;
+      tiles_of(call, rows, terms, cut.height, packed_left, left);
+      multiply_slices(registers,
+                      left,
+                      packed_right,
+                      rows.size,
+                      columns.size,
+                      panel_lanes<L>(terms),
+                      cut.height,
+                      destination.from(i, 0));
+    }
+  };
+  auto* waiting = reinterpret_cast<float*>(packed_right + cut.right);
+  for_slices<float, BFloat16, Out>(call, cut.columns, cut.lanes * L::kTerms, waiting, multiply);
 }
 
 }  // namespace
