@@ -21,7 +21,7 @@ struct SquareColumns {
   const T* from[L::kWidth];                 // of each column its terms
   const T* next[L::kWidth];                 // of the columns that follow
   int64_t terms;
-  typename L::Sum* sums;  // [rows, kSide], which go on
+  typename L::Sum* sums;  // [rows, kWidth], which go on
 };
 
 /// The last lanes, fewer than a square has.

@@ -71,7 +71,7 @@ void multiply_slices(const typename L::LeftLane* const* left,
                      const To& destination) {
   const int64_t height = tile_height(rows);
   const bool direct = destination.takes_sums();
-  const auto multiply_one = [&](int64_t i, int64_t j, int64_t vectors) {
+  const auto multiply_tile_at = [&](int64_t i, int64_t j, int64_t vectors) {
     const int64_t panel_columns = min(columns - j, vectors * L::kWidth);
     const int64_t tile_rows = min(height, rows - i);
     const To to = destination.from(i, j);
@@ -97,15 +97,16 @@ void multiply_slices(const typename L::LeftLane* const* left,
       multiply_by_way_of_buffer(multiply, tile, tile_rows, panel_columns, to);
     }
   };
+  // Where all panels stay in L1, rows of the result are written from end to end.
   if (lanes * columns * static_cast<int64_t>(sizeof(typename L::Lane)) <= kL1Bytes) {
     for (int64_t i = 0; i < rows; i += height) {
-      for_panels<L>(columns, [&](int64_t j, int64_t vectors) { multiply_one(i, j, vectors); });
+      for_panels<L>(columns, [&](int64_t j, int64_t vectors) { multiply_tile_at(i, j, vectors); });
     }
     return;
   }
   for_panels<L>(columns, [&](int64_t j, int64_t vectors) {
     for (int64_t i = 0; i < rows; i += height) {
-      multiply_one(i, j, vectors);
+      multiply_tile_at(i, j, vectors);
     }
   });
 }
