@@ -18,8 +18,7 @@ namespace torchmoe::cpu::TORCHMOE_INSTRUCTION_SET {
 template <typename L, typename T>
 struct SquareColumns {
   const typename L::LeftLane* const* left;  // of each row its lanes
-  const T* from[L::kWidth];                 // of each column its terms
-  const T* next[L::kWidth];                 // of the columns that follow
+  const SquareRows<L, T>& rows;             // of each column its terms
   int64_t terms;
   typename L::Sum* sums;  // [rows, kWidth], which go on
 };
@@ -32,7 +31,7 @@ void multiply_end(const SquareColumns<L, T>& columns, int64_t rows, int64_t lane
   alignas(64) typename L::Lane turned[L::kWidth][L::kWidth];
   for (int64_t c = 0; c < L::kWidth; ++c) {
     alignas(64) typename L::Lane lanes[2 * L::kWidth];
-    copy_row<L>(columns.from[c] + first, columns.terms - first, lanes);
+    copy_row<L>(columns.rows.from[c] + first, columns.terms - first, lanes);
     for (int64_t k = 0; k < count; ++k) {
       turned[k][c] = lanes[k];
     }
@@ -64,10 +63,10 @@ void multiply_squares(const SquareColumns<L, T>& columns) {
     Side<L> square[L::kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < L::kWidth; ++i) {
-      load_side<L>(columns.from[i] + term, square[i]);
+      load_side<L>(columns.rows.from[i] + term, square[i]);
     }
     if (term % kLine == 0) {
-      for (const T* row : columns.next) {
+      for (const T* row : columns.rows.next) {
         __builtin_prefetch(row + term);
       }
     }
@@ -114,10 +113,6 @@ void multiply_few_rows(const typename L::LeftLane* const* left,
                        const To& destination) {
   static_assert(kSide<L> == L::kWidth);
   constexpr int64_t kColumns = L::kWidth;
-  const auto row_or = [&](int64_t column, int64_t end, const T* none) {
-    const T* row = column < end ? right.row(column) : nullptr;
-    return row == nullptr ? none : row + terms.begin;
-  };
   for (int64_t j = 0; j < columns.size; j += kColumns) {
     const int64_t count = min(kColumns, columns.size - j);
     alignas(64) typename L::Sum sums[kTileRows * kColumns] = {};
@@ -128,14 +123,8 @@ void multiply_few_rows(const typename L::LeftLane* const* left,
             sums + r * kColumns, to.sums + r * to.sums_stride, count * sizeof(typename L::Sum));
       }
     }
-    SquareColumns<L, T> together{left, {}, {}, terms.size, sums};
-    for (int64_t i = 0; i < kColumns; ++i) {
-      const int64_t column = columns.begin + j + i;
-      together.from[i] =
-          row_or(column, columns.begin + columns.size, reinterpret_cast<const T*>(kZeros));
-      together.next[i] = row_or(column + kColumns, num_columns, together.from[i]);
-    }
-    multiply_columns<L, kTileRows>(together, rows);
+    const SquareRows<L, T> of(right, columns, terms, j, num_columns);
+    multiply_columns<L, kTileRows>(SquareColumns<L, T>{left, of, terms.size, sums}, rows);
     to.take(sums, kColumns, rows, count);
   }
 }

@@ -54,7 +54,8 @@ Slices slices_of(Form form, int64_t m, int64_t n, int64_t k) {
   Slices slices{};
   const bool is_few = m <= kTileRows;
   slices.is_packed = !is_turned_in_use<L>(form, m);
-  slices.columns = min(n, is_few && form == Form::nt ? kPanelWidth<L> : kMostColumns);
+  const bool is_by_panel = is_few && form == Form::nt && slices.is_packed;
+  slices.columns = min(n, is_by_panel ? kPanelWidth<L> : kMostColumns);
   const int64_t lanes = max(divide_up(k, L::kTerms), 1);
   const int64_t bytes = is_few ? kL1Bytes : kRightBytes;
   const int64_t packed_lanes = bytes / kLane / round_up(slices.columns, L::kWidth);
@@ -347,6 +348,27 @@ inline void load_side(const T* from, Side<L>& to) {
   }
 }
 
+/// The rows that a square's columns are, from the first of the terms: zeros past the slice's columns
+/// and where there is none, and those after them of the `num_columns` that the product has.
+template <typename L, typename T>
+struct SquareRows {
+  SquareRows(
+      const Reader<T>& rows, Range columns, Range terms, int64_t first, int64_t num_columns) {
+    for (int64_t i = 0; i < kSide<L>; ++i) {
+      const int64_t column = columns.begin + first + i;
+      const auto row_or = [&](int64_t place, int64_t end, const T* none) {
+        const T* row = place < end ? rows.row(place) : nullptr;
+        return row == nullptr ? none : row + terms.begin;
+      };
+      from[i] = row_or(column, columns.begin + columns.size, reinterpret_cast<const T*>(kZeros));
+      next[i] = row_or(column + kSide<L>, num_columns, from[i]);
+    }
+  }
+
+  const T* from[kSide<L>];
+  const T* next[kSide<L>];
+};
+
 /// Columns of the result, each with its terms, into the same panels. `num_columns` are all that the
 /// product has: the next ones are asked of the memory while these are turned over.
 template <typename L, typename T>
@@ -362,30 +384,21 @@ void pack_right_rows(const Reader<T>& rows,
   for_panels<L>(columns.size, [&](int64_t j, int64_t vectors) {
     const int64_t width = vectors * L::kWidth;
     for (int64_t c = 0; c < width; c += kLanes) {
-      const T* from[kLanes];
-      const T* next[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const int64_t column = j + c + i;
-        const T* row = column < columns.size ? rows.row(columns.begin + column) : nullptr;
-        from[i] = row == nullptr ? reinterpret_cast<const T*>(kZeros) : row + terms.begin;
-        const int64_t later = columns.begin + column + kLanes;
-        const T* later_row = later < num_columns ? rows.row(later) : nullptr;
-        next[i] = later_row == nullptr ? from[i] : later_row + terms.begin;
-      }
+      const SquareRows<L, T> of(rows, columns, terms, j + c, num_columns);
       const int64_t bytes = min(kLanes, width - c) * static_cast<int64_t>(sizeof(typename L::Lane));
       auto* to = right + j * lanes + c;
       for (int64_t k = 0; k < lanes; k += kLanes) {
         const int64_t first = k * L::kTerms;
         const int64_t count = max(min(terms.size - first, kElements), 0);
         // One way through the registers, for an end, too: two would meet in memory.
-        const T* const* source = from;
+        const T* const* source = of.from;
         int64_t offset = first;
         T ends[kLanes][kElements];
         const T* end_rows[kLanes];
         if (count < kElements) {
           std::memset(ends, 0, sizeof ends);
           for (int64_t i = 0; i < kLanes; ++i) {
-            std::memcpy(ends[i], from[i] + first, count * sizeof(T));
+            std::memcpy(ends[i], of.from[i] + first, count * sizeof(T));
             end_rows[i] = ends[i];
           }
           source = end_rows;
@@ -397,7 +410,7 @@ void pack_right_rows(const Reader<T>& rows,
         }
         if (first % kLine == 0) {
           for (int64_t i = 0; i < kLanes; ++i) {
-            __builtin_prefetch(next[i] + first);
+            __builtin_prefetch(of.next[i] + first);
           }
         }
         transpose(square);

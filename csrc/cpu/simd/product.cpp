@@ -151,7 +151,7 @@ void product_of(const ProductCall& call) {
   auto* packed_right = packed_left + scratch.left;
   const typename L::LeftLane* left[kMostRows];
   const auto multiply = [&](Range columns, Range terms, const auto& destination) {
-    if constexpr (form == Form::nt && kSide<L> == L::kWidth) {
+    if constexpr (is_turned_in_use<L>(form, /*rows=*/1)) {
       if (!slices.is_packed) {
         find_left_rows<L>(left_reader, Range{0, call.m}, terms, packed_left, left);
         return multiply_few_rows<L>(
