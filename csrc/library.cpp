@@ -92,6 +92,16 @@ TORCH_LIBRARY(torchmoe, m) {
       "Tensor w_out, Tensor? b_out, str activation) -> Tensor");
   m.def("attach_loss(Tensor x, Tensor loss, float scale=1.0) -> Tensor");
 
+  // Remember
+  m.def("cache_signatures(Tensor x, Tensor planes, Tensor? row_mask=None) -> Tensor");
+  m.def(
+      "cache_lookup(Tensor x, Tensor signatures, Tensor keys, Tensor key_signatures, Tensor order, "
+      "float similarity) -> Tensor");
+  m.def(
+      "cache_insert(Tensor x, Tensor signatures, Tensor keys, Tensor key_signatures, "
+      "Tensor last_used, Tensor uses, float similarity, str eviction) "
+      "-> (Tensor row, Tensor last_used, Tensor uses)");
+
   // Words
   m.def("_vocabulary(str argument) -> (str[] names, str[] docs)");
 

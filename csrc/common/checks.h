@@ -109,6 +109,17 @@ inline void check_same_device(std::string_view op,
               tensor.device());
 }
 
+/// For an op that has a kernel for the CPU alone; Meta tensors stand for those of any device.
+inline void check_cpu(std::string_view op, std::string_view name, const at::Tensor& tensor) {
+  check_defined(op, name, tensor);
+  TORCH_CHECK(tensor.is_cpu() || tensor.is_meta(),
+              op,
+              ": ",
+              name,
+              " must be on the CPU, got ",
+              tensor.device());
+}
+
 /// Checks the number of experts per token against the number of experts.
 inline void check_top_k(std::string_view op, int64_t top_k, const c10::SymInt& num_experts) {
   TORCH_CHECK_VALUE(top_k >= 1 && num_experts >= top_k,

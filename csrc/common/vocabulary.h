@@ -84,6 +84,12 @@ TORCHMOE_VOCABULARY(FractionFrom, "fraction_from", TORCHMOE_FRACTIONS_FROM)
   X(first, "its first choice only")
 TORCHMOE_VOCABULARY(FractionChoices, "fraction_choices", TORCHMOE_FRACTION_CHOICES)
 
+/// Which entry of a full cache gives way.
+#define TORCHMOE_EVICTIONS(X)                 \
+  X(lru, "the one that was used longest ago") \
+  X(lfu, "the one that was used least often, then longest ago")
+TORCHMOE_VOCABULARY(Eviction, "eviction", TORCHMOE_EVICTIONS)
+
 /// The gradient estimators that a layer knows by name.
 #define TORCHMOE_LAYER_ESTIMATORS(X)                                 \
   X(exact, "the derivative of the weights")                          \

@@ -51,6 +51,7 @@ std::tuple<std::vector<std::string>, std::vector<std::string>> vocabulary(
   add_if_asked<Priority>(argument, words);
   add_if_asked<FractionFrom>(argument, words);
   add_if_asked<FractionChoices>(argument, words);
+  add_if_asked<Eviction>(argument, words);
   add_if_asked<Activation>(argument, words);
   if (argument == "plain activation") {
     add_activations(ActivationKind::plain, words);

@@ -61,6 +61,7 @@ ACTIVATIONS = _words("activation")
 PRIORITIES = _words("priority")
 FRACTIONS_FROM = _words("fraction_from")
 FRACTION_CHOICES = _words("fraction_choices")
+EVICTIONS = _words("eviction")
 PLAIN_ACTIVATIONS = _words("plain activation")
 GATED_ACTIVATIONS = _words("gated activation")
 
@@ -74,6 +75,26 @@ class DispatchPlan(NamedTuple):
     """[N] int64: routed slots by expert, in slot order within one, then the unrouted ones."""
     slot_to_row: Tensor
     """[T, K] int64: the inverse of row_to_slot."""
+
+
+class CacheTable(NamedTuple):
+    """The keys of a cache's entries."""
+
+    keys: Tensor
+    """[M, G] float32, or float64 for float64 rows."""
+    signatures: Tensor
+    """[M, L] int64, of `cache_signatures`; -1 in the first column: the entry is free."""
+
+
+class CacheInsertion(NamedTuple):
+    """What `cache_insert` has decided."""
+
+    row: Tensor
+    """[M] int64: the row that has become the entry, the last one if there were several; else -1."""
+    last_used: Tensor
+    """[M] int64."""
+    uses: Tensor
+    """[M] int64."""
 
 
 def _call(op: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (whatever the op takes)
@@ -137,6 +158,13 @@ def _parts(op: str, plan: DispatchPlan) -> DispatchPlan:
     if not isinstance(plan, tuple) or len(plan) != len(DispatchPlan._fields):
         raise TypeError(f"{op}: plan must be a DispatchPlan, got {shown(plan)}")
     return plan
+
+
+def _entries(op: str, table: CacheTable) -> CacheTable:
+    """The table; raises TypeError if it is something else, such as its keys."""
+    if not isinstance(table, tuple) or len(table) != len(CacheTable._fields):
+        raise TypeError(f"{op}: table must be a CacheTable, got {shown(table)}")
+    return table
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -686,3 +714,106 @@ def attach_loss(x: Tensor, loss: Tensor, scale: float = 1) -> Tensor:
     else:
         check_finite("attach_loss", "scale", scale)
     return cast(Tensor, _call(_ops.attach_loss.default, x, loss, scale))
+
+
+def cache_signatures(x: Tensor, planes: Tensor, *, row_mask: Tensor | None = None) -> Tensor:
+    """On which side of random hyperplanes each row lies, as one number for each table.
+
+    signatures[r, l] = sum over b of 2^b [<planes[l, b], x[r]> >= 0].
+
+    For two rows at an angle a, one bit is the same with probability 1 - a / pi, if the planes are
+    drawn from a normal distribution (Charikar 2002, "Similarity estimation techniques from rounding
+    algorithms", https://doi.org/10.1145/509907.509965). On the CPU only; not differentiable.
+
+    Args:
+        x: [R, G] floating.
+        planes: [L, B, G] floating, B in [1, 62].
+        row_mask: [R] bool, True = the row counts.
+
+    Returns:
+        [R, L] int64. -1 for a row that does not count, or whose length is 0, not a number or
+        outside [1e-75, 1e75].
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    return cast(Tensor, _call(_ops.cache_signatures.default, x, planes, row_mask))
+
+
+def cache_lookup(
+    x: Tensor, signatures: Tensor, table: CacheTable, order: Tensor, similarity: float
+) -> Tensor:
+    """The entry whose key is nearest to each row, among those that are similar to it.
+
+    A row x and a key k are similar if <x, k> / (|x| |k|) >= similarity and similarity <= |x| / |k|
+    <= 1 / similarity, in float64. Only entries that share a signature with the row are compared, so
+    that a similar one may be missed, but a row finds a key that is equal to it. Of equally near
+    ones the lowest is taken. On the CPU only; not differentiable.
+
+    Args:
+        x: [R, G] floating.
+        signatures: [R, L] int64, of `cache_signatures`; a row with -1 in the first column finds
+            nothing.
+        table: the entries.
+        order: [L, M] int64, the entries of each table by signature:
+            `table.signatures.t().sort(stable=True).indices`.
+        similarity: in (0, 1].
+
+    Returns:
+        [R] int64; -1 = none.
+
+    Raises:
+        TypeError: table is not a CacheTable.
+        ValueError: similarity is out of range.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    keys, of_keys = _entries("cache_lookup", table)
+    check_number("cache_lookup", "similarity", similarity)
+    op = _ops.cache_lookup.default
+    return cast(Tensor, _call(op, x, signatures, keys, of_keys, order, similarity))
+
+
+@_listing_words
+def cache_insert(
+    x: Tensor,
+    signatures: Tensor,
+    table: CacheTable,
+    last_used: Tensor,
+    uses: Tensor,
+    similarity: float,
+    eviction: str,
+) -> CacheInsertion:
+    """Which rows become entries.
+
+    The rows are taken one by one, in order. One that is similar to an entry, as `cache_lookup`
+    says, uses it. Any other row takes the lowest free entry or, where none is free, evicts one:
+
+    {eviction}
+
+    Rows see the entries that earlier ones have taken. The k-th row counts as time max(last_used) +
+    1 + k. On the CPU only; not differentiable.
+
+    Args:
+        x: [R, G] floating.
+        signatures: [R, L] int64, of `cache_signatures`; a row with -1 in the first column is passed
+            over.
+        table: the entries; nothing is written to it.
+        last_used: [M] int64, when each entry was used last.
+        uses: [M] int64, how often.
+        similarity: in (0, 1].
+        eviction: a name from above.
+
+    Returns:
+        The rows that have become entries, and last_used and uses afterwards.
+
+    Raises:
+        TypeError: table is not a CacheTable.
+        ValueError: similarity is out of range, or the eviction unknown.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    keys, of_keys = _entries("cache_insert", table)
+    check_number("cache_insert", "similarity", similarity)
+    op = _ops.cache_insert.default
+    return CacheInsertion(
+        *_call(op, x, signatures, keys, of_keys, last_used, uses, similarity, eviction)
+    )

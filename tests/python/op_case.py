@@ -96,6 +96,7 @@ class OpCase:
     is_derivative: Callable[[Inputs], bool] = field(default=lambda inputs: True)
     # Differentiable inputs whose tangents are refused.
     without_tangent: tuple[str, ...] = ()
+    on_cpu_alone: bool = False  # no other device has a kernel
     # What a policy of selective checkpointing is asked about instead, with a gradient to come.
     asked_as: tuple[str, ...] = ()
 

@@ -44,6 +44,10 @@ MLP = {"w_in": torch.randn(E, INNER, H), "b_in": None, "w_out": torch.randn(E, H
        "b_out": None, "activation": "gelu"}  # fmt: skip
 OF_MLP = dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), "tensor") | {"activation": "name"}
 MASKED = {"token_mask": "tensor"}
+ENTRIES = ops.CacheTable(torch.randn(E, H), torch.zeros(E, 1, dtype=torch.int64))
+LOOKED_UP = {"x": X, "signatures": torch.zeros(T, 1, dtype=torch.int64), "table": ENTRIES,
+             "similarity": 0.98}  # fmt: skip
+OF_LOOKED_UP = {"x": "tensor", "signatures": "tensor", "table": "part", "similarity": "number"}
 
 CASES = [
     *(row for kind in ROUTERS if (row := by_annotations(kind, needed(kind, H, E, K)))),
@@ -247,6 +251,26 @@ CASES = [
         {"indices": IDS, "num_experts": E},
         {"indices": "tensor", "num_experts": "integer"},
     ),
+    Case(
+        ops.cache_signatures,
+        "cache_signatures",
+        {"x": X, "planes": torch.randn(1, 2, H)},
+        {"x": "tensor", "planes": "tensor", "row_mask": "tensor"},
+    ),
+    Case(
+        ops.cache_lookup,
+        "cache_lookup",
+        LOOKED_UP | {"order": torch.arange(E).unsqueeze(0)},
+        OF_LOOKED_UP | {"order": "tensor"},
+    ),
+    Case(
+        ops.cache_insert,
+        "cache_insert",
+        LOOKED_UP
+        | dict.fromkeys(("last_used", "uses"), torch.zeros(E, dtype=torch.int64))
+        | {"eviction": "lru"},
+        OF_LOOKED_UP | {"last_used": "tensor", "uses": "tensor", "eviction": "name"},
+    ),
     Case(ops.permute, "permute", {"x": X, "plan": PLAN}, {"x": "tensor", "plan": "part"}),
     Case(
         ops.unpermute,
@@ -334,6 +358,8 @@ WITHOUT_ARGUMENTS = {
 }
 # Made by torchmoe and not by its users.
 RESULTS = {
+    "CacheInsertion",
+    "CacheTable",
     "Certificate",
     "Finding",
     "Law",
