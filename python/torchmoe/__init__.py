@@ -29,6 +29,7 @@ from torchmoe.monitor import (  # noqa: E402
     routing_statistics,
     watch,
 )
+from torchmoe.nn import RoutingCache  # noqa: E402
 from torchmoe.replay import RoutingReplay  # noqa: E402
 from torchmoe.selection_bias import update_selection_bias  # noqa: E402
 
@@ -52,6 +53,7 @@ def build_info() -> dict[str, str]:
 __all__ = [
     "Adapter",
     "RouterGeometry",
+    "RoutingCache",
     "RoutingReplay",
     "RoutingStatistics",
     "Watcher",

@@ -12,7 +12,7 @@ import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -379,25 +379,25 @@ def check_not_batched(owner: str, argument: str, requirement: str, tensor: Tenso
 
 
 class Attribute(Generic[Value]):
-    """A module's attribute that is checked whenever it is set, and is kept in `_name`.
+    """A part's attribute that is checked whenever it is set, and is kept in `_name`.
 
     Kept in `__dict__` under its own name, torch.compile of torch 2.11 would read it again.
     """
 
-    def __set_name__(self, owner: type[nn.Module], name: str) -> None:
+    def __set_name__(self, owner: type[object], name: str) -> None:
         self._name = name
 
     @overload
-    def __get__(self, module: None, owner: type[nn.Module]) -> Self: ...
+    def __get__(self, module: None, owner: type[object]) -> Self: ...
     @overload
-    def __get__(self, module: nn.Module, owner: type[nn.Module]) -> Value: ...
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Value | Self:
+    def __get__(self, module: object, owner: type[object]) -> Value: ...
+    def __get__(self, module: object, owner: type[object]) -> Value | Self:
         return self if module is None else self._of(module)
 
-    def __set__(self, module: nn.Module, value: Value) -> None:
+    def __set__(self, module: object, value: Value) -> None:
         raise NotImplementedError
 
-    def _of(self, module: nn.Module) -> Value:
+    def _of(self, module: object) -> Value:
         value: Value = module.__dict__["_" + self._name]
         return value
 
@@ -412,7 +412,7 @@ class Checked(Attribute[Value]):
     def __init__(self, check: Callable[[str, str, Value], Value]) -> None:
         self._check = check
 
-    def __set__(self, module: nn.Module, value: Value) -> None:
+    def __set__(self, module: object, value: Value) -> None:
         checked = self._check(type(module).__name__, self._name, value)
         module.__dict__["_" + self._name] = checked
 
@@ -427,7 +427,7 @@ class Fixed(Attribute[Value]):
     def __init__(self, of: str | None = None) -> None:
         self._part = of
 
-    def __set__(self, module: nn.Module, value: Value) -> None:
+    def __set__(self, module: object, value: Value) -> None:
         made = module.__dict__
         if self._part is None and "_" + self._name not in made:
             made["_" + self._name] = value
@@ -437,7 +437,7 @@ class Fixed(Attribute[Value]):
                 f"was made, got {shown(value)}"
             )
 
-    def _of(self, module: nn.Module) -> Value:
+    def _of(self, module: object) -> Value:
         if self._part is None:
             return super()._of(module)
         value: Value = getattr(getattr(module, self._part), self._name)
@@ -452,8 +452,8 @@ def _is_equal(fixed: object, value: object) -> bool:
 class Setting(Attribute[Value]):
     """A record of settings, which the module's `_take` replaces."""
 
-    def __set__(self, module: nn.Module, value: Value) -> None:
-        take = cast(Callable[..., None], module._take)
+    def __set__(self, module: object, value: Value) -> None:
+        take = cast(Any, module)._take
         take(**{self._name: value})
 
 
@@ -470,10 +470,10 @@ class Level(Attribute[float]):
     def __init__(self, neutral: float = 0.0) -> None:
         self._neutral = neutral
 
-    def __set__(self, module: nn.Module, value: float) -> None:
+    def __set__(self, module: object, value: float) -> None:
         value = check_not_negative(type(module).__name__, self._name, value)
         module.__dict__["_" + self._name] = None if value == self._neutral else value
 
-    def _of(self, module: nn.Module) -> float:
+    def _of(self, module: object) -> float:
         level: float | None = module.__dict__["_" + self._name]
         return self._neutral if level is None else level

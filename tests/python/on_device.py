@@ -51,8 +51,8 @@ def on_device(case: OpCase) -> OpCase:
     )
 
 
-def op_tests() -> Iterator[type[OpTests]]:
-    """The class of every op, from its file in ops/."""
+def op_tests(*, on_cpu_alone: bool = False) -> Iterator[type[OpTests]]:
+    """The class of every op, from its file in ops/; if asked, those of the CPU alone too."""
     for path in sorted((Path(__file__).parent / "ops").glob("test_*.py")):
         spec = importlib.util.spec_from_file_location(f"on_device_{path.stem}", path)
         assert spec is not None
@@ -61,8 +61,9 @@ def op_tests() -> Iterator[type[OpTests]]:
         spec.loader.exec_module(module)
         for value in vars(module).values():
             is_filled_in = isinstance(value, type) and issubclass(value, OpTests)
-            if is_filled_in and "case" in vars(value) and not value.case.on_cpu_alone:
-                yield value
+            if is_filled_in and "case" in vars(value):
+                if on_cpu_alone or not value.case.on_cpu_alone:
+                    yield value
 
 
 def prepared(case: OpCase, inputs: Inputs) -> tuple[Function, tuple[str, ...], Outputs]:

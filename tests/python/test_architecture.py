@@ -176,7 +176,8 @@ def test_one_op_has_one_name_in_every_room() -> None:
         room: {path.stem.removesuffix("_kernel") for path in (CSRC / room).glob("*_kernel.cpp")}
         for room in ("cpu", "cuda")
     }
-    assert kernels["cpu"] == kernels["cuda"] < names
+    on_cpu_alone = {"cache_insert", "cache_lookup", "cache_signatures"}
+    assert kernels["cpu"] - on_cpu_alone == kernels["cuda"] < names
     assert {path.stem.removesuffix("_kernel") for path in CSRC.glob("cuda/*_kernel.*")} < names
 
 

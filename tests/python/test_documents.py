@@ -422,7 +422,7 @@ ROWS = {
 
 @functools.cache
 def cases() -> dict[str, OpCase]:
-    return {kind.case.name: kind.case for kind in op_tests()}
+    return {kind.case.name: kind.case for kind in op_tests(on_cpu_alone=True)}
 
 
 def test_the_table_of_ops_has_them_all() -> None:

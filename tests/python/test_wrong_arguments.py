@@ -24,6 +24,7 @@ from torchmoe.nn import (
     Experts,
     Gate,
     MoE,
+    RoutingCache,
     SharedExperts,
     WithAttachedLoss,
 )
@@ -72,8 +73,15 @@ CASES = [
             "routed_scaling_factor": "number",
             "router": "module",
             "experts": "part",
+            "cache": "part",
         },
         parts=("Experts",),
+    ),
+    Case(
+        RoutingCache,
+        "RoutingCache",
+        {"max_entries": 8},
+        {"max_entries": "size", "similarity": "number", "eviction": "name", "reuse": "name"},
     ),
     Case(
         Balance,
@@ -360,6 +368,7 @@ WITHOUT_ARGUMENTS = {
 RESULTS = {
     "CacheInsertion",
     "CacheTable",
+    "CachedRouting",
     "Certificate",
     "Finding",
     "Law",

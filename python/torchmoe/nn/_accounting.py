@@ -40,12 +40,16 @@ def account(
     num_tokens: int | Tensor,
     leading: torch.Size,
     earlier_counts: Tensor | None,
+    has_logits: bool,
 ) -> Account:
-    """Counts the slots and forms the losses."""
+    """Counts the slots and forms the losses, which without logits are unknown and weigh nothing."""
     tokens_per_expert = count(choice.chosen.flatten(), layer.num_experts)
     kept_per_expert = tokens_per_expert
     if not choice.is_kept:
         kept_per_expert = count(choice.indices.flatten(), layer.num_experts)
+    if not has_logits:
+        aux_loss, losses = layer.balance.unknown(routed.logits)
+        return Account(tokens_per_expert, kept_per_expert, aux_loss, losses)
     clean_logits = routed.logits if routed.clean_logits is None else routed.clean_logits
     aux_loss, losses = layer.balance.account(
         LossInputs(

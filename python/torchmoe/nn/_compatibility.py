@@ -23,6 +23,8 @@ from torchmoe.nn.declarations import (
 )
 from torchmoe.nn.estimators.estimator import Estimator, ExpertFunction
 from torchmoe.nn.gate import Gate
+from torchmoe.nn.routers.context_router import scoring_of
+from torchmoe.nn.routing_cache import RoutingCache
 
 if TYPE_CHECKING:
     from torchmoe.nn.moe import MoE
@@ -40,6 +42,8 @@ class Parts:
         router: what the router tells.
         experts: what the experts tell.
         estimator: the gradient estimator.
+        cache: or None.
+        scores_gate_inputs: whether the router scores gate inputs one by one.
         names: how messages call router and experts.
         has_bias: whether there is a selection bias.
     """
@@ -51,6 +55,8 @@ class Parts:
     router: RouterDeclaration
     experts: ExpertsDeclaration
     estimator: Estimator
+    cache: RoutingCache | None
+    scores_gate_inputs: bool
     names: tuple[str, str]
     has_bias: bool
 
@@ -66,6 +72,8 @@ class Parts:
             router=declared_by_router(layer.router),
             experts=declared_by_experts(layer.experts),
             estimator=layer.estimator,
+            cache=layer.cache,
+            scores_gate_inputs=scoring_of(layer.router) is not None,
             names=(type(layer.router).__name__, type(layer.experts).__name__),
             has_bias=layer.selection_bias is not None,
         )
@@ -103,6 +111,7 @@ class Parts:
             "a selection bias": self.has_bias,
             "usage_scaling": self.router.reads_usage,
             f"the estimator {estimator.__name__}": estimator.update is not Estimator.update,
+            "a routing cache": self.cache is not None,
         }
         return [*self.usage_readers, *(name for name, reads in others.items() if reads)]
 
@@ -125,6 +134,11 @@ def _says(text: str) -> Callable[[Parts], str]:
 
 def _estimator(p: Parts) -> str:
     return type(p.estimator).__name__
+
+
+def _leaves_out(p: Parts) -> bool:
+    """Whether a call may do without the router's logits."""
+    return p.cache is not None and p.cache.reuse == "weights"
 
 
 _CHOOSES = "{router}, which chooses the experts itself"
@@ -178,6 +192,54 @@ PAIRS: tuple[Pair, ...] = (
         lambda p: not p.router.scores_all and p.assistance is not None,
         _says(_NO_SCORE),
         lambda p: p.assistance,
+    ),
+    # --- a cache, and a choice that is not the gate input's alone
+    Pair(
+        "cache",
+        lambda p: p.cache is not None and p.router.chooses,
+        _says(f"be None with {_CHOOSES}"),
+        lambda p: p.cache,
+    ),
+    Pair(
+        "cache",
+        lambda p: p.cache is not None and not p.scores_gate_inputs,
+        _says("be None with {router}, which scores no gate inputs one by one"),
+        lambda p: p.cache,
+    ),
+    Pair(
+        "cache",
+        lambda p: p.cache is not None and p.estimator.draws,
+        lambda p: f"be None for the estimator {_estimator(p)}, which draws each token's experts",
+        lambda p: p.cache,
+    ),
+    # --- calls that leave the router out, and whatever reads its logits
+    Pair(
+        "cache.reuse",
+        lambda p: _leaves_out(p) and p.capacity is not None and p.capacity.reroutes,
+        lambda p: f'be "ids" with capacity.overflow "{p.overflow}", which reads the logits',
+        lambda p: '"weights"',
+    ),
+    Pair(
+        "cache.reuse",
+        lambda p: (
+            _leaves_out(p)
+            and p.capacity is not None
+            and p.capacity.renormalizes(p.estimator.normalize)
+        ),
+        lambda p: 'be "ids" with capacity.normalize "after_drop", which reads the logits',
+        lambda p: '"weights"',
+    ),
+    Pair(
+        "cache.reuse",
+        lambda p: _leaves_out(p) and p.assistance is not None,
+        lambda p: 'be "ids" with assistance, whose slots are weighed by the logits',
+        lambda p: '"weights"',
+    ),
+    Pair(
+        "cache.reuse",
+        lambda p: _leaves_out(p) and type(p.estimator).combine is not Estimator.combine,
+        lambda p: f'be "ids" for the estimator {_estimator(p)}, which may read the logits',
+        lambda p: '"weights"',
     ),
     # --- the estimator, and what it has no formula for
     Pair(
@@ -296,12 +358,14 @@ def check_given(
     shared_experts: nn.Module | None,
     router: nn.Module | None,
     experts: ExpertFunction | None,
+    cache: RoutingCache | None,
 ) -> None:
     """Raises TypeError unless each of a layer's parts is of its kind."""
     estimator = gate if isinstance(gate, str) else "exact"
     check_kind("MoE", "gate", gate, Gate, example=f'Gate(estimator="{estimator}")')
     check_settings(balance, capacity)
     check_kind("MoE", "assistance", assistance, Assistance, optional=True)
+    check_kind("MoE", "cache", cache, RoutingCache, example="RoutingCache(4096)", optional=True)
     for argument, module in (("shared_experts", shared_experts), ("router", router)):
         if module is not None:
             check_module("MoE", argument, module)

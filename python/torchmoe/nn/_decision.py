@@ -14,6 +14,7 @@ from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.routing import Decision, before_drop, ids_of
 
 if TYPE_CHECKING:
+    from torchmoe.nn._recall import Recalled
     from torchmoe.nn.moe import MoE
     from torchmoe.nn.routers.context_router import RouterOutput
 
@@ -36,18 +37,30 @@ class Choice(NamedTuple):
 
 
 def decide(
-    layer: MoE, routed: RouterOutput, token_mask: Tensor | None, num_tokens: int | Tensor
+    layer: MoE,
+    routed: RouterOutput,
+    token_mask: Tensor | None,
+    num_tokens: int | Tensor,
+    recalled: Recalled | None,
 ) -> Choice:
-    """Selection, assistance and capacity."""
-    chosen = _select(layer, routed, token_mask)
+    """Selection or what a cache has recalled, assistance and capacity."""
+    known = None if recalled is None else recalled.weights
+    if recalled is not None and known is not None:
+        chosen = recalled.ids
+    else:
+        chosen = select(layer, routed, token_mask)
+        if recalled is not None:
+            chosen = recalled.replace(chosen)
     selected = chosen if layer.assistance is None else layer.assistance(chosen)
     capacity = layer.capacity
     if capacity is None:
-        return Choice(chosen, selected, selected, selected, None, layer.assistance is None)
+        return Choice(chosen, selected, selected, selected, known, layer.assistance is None)
     logits = routed.logits
     # The layer's own weights where nothing is rerouted: an estimator that draws would give other
     # ones a second time.
-    weights = weigh(layer, logits, selected) if capacity.priority == "weight" else None
+    weights = known
+    if known is None and capacity.priority == "weight":
+        weights = weigh(layer, logits, selected)
     drawn = _drawn_priority(layer, selected)
     indices = _limit(layer, logits, selected, drawn if weights is None else weights, num_tokens)
     changes = capacity.reroutes or capacity.renormalizes(layer.estimator.normalize)
@@ -79,22 +92,7 @@ def repeat(layer: MoE, decision: Decision, logits: Tensor, token_mask: Tensor | 
     )
 
 
-def weigh(layer: MoE, logits: Tensor, ids: Tensor) -> Tensor:
-    """The weights of the slots.
-
-    With constant weights a trainable router would never learn, so gate_weights refuses them if the
-    logits require a gradient. The logits may require one for x alone: a frozen router loses nothing
-    by a gradient of zero.
-    """
-    if layer.estimator.has_constant_weights(ids.shape[1]):
-        learns = any(parameter.requires_grad for parameter in layer.router.parameters())
-        logits = logits if learns else logits.detach()
-    weights = layer.estimator.weigh(logits, ids)
-    part = "gate.estimator.weigh"
-    return check_output("MoE", part, weights, ids.shape, "[num_tokens, top_k]", ids.device)
-
-
-def _select(layer: MoE, routed: RouterOutput, token_mask: Tensor | None) -> Tensor:
+def select(layer: MoE, routed: RouterOutput, token_mask: Tensor | None) -> Tensor:
     """The choice of the router where it makes one, else the estimator's."""
     if routed.indices is not None:
         mask = token_mask
@@ -113,6 +111,21 @@ def _select(layer: MoE, routed: RouterOutput, token_mask: Tensor | None) -> Tens
         )
     check_output_device("MoE", "gate.estimator.select", chosen, logits.device)
     return chosen
+
+
+def weigh(layer: MoE, logits: Tensor, ids: Tensor) -> Tensor:
+    """The weights of the slots.
+
+    With constant weights a trainable router would never learn, so gate_weights refuses them if the
+    logits require a gradient. The logits may require one for x alone: a frozen router loses nothing
+    by a gradient of zero.
+    """
+    if layer.estimator.has_constant_weights(ids.shape[1]):
+        learns = any(parameter.requires_grad for parameter in layer.router.parameters())
+        logits = logits if learns else logits.detach()
+    weights = layer.estimator.weigh(logits, ids)
+    part = "gate.estimator.weigh"
+    return check_output("MoE", part, weights, ids.shape, "[num_tokens, top_k]", ids.device)
 
 
 def _limit(

@@ -166,6 +166,11 @@ class Balance(Settings):
             losses[term.name] = loss
         return aux_loss, losses
 
+    def unknown(self, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `account` stands for where there are no logits: 0, and NaN for each term."""
+        names = ["load_balancing_loss", *(term.name for term in self._terms)]
+        return logits.new_zeros(()), {name: logits.new_full((), math.nan) for name in names}
+
     def _shown(self, name: str) -> str:
         if name == "losses":
             return repr([(_name(term), weight) for term, weight in self.losses])

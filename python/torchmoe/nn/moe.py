@@ -44,6 +44,7 @@ from torchmoe.nn.routers._usage import UsageTracking, usage_of
 from torchmoe.nn.routers.context_router import route
 from torchmoe.nn.routers.router import Router
 from torchmoe.nn.routing import Decision, MoEOutput, Routing, routings_of
+from torchmoe.nn.routing_cache import RoutingCache
 from torchmoe.selection_bias import update_selection_bias
 
 if TYPE_CHECKING:
@@ -91,6 +92,8 @@ class MoE(Remembering):
             `CosineRouter` and `HashRouter`, or a `ContextRouter`, such as `SequenceRouter` and
             `ExpertChoiceRouter`.
         experts: replaces the experts: anything called as experts(x, indices, weights) -> y [T, H].
+        cache: gives tokens or sequences that resemble earlier ones the experts of those. An
+            instance belongs to one layer.
         process_group: the processes of balance.fraction_from "global_batch" and of `update`; None
             is all processes. It cannot be pickled: after unpickling, set it again before use.
         device: where the parameters are made.
@@ -102,6 +105,7 @@ class MoE(Remembering):
             process_group.
         estimator: the gradient estimator, from gate; a submodule, like router, assistance, experts
             and shared_experts.
+        cache: see above.
         selection_bias: [E] buffer, float32 or wider, or None: if set, experts are ranked by
             score_function(logits) + selection_bias. It does not affect the weights.
 
@@ -115,6 +119,7 @@ class MoE(Remembering):
     selection_bias: Tensor | None
     assistance: Assistance | None
     shared_experts: nn.Module | None
+    cache = Fixed["RoutingCache | None"]()
     hidden_size = Fixed[int]()
     num_experts = Fixed[int]()
     top_k = Fixed[int](of="estimator")
@@ -140,6 +145,7 @@ class MoE(Remembering):
         routed_scaling_factor: float = 1.0,
         router: nn.Module | None = None,
         experts: ExpertFunction | None = None,
+        cache: RoutingCache | None = None,
         process_group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -152,7 +158,7 @@ class MoE(Remembering):
         check_device("MoE", device)
         check_dtype("MoE", dtype)
         _compatibility.check_given(
-            gate, capacity, balance, assistance, shared_experts, router, experts
+            gate, capacity, balance, assistance, shared_experts, router, experts, cache
         )
         self.hidden_size, self.num_experts = hidden_size, num_experts
         self.routed_scaling_factor = routed_scaling_factor
@@ -180,7 +186,10 @@ class MoE(Remembering):
         self.register_buffer("selection_bias", selection_bias)
         self._reminder = UpdateReminder()
         self._balance, self._capacity = balance, capacity
+        self.cache = cache
         self._take(device)
+        if cache is not None:
+            cache.bind(self)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -210,6 +219,8 @@ class MoE(Remembering):
             reset_all(self.shared_experts)
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
+        if self.cache is not None:
+            self.cache.clear()
 
     def forward(
         self,
@@ -237,10 +248,10 @@ class MoE(Remembering):
                 [..., G]; a `ContextRouter` documents what it takes. Floating-point values of masked
                 tokens are ignored.
             decision: the ids of another forward pass, its `routing.decision`. They replace
-                selection, assistance and capacity in this call. Weights, losses and gradients are
-                formed from this call's logits. Random numbers are drawn as usual (except under
-                torch.compile), so that the generator is in the same state afterwards. With
-                assistance the last column has the extra slots.
+                selection, cache, assistance and capacity in this call. Weights, losses and
+                gradients are formed from this call's logits. Random numbers are drawn as usual
+                (except under torch.compile), so that the generator is in the same state afterwards.
+                With assistance the last column has the extra slots.
 
         Returns:
             hidden_states in x's shape: routed_scaling_factor times the routed experts' output, plus
@@ -256,21 +267,26 @@ class MoE(Remembering):
         if self.training:
             self._reminder.count()
 
-        # 1. Logits: one per token and expert.
+        # 1. Logits: one per token and expert, unless a cache knows better.
+        recall = None
+        if self.cache is not None and decision is None:
+            recall = self.cache.recall(mask, tokens.shape[0])
         routed = route(
             self.router,
             tokens.view(x.shape),
             self.num_experts,
             router_input=router_input,
             token_mask=token_mask,
+            scorer=recall,
         )
+        recalled = None if recall is None else recall.found()
         logits = routed.logits  # [T, E]
 
         # 2. Decide which experts, who assists them, and what becomes of the slots that find them
         # full: integers only.
         num_tokens = tokens.shape[0] if mask is None else mask.sum()
         if decision is None:
-            choice = decide(self, routed, mask, num_tokens)
+            choice = decide(self, routed, mask, num_tokens, recalled)
         else:
             choice = repeat(self, decision, logits, mask)
 
@@ -284,8 +300,19 @@ class MoE(Remembering):
 
         # 5. Account: counts, the losses, and the intermediate results for inspection.
         accounted = account(
-            self, routed, choice, weights, mask, num_tokens, x.shape[:-1], earlier_counts
+            self,
+            routed,
+            choice,
+            weights,
+            mask,
+            num_tokens,
+            x.shape[:-1],
+            earlier_counts,
+            has_logits=recalled is None or recalled.weights is None,
         )
+        details = dict(routed.details or {})
+        if recall is not None and recalled is not None:
+            details |= recall.details(recalled)
         routing = Routing(
             logits=logits,
             weights=weights,
@@ -296,7 +323,7 @@ class MoE(Remembering):
             kept_per_expert=accounted.kept_per_expert,
             losses=accounted.losses,
             statistics=statistics,
-            details=dict(routed.details or {}),
+            details=details,
         )
         return MoEOutput(y.reshape(x.shape), accounted.aux_loss, routing)
 
@@ -306,8 +333,8 @@ class MoE(Remembering):
     ) -> None:
         """Updates the layer's running state by one step.
 
-        This is the router's usage, then which experts are assisted; the selection bias; and the
-        estimator's own state.
+        This is the router's usage, then which experts are assisted; the selection bias; the
+        estimator's own state; and the cache.
 
         Call it once per optimizer step, with the routing of that step or with the routings of all
         its micro-batches, whose counts are summed. If torch.distributed is initialised the counts
@@ -337,13 +364,21 @@ class MoE(Remembering):
                 centred = self._balance.selection_bias_centred
                 bias.copy_(update_selection_bias(bias, counts, rate, centred))
         self.estimator.update(_reduce.total([r.statistics for r in routings], group))
+        if self.cache is not None:
+            self.cache.update(routings)
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # noqa: ANN401 (torch's own)
+        super()._load_from_state_dict(*args)
+        if self.cache is not None:
+            self.cache.clear()
 
     def extra_repr(self) -> str:
         """The settings that no part of the layer shows."""
         text = f"hidden_size={self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}"
         experts = None if isinstance(self.experts, nn.Module) else self.experts
         balance = None if self._balance == _BALANCE else self._balance
-        settings = {"capacity": self._capacity, "experts": experts, "balance": balance}
+        settings: dict[str, object] = {"capacity": self._capacity, "experts": experts}
+        settings |= {"balance": balance, "cache": self.cache}
         for name, value in settings.items():
             text += "" if value is None else f", {name}={value!r}"
         scale = self.routed_scaling_factor

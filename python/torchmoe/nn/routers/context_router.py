@@ -8,7 +8,7 @@ that looks at a whole sequence or batch, or that returns chosen ids in addition 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -34,6 +34,10 @@ class RouterOutput(NamedTuple):
     """The standard deviation of the noise, above 0; None if none was added."""
 
 
+#: What scores gate inputs [R, G] with a router that looks at each alone: `score`, or a stand-in.
+Scorer = Callable[[nn.Module, Tensor], RouterOutput]
+
+
 class ContextRouter(RouterDeclaration, Part):
     """Base class of routers that see x in its original shape, with its sequences.
 
@@ -55,9 +59,13 @@ class ContextRouter(RouterDeclaration, Part):
 
     Attributes:
         num_experts: E.
+        scoring: the router inside that scores gate inputs [R, G], each for as many tokens that
+            follow one another, if there is one: `forward` then also takes `scorer` and calls
+            scorer(self.scoring, gate_input) in the place of `score`. A `RoutingCache` needs it.
     """
 
     num_experts: int
+    scoring: nn.Module | None = None
 
     def forward(
         self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
@@ -82,6 +90,7 @@ def route(
     *,
     router_input: Tensor | None = None,
     token_mask: Tensor | None = None,
+    scorer: Scorer | None = None,
 ) -> RouterOutput:
     """Calls a router of either kind.
 
@@ -92,6 +101,7 @@ def route(
         num_experts: E.
         router_input: see `MoE.forward`.
         token_mask: x's leading dimensions, bool.
+        scorer: stands in for `score`; for a router with `scoring_of`.
 
     Returns:
         logits and clean_logits [T, E], float32 or wider, indices [T, K'] or None, and the other
@@ -110,7 +120,8 @@ def route(
         router_input = _masked(router_input, leading, token_mask)
     declared = declared_by_router(router)
     if isinstance(declared, ContextRouter):
-        given: Any = router(x, router_input, token_mask)
+        stand_in = {} if scorer is None else {"scorer": scorer}
+        given: Any = router(x, router_input, token_mask, **stand_in)
         if not isinstance(given, RouterOutput):
             raise TypeError(f"MoE: router must return a RouterOutput, got {type(given).__name__}")
         if given.indices is not None and not declared.chooses:
@@ -123,7 +134,7 @@ def route(
     else:
         read = x if router_input is None else router_input
         tokens = read.reshape(num_tokens, *read.shape[len(leading) :])
-        given = score(router, tokens)
+        given = (scorer or score)(router, tokens)
         logits, expected = given.logits, [num_tokens, num_experts]
         name = "[num_tokens, num_experts]"
     if not isinstance(logits, Tensor):
@@ -167,6 +178,12 @@ def score(router: nn.Module, x: Tensor) -> RouterOutput:
     if declared_by_router(router).tells_noise:
         return cast(RouterOutput, router(x, as_output=True))
     return RouterOutput(cast(Tensor, router(x)))
+
+
+def scoring_of(router: nn.Module) -> nn.Module | None:
+    """What scores gate inputs one by one: the router itself, or the one inside; None if none."""
+    declared = declared_by_router(router)
+    return declared.scoring if isinstance(declared, ContextRouter) else router
 
 
 def _check_deviation(deviation: object) -> None:

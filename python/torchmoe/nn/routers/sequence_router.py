@@ -13,7 +13,7 @@ from torchmoe._wide import wide
 from torchmoe.nn._first_values import whole_tensors
 from torchmoe.nn._rows import exponentials, in_slot_order, widened
 from torchmoe.nn.routers._wrapping import WrappingRouter
-from torchmoe.nn.routers.context_router import RouterOutput, score
+from torchmoe.nn.routers.context_router import RouterOutput, Scorer, score
 
 POOLINGS = ("attention", "given", "mean", "first")
 
@@ -78,8 +78,18 @@ class SequenceRouter(WrappingRouter):
                 nn.init.zeros_(self.query)
         super().reset_parameters()
 
+    @property
+    def scoring(self) -> nn.Module:  # type: ignore[override]
+        """The router inside."""
+        return self.router
+
     def forward(
-        self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        router_input: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        scorer: Scorer = score,
     ) -> RouterOutput:
         """The logits of each sequence, for every one of its tokens.
 
@@ -88,6 +98,7 @@ class SequenceRouter(WrappingRouter):
             router_input: with pooling "given" the weights [..., S], >= 0; else None, or [..., S, H]
                 to be pooled instead of x.
             token_mask: [..., S] bool, True = the token counts.
+            scorer: what scores the gate inputs [B, H] with the router inside.
 
         Returns:
             logits [..., S, E], and in details "pooling_weights" [..., S], float32 or wider, and
@@ -130,7 +141,7 @@ class SequenceRouter(WrappingRouter):
         weights = _shares(values, mask, plan).view(*leading, length)
         gate_input = ops.unpermute(rows, weights.view(sequences, length), plan)  # [B, H]
         gate_input = gate_input.view(*leading, gate_input.shape[-1])
-        scored = score(self.router, gate_input.view(sequences, gate_input.shape[-1]))  # [B, E]
+        scored = scorer(self.router, gate_input.view(sequences, gate_input.shape[-1]))  # [B, E]
 
         def for_every_token(logits: Tensor) -> Tensor:
             return ops.permute(logits, plan).view(*leading, length, self.num_experts)
