@@ -60,10 +60,10 @@ def op_tests(*, on_cpu_alone: bool = False) -> Iterator[type[OpTests]]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         for value in vars(module).values():
-            is_filled_in = isinstance(value, type) and issubclass(value, OpTests)
-            if is_filled_in and "case" in vars(value):
-                if on_cpu_alone or not value.case.on_cpu_alone:
-                    yield value
+            if not isinstance(value, type) or "case" not in vars(value):
+                continue
+            if issubclass(value, OpTests) and (on_cpu_alone or not value.case.on_cpu_alone):
+                yield value
 
 
 def prepared(case: OpCase, inputs: Inputs) -> tuple[Function, tuple[str, ...], Outputs]:
