@@ -3,8 +3,8 @@
 A sentence of five tokens asks a layer of eight experts for help. The walkthrough pools its tokens
 to one gate input, scores the experts, takes the two best, weighs them, and then follows what the
 gate learns: the balancing loss, the straight-through gradient and its scaling by usage, ten tasks
-in a row for one favourite, a backup that joins, a capacity, a refusal. Every number comes out of
-the library while this runs, next to the formula that it follows.
+in a row for one favourite, a backup that joins, a capacity, a refusal, a memory of choices. Every
+number comes out of the library while this runs, next to the formula that it follows.
 
 With --text the sentences are your own and the gates are those of a language model that
 `make train` has trained. With --figure the story is one picture, too.
@@ -18,8 +18,9 @@ With --text the sentences are your own and the gates are those of a language mod
 #   walkthrough/learning.py   steps 7 and 8: what the gate learns
 #   walkthrough/ten_tasks.py  step 9: ten tasks in a row for one favourite
 #   walkthrough/limits.py     steps 10 and 11: capacity and refusal
+#   walkthrough/memory.py     step 12: a gate that remembers its choices
 #
-# Each of the last four first computes its numbers, then tells them. steps.py lists all that is
+# Each of the last five first computes its numbers, then tells them. steps.py lists all that is
 # computed. The rest can wait: printing.py has the tables, figure.py and panels.py draw --figure,
 # sentences.py is --text.
 
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -P` le
 from training import terminal
 from training.arguments import Parser
 from training.checkpoint import CheckpointError
-from walkthrough import decision, learning, limits, steps, ten_tasks
+from walkthrough import decision, learning, limits, memory, steps, ten_tasks
 from walkthrough.made_up import SENTENCE
 from walkthrough.sentences import TextError, match_sentences
 from walkthrough.steps import Story
@@ -119,7 +120,7 @@ def draw(story: Story, path: Path, parser: Parser) -> None:
 
 
 def tell(story: Story) -> None:
-    """Prints it from the tokens to the refusal."""
+    """Prints it from the tokens to the memory."""
     print(
         f'The life of one gate decision: "{SENTENCE}"\n\n'
         "Eight experts, two for each sentence. The matrices and the experts' names are made up,\n"
@@ -136,6 +137,7 @@ def tell(story: Story) -> None:
     ten_tasks.tell_tasks(story.row)
     limits.tell_capacity(story.room, story.row)
     limits.tell_refusal(story.room, story.refusal)
+    memory.tell_memory(story.memory)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ then told.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +50,12 @@ class Pooling:
     """[H], their mean with those weights."""
 
 
-def pool() -> Pooling:
-    """Attention pooling of the sentence, with the fixed query."""
+def pool(matrix: Sequence[Sequence[float]] = TOKEN_MATRIX) -> Pooling:
+    """Attention pooling of a sentence, with the fixed query."""
     router = SequenceRouter(make_router(usage_scaling=False), pooling="attention")
     query = router.query
     assert isinstance(query, Tensor)
-    tokens = vector(TOKEN_MATRIX)
+    tokens = vector(matrix)
     with torch.no_grad():
         query.copy_(vector(QUERY))
         details = router(tokens.unsqueeze(0)).details  # a batch of one sentence

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchmoe import ops
+from torchmoe import RoutingCache, ops
 from torchmoe.nn import Assistance, Balance, Experts, Gate, MoE, Router
 
 DTYPE = torch.float64  # what a pencil finds agrees in every digit that is shown
@@ -24,6 +24,8 @@ TOKEN_MATRIX = (
     (2.3, -0.6, 1.8, 0.5),
     (1.1, 2.0, -1.2, 0.9),
 )
+PARAPHRASE = "compose a love poem about quantum physics"
+PARAPHRASED_MATRIX = ((1.4, 1.0, -0.1, 1.9), *TOKEN_MATRIX[1:])  # "compose" is near "write"
 FEATURES = ("x1", "x2", "x3", "x4")
 # It points where the words with content point, and away from "a" and "about".
 QUERY = (2.0, 1.0, 0.0, -0.3)
@@ -77,7 +79,13 @@ def make_router(*, usage_scaling: bool) -> Router:
     return router
 
 
-def make_layer(router: Router, *, balance_weight: float, assisted: bool = False) -> MoE:
+def make_layer(
+    router: Router,
+    *,
+    balance_weight: float,
+    assisted: bool = False,
+    cache: RoutingCache | None = None,
+) -> MoE:
     """That gate before eight small networks, whose weights are drawn with a fixed seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -97,6 +105,7 @@ def make_layer(router: Router, *, balance_weight: float, assisted: bool = False)
         balance=Balance(balance_weight, fraction_from="history" if assisted else "batch"),
         router=router,
         experts=experts,
+        cache=cache,
     )
 
 

@@ -11,6 +11,7 @@ from walkthrough.decision import Balance, Decision, Pooling, balance, decide, po
 from walkthrough.learning import Gradient, differentiate
 from walkthrough.limits import Room, ask_for_a_refusal, fill
 from walkthrough.made_up import FIXED_INPUT, vector
+from walkthrough.memory import Memory, remember
 from walkthrough.ten_tasks import Row, repeat
 
 
@@ -26,6 +27,7 @@ class Story:
     row: Row
     room: Room
     refusal: str
+    memory: Memory
 
 
 def compute() -> Story:
@@ -41,4 +43,5 @@ def compute() -> Story:
         row,
         fill(row),
         ask_for_a_refusal(pooling.gate_input),
+        remember(pooling.gate_input),
     )

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from walkthrough import made_up, steps
-from walkthrough.made_up import BACKUP, EXPERTS, GATE_BIAS, GATE_WEIGHT, POETRY, SCIENCE
+from walkthrough.decision import pool
+from walkthrough.made_up import (
+    BACKUP,
+    EXPERTS,
+    FIXED_INPUT,
+    GATE_BIAS,
+    GATE_WEIGHT,
+    PARAPHRASED_MATRIX,
+    POETRY,
+    SCIENCE,
+)
 from walkthrough.steps import Story
 from walkthrough_story import dot, logits_of, near, softmax, swiglu
 
@@ -246,3 +256,30 @@ def served(wanted: Tensor, room: Sequence[int]) -> list[list[int]]:
 def test_the_library_refuses_and_names_the_way_out(story: Story) -> None:
     assert 'must be "straight_through", or normalize "none"' in story.refusal
     assert "gradient is zero everywhere" in story.refusal
+
+
+# ---- memory
+
+
+def test_a_memory_of_choices(story: Story) -> None:
+    memory, visits = story.memory, story.memory.visits
+    sentence, other = story.pooling.gate_input.tolist(), list(FIXED_INPUT)
+    paraphrase = pool(PARAPHRASED_MATRIX).gate_input.tolist()
+    cosines = [cosine(paraphrase, sentence), cosine(other, sentence), 1.0, 1.0]
+    assert visits[0].similarity is None
+    assert [visit.similarity for visit in visits[1:]] == near(cosines)
+    assert cosines[1] < memory.bound < cosines[0]
+    lengths = [math.sqrt(dot(x, x)) for x in (sentence, paraphrase)]
+    assert memory.bound < lengths[0] / lengths[1] < 1 / memory.bound
+    logits = logits_of(sentence)
+    ranked = sorted(range(8), key=lambda e: -logits[e])
+    assert ranked[:3] == [POETRY, SCIENCE, memory.next_best]
+    assert memory.margin == near(logits[SCIENCE] - logits[memory.next_best])
+    assert [visit.entry for visit in visits] == [-1, 0, -1, 0, -1]
+    first, last = [POETRY, SCIENCE], [POETRY, memory.next_best]
+    assert [visit.chosen for visit in visits] == [first, first, [SCIENCE, POETRY], first, last]
+    assert [visit.remembered for visit in visits] == [1, 1, 2, 2, 2]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    return dot(a, b) / math.sqrt(dot(a, a) * dot(b, b))

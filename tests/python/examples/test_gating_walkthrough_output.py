@@ -49,6 +49,7 @@ def test_prints_every_step(printed: str) -> None:
         "9. Ten tasks in a row for one favourite: poetry",
         "10. The capacity factor: max(1, load / mean load)",
         "11. A refusal",
+        "12. A memory of choices",
     ]
     places = [printed.index(f"\n{title}\n") for title in titles]
     assert places == sorted(places)
@@ -93,6 +94,15 @@ def test_says_what_is_made_up_and_what_is_refused(printed: str, story: Story) ->
     assert "the learning rate is large and usage quick" in text
     assert "Poetry refuses sentences 3 to 8 with even room, 7 to 8 with room by history." in text
     assert f"ValueError: {story.refusal}" in text
+
+
+def test_prints_a_miss_a_hit_and_an_entry_that_no_longer_holds(printed: str, story: Story) -> None:
+    rows = re.findall(r"^ .*?  +(-|\d\.\d{4}) +(miss|\d) +(\w+, \w+) +(\d)", printed, re.MULTILINE)
+    assert [row[1] for row in rows] == ["miss", "0", "miss", "0", "miss"]
+    assert [row[0] for row in rows] == [
+        "-" if v.similarity is None else f"{v.similarity:.4f}" for v in story.memory.visits
+    ]
+    assert f"m = {story.memory.margin:.4f}" in printed
 
 
 def test_cuts_no_number_in_a_narrow_terminal(
