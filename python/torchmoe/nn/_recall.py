@@ -57,6 +57,7 @@ class Recall:
         self._cache, self._live = cache, live
         self._token_mask, self._num_tokens = token_mask, num_tokens
         self._may_skip = may_skip
+        self._entry: Tensor | None = None
 
     def __call__(self, router: nn.Module, gate_input: Tensor) -> RouterOutput:
         """See `look_up`, which no graph of a compiler holds."""
@@ -71,20 +72,19 @@ class Recall:
         Raises:
             RuntimeError: the gate inputs are no floating-point vectors, or not on the CPU.
         """
-        _check_gate_input(gate_input)
+        _check_gate_input(gate_input, self._num_tokens)
         self._gate_input = gate_input
         counts = counted_rows(self._token_mask, len(gate_input))
         with torch.no_grad():
             self._entry = self._cache.find(gate_input.detach(), counts, self._live)
-        self._skipped = self._may_skip and self._all_hit(counts)
+        self._skipped = self._may_skip and self._all_hit(self._entry >= 0, counts)
         if not self._skipped:
             return score(router, gate_input)
         self._reached = [gate_input, *router.parameters()]
         shape = len(gate_input), self._live.num_experts
         return RouterOutput(torch.full(shape, torch.nan, dtype=wide_dtype(gate_input.dtype)))
 
-    def _all_hit(self, counts: Tensor | None) -> bool:
-        hits = self._entry >= 0
+    def _all_hit(self, hits: Tensor, counts: Tensor | None) -> bool:
         return (
             bool(hits.any())
             and bool((hits if counts is None else hits | ~counts).all())
@@ -93,8 +93,10 @@ class Recall:
 
     def found(self) -> Recalled:
         """For each token, once the gate inputs have been scored."""
-        rows = len(self._entry)
         entry = self._entry
+        if entry is None:
+            raise RuntimeError("MoE: router must call scorer for its scoring, got no call")
+        rows = len(entry)
         if rows != self._num_tokens and rows:
             entry = entry.repeat_interleave(self._num_tokens // rows)
         if self._token_mask is not None:
@@ -151,12 +153,17 @@ def counted_rows(token_mask: Tensor | None, rows: int) -> Tensor | None:
     return token_mask.view(rows, -1).any(dim=1)
 
 
-def _check_gate_input(gate_input: Tensor) -> None:
+def _check_gate_input(gate_input: Tensor, num_tokens: int) -> None:
     check_not_batched("RoutingCache", "gate input", "be looked up", gate_input)
     if gate_input.dim() != 2 or not gate_input.is_floating_point():
         raise RuntimeError(
             "RoutingCache: gate input must be floating-point vectors [..., G], got "
             f"{gate_input.dtype} of shape {list(gate_input.shape)}"
+        )
+    if num_tokens and (not len(gate_input) or num_tokens % len(gate_input)):
+        raise RuntimeError(
+            f"RoutingCache: gate input must be one for each of {num_tokens} tokens, or for as many "
+            f"that follow one another, got {len(gate_input)}"
         )
     if gate_input.device.type not in ("cpu", "meta"):
         raise RuntimeError(

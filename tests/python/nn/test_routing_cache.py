@@ -424,6 +424,52 @@ class Neighbours(ContextRouter):
         return RouterOutput(x[..., :E])
 
 
+class Pairs(ContextRouter):
+    """Scores the mean of two tokens that follow one another."""
+
+    num_experts = E
+
+    def __init__(self, rows: slice = slice(None), calls: int = 1) -> None:
+        super().__init__()
+        self.scoring = Router(H, E)
+        self.rows, self.calls = rows, calls
+
+    def forward(
+        self,
+        x: Tensor,
+        router_input: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        *,
+        scorer: Any,
+    ) -> RouterOutput:
+        logits = torch.zeros(len(x), E)
+        for _ in range(self.calls):
+            scored = scorer(self.scoring, x.view(-1, 2, H).mean(1)[self.rows]).logits
+            logits = scored.repeat_interleave(2, 0) if len(scored) == len(x) // 2 else logits
+        return RouterOutput(logits)
+
+
+def test_a_router_of_ones_own() -> None:
+    moe = layer(router=Pairs())
+    x = torch.randn(6, H)
+    moe.update(moe(x).routing)
+    other = torch.cat([x[2:4].flip(0), torch.randn(2, H)])
+    assert moe(other).routing.details["cache_hit"].tolist() == [1, 1, -1, -1]
+    assert len(cache_of(moe)) == 3
+    without = MoE(H, I, E, K, router=Pairs())
+    assert without(x).routing.selected.shape == (6, K)
+
+
+def test_a_router_of_ones_own_that_scores_otherwise() -> None:
+    x = torch.randn(6, H)
+    with pytest.raises(RuntimeError, match=r"^MoE: router must call scorer .* got no call"):
+        layer(router=Pairs(calls=0))(x)
+    with pytest.raises(RuntimeError, match=r"^RoutingCache: gate input must be .*6 tokens.*got 0"):
+        layer(router=Pairs(rows=slice(0)))(x)
+    with pytest.raises(RuntimeError, match=r"^RoutingCache: gate input must be .*8 tokens.*got 3"):
+        layer(router=Pairs(rows=slice(3)))(torch.randn(8, H))
+
+
 def refused() -> Iterator[tuple[str, str, dict[str, Any]]]:
     weights = {"cache": RoutingCache(8, reuse="weights")}
     ids = {"cache": RoutingCache(8)}

@@ -65,7 +65,7 @@ class ContextRouter(RouterDeclaration, Part):
     """
 
     num_experts: int
-    scoring: nn.Module | None = None
+    scoring: nn.Module
 
     def forward(
         self, x: Tensor, router_input: Tensor | None = None, token_mask: Tensor | None = None
@@ -120,7 +120,9 @@ def route(
         router_input = _masked(router_input, leading, token_mask)
     declared = declared_by_router(router)
     if isinstance(declared, ContextRouter):
-        stand_in = {} if scorer is None else {"scorer": scorer}
+        # A custom router with `scoring` need not have a default for it.
+        takes_scorer = scoring_of(router) is not None
+        stand_in = {"scorer": scorer or score} if takes_scorer else {}
         given: Any = router(x, router_input, token_mask, **stand_in)
         if not isinstance(given, RouterOutput):
             raise TypeError(f"MoE: router must return a RouterOutput, got {type(given).__name__}")
@@ -183,7 +185,7 @@ def score(router: nn.Module, x: Tensor) -> RouterOutput:
 def scoring_of(router: nn.Module) -> nn.Module | None:
     """What scores gate inputs one by one: the router itself, or the one inside; None if none."""
     declared = declared_by_router(router)
-    return declared.scoring if isinstance(declared, ContextRouter) else router
+    return getattr(declared, "scoring", None) if isinstance(declared, ContextRouter) else router
 
 
 def _check_deviation(deviation: object) -> None:
