@@ -57,12 +57,13 @@ TORCH_LIBRARY(torchmoe, m) {
   m.def(
       "_expert_mlp(Tensor x, Tensor weights, Tensor w_in, Tensor? b_in, Tensor w_out, "
       "Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
-      "str activation, bool save_pre) -> (Tensor y, Tensor pre)");
+      "str activation, bool save_pre, *, bool wide=False) -> (Tensor y, Tensor pre)");
   m.def(
       "_expert_mlp_backward(Tensor grad, Tensor x, Tensor weights, Tensor w_in, Tensor? b_in, "
       "Tensor w_out, Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
-      "Tensor pre, str activation, bool[6] output_mask) -> (Tensor grad_x, Tensor grad_weights, "
-      "Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, Tensor grad_b_out)");
+      "Tensor pre, str activation, bool[6] output_mask, *, bool wide=False) -> (Tensor grad_x, "
+      "Tensor grad_weights, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, "
+      "Tensor grad_b_out)");
 
   m.def("sum_by_expert(Tensor rows, Tensor expert_offsets) -> Tensor");
   m.def("_sum_by_expert_backward(Tensor grad, Tensor expert_offsets, SymInt num_rows) -> Tensor");

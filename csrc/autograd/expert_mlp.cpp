@@ -82,6 +82,14 @@ at::Tensor expert_mlp_autograd(const at::Tensor& x,
   return std::get<0>(expert_mlp_forward(x, weights, experts, plan, activation, wanted));
 }
 
+/// Wide results are parts of a sum that the caller differentiates as a whole.
+template <typename... Inputs>
+void check_derivative(std::string_view op, bool wide, const Inputs&... inputs) {
+  TORCH_CHECK(!wide || !(wants_gradient(inputs...) || has_tangent(inputs...)),
+              op,
+              ": wide must be false where an input requires a gradient or has a tangent, got true");
+}
+
 /// The op's node is that of its private part, since this is what the next transform of torch.func
 /// is given. y alone is differentiable.
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_autograd(const at::Tensor& x,
@@ -89,11 +97,13 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_autograd(const at::Tensor&
                                                                const ExpertParameters& experts,
                                                                const DispatchPlan& plan,
                                                                std::string_view activation,
-                                                               bool save_pre) {
+                                                               bool save_pre,
+                                                               bool wide) {
   check_expert_mlp_forward(x, weights, experts, plan, activation);
+  check_derivative("_expert_mlp", wide, x, weights, experts);
   const auto below = [&](bool keep_pre) {
     return below_autograd(
-        [&] { return expert_mlp_forward(x, weights, experts, plan, activation, keep_pre); });
+        [&] { return expert_mlp_forward(x, weights, experts, plan, activation, keep_pre, wide); });
   };
   const auto no_rows = [&] { return x.new_empty_symint({0, experts.w_in.sym_size(1)}); };
   if (has_tangent(x, weights, experts)) {
@@ -133,8 +143,10 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                                 const DispatchPlan& plan,
                                                 const at::Tensor& pre,
                                                 std::string_view activation,
-                                                ExpertMlpMask output_mask) {
+                                                ExpertMlpMask output_mask,
+                                                bool wide) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation);
+  check_derivative("_expert_mlp_backward", wide, grad, x, weights, experts);
   if (has_tangent(grad, x, weights, experts)) {
     const auto inputs = with_experts({x, weights}, experts);
     const std::vector<bool> wanted(output_mask.begin(), output_mask.end());
@@ -148,7 +160,7 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
     return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
   }
   auto results = below_autograd([&] {
-    return expert_mlp_backward(grad, x, weights, experts, plan, pre, activation, output_mask);
+    return expert_mlp_backward(grad, x, weights, experts, plan, pre, activation, output_mask, wide);
   });
   record_node<&expert_mlp_second_gradients>(
       "expert_mlp_backward",

@@ -36,6 +36,17 @@ using cpu::advance;
 using cpu::ExpertMatrices;
 using Shape = cpu::ExpertShape;
 
+/// Adds up the tokens' rows and rounds to the result's dtype, T or that of sums.
+template <typename T, typename Acc = at::opmath_type<T>>
+void combine_into(
+    at::Tensor& result, const PlanView& plan, const Acc* rows, const Acc* weights, int64_t width) {
+  if (result.scalar_type() == c10::CppTypeToScalarType<T>::value) {
+    cpu::combine_rows(plan, rows, weights, result.mutable_data_ptr<T>(), width);
+  } else {
+    cpu::combine_rows(plan, rows, weights, result.mutable_data_ptr<Acc>(), width);
+  }
+}
+
 /// What the routed rows are made of; a row without a slot is a token of zeros with weight 0.
 template <typename Acc>
 struct RoutedRows {
@@ -142,7 +153,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      const ExpertParameters& experts,
                                                      const DispatchPlan& plan,
                                                      std::string_view activation_name,
-                                                     bool save_pre) {
+                                                     bool save_pre,
+                                                     bool wide) {
   check_expert_mlp_forward(x, weights, experts, plan, activation_name);
   const auto activation = choose<Activation>("expert_mlp", activation_name);
   const cpu::PlanReader plan_c(plan);
@@ -152,7 +164,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   const auto x_c = x.contiguous();
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(x.scalar_type()));
   const auto experts_c = cpu::contiguous(experts);
-  auto y = at::empty(x.sizes(), x.options());
+  auto y = at::empty(x.sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
   auto pre = cpu::empty_pages({save_pre ? num_rows : 0, shape.pre_width}, x.options());
   const auto rows = cpu::empty_pages({num_rows, shape.hidden}, options);
   with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
@@ -185,7 +197,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                             row_data + first * shape.hidden,
                             workspace);
     });
-    cpu::combine_rows(view, row_data, weight_data, y.mutable_data_ptr<scalar_t>(), shape.hidden);
+    combine_into<scalar_t>(y, view, row_data, weight_data, shape.hidden);
   });
   return {y, pre};
 }
@@ -337,7 +349,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const DispatchPlan& plan,
                                               const at::Tensor& pre,
                                               std::string_view activation_name,
-                                              std::array<bool, 6> output_mask) {
+                                              std::array<bool, 6> output_mask,
+                                              bool wide) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation_name);
   const ExpertMlpWanted wanted(output_mask);
   const auto activation = choose<Activation>("expert_mlp", activation_name);
@@ -351,7 +364,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(dtype));
   const auto experts_c = cpu::contiguous(experts);
   const auto pre_c = contiguous_as(pre, dtype);
-  auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
+  auto grad_x =
+      empty_if(wanted.x, x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
   auto grad_weights = at::zeros(weights.sizes(), options);
   auto grad_w_in = cpu::empty_pages_if(wanted.w_in, experts.w_in.sizes(), experts.w_in.options());
   auto grad_b_in = empty_if(wanted.b_in, {num_experts, shape.pre_width}, experts.w_in.options());
@@ -403,8 +417,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     });
     if (wanted.x) {
       const Acc* unweighted = nullptr;
-      cpu::combine_rows(
-          plan_c.view(), row_data, unweighted, grad_x.mutable_data_ptr<scalar_t>(), shape.hidden);
+      combine_into<scalar_t>(grad_x, view, row_data, unweighted, shape.hidden);
     }
   });
   return {

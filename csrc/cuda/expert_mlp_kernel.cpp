@@ -22,12 +22,28 @@ namespace torchmoe {
 
 namespace {
 
+/// Adds up the tokens' rows and rounds to the result's dtype, T or that of sums.
+template <typename T, typename Acc = at::opmath_type<T>>
+void combine_into(at::Tensor& result,
+                  cuda::Stream stream,
+                  const cuda::Plan& plan,
+                  const Acc* rows,
+                  const Acc* weights,
+                  int64_t hidden) {
+  if (result.scalar_type() == c10::CppTypeToScalarType<T>::value) {
+    cuda::combine_rows(stream, plan, rows, weights, result.mutable_data_ptr<T>(), hidden);
+  } else {
+    cuda::combine_rows(stream, plan, rows, weights, result.mutable_data_ptr<Acc>(), hidden);
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      const at::Tensor& weights,
                                                      const ExpertParameters& experts,
                                                      const DispatchPlan& plan,
                                                      std::string_view activation_name,
-                                                     bool save_pre) {
+                                                     bool save_pre,
+                                                     bool wide) {
   check_expert_mlp_forward(x, weights, experts, plan, activation_name);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
@@ -45,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
   const auto w_out_c = experts.w_out.contiguous();
   const auto b_out_c = contiguous(experts.b_out);
   const auto tokens = at::empty({num_rows}, plan.row_to_slot.options());
-  auto y = at::empty(x.sizes(), x.options());
+  auto y = at::empty(x.sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
   auto pre = at::empty({save_pre ? num_rows : 0, experts.w_in.size(1)}, x.options());
   auto act = at::empty({num_rows, intermediate}, x.options());
   auto rows = at::empty({num_rows, hidden}, x.options().dtype(acc));
@@ -83,12 +99,8 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                          rows.mutable_data_ptr<Acc>(),
                          intermediate,
                          hidden);
-    cuda::combine_rows(stream,
-                       plan_c.plan(),
-                       rows.const_data_ptr<Acc>(),
-                       weight_data,
-                       y.mutable_data_ptr<scalar_t>(),
-                       hidden);
+    combine_into<scalar_t>(
+        y, stream, plan_c.plan(), rows.const_data_ptr<Acc>(), weight_data, hidden);
   });
   return {y, pre};
 }
@@ -100,7 +112,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const DispatchPlan& plan,
                                               const at::Tensor& pre,
                                               std::string_view activation_name,
-                                              std::array<bool, 6> output_mask) {
+                                              std::array<bool, 6> output_mask,
+                                              bool wide) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation_name);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
@@ -124,7 +137,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
   const auto pre_c = contiguous_as(pre, dtype);
   const auto tokens = at::empty({num_rows}, plan.row_to_slot.options());
   const auto row_weights = at::empty({num_rows}, x.options().dtype(acc));
-  auto grad_x = empty_if(wanted.x, x.sym_sizes(), x.options());
+  auto grad_x =
+      empty_if(wanted.x, x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
   auto grad_weights = empty_if(wanted.weights, weights.sym_sizes(), row_weights.options());
   auto grad_w_in = empty_if(wanted.w_in, experts.w_in.sym_sizes(), x.options());
   auto grad_b_in = empty_if(wanted.b_in, {num_experts, pre_width}, x.options());
@@ -220,12 +234,8 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                      rows.mutable_data_ptr<Acc>(),
                                      hidden,
                                      pre_width);
-      cuda::combine_rows(stream,
-                         plan_c.plan(),
-                         rows.const_data_ptr<Acc>(),
-                         unweighted,
-                         grad_x.mutable_data_ptr<scalar_t>(),
-                         hidden);
+      combine_into<scalar_t>(
+          grad_x, stream, plan_c.plan(), rows.const_data_ptr<Acc>(), unweighted, hidden);
     }
   });
   return {

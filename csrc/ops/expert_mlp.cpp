@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "common/checks.h"
+#include "common/dtypes.h"
 #include "common/find_op.h"
 #include "common/output_mask.h"
 #include "ops/unpermute.h"
@@ -24,9 +25,10 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
                                                       const ExpertParameters& experts,
                                                       const DispatchPlan& plan,
                                                       std::string_view activation,
-                                                      bool save_pre) {
+                                                      bool save_pre,
+                                                      bool wide) {
   static const auto op = find_op<decltype(expert_mlp_forward)>("torchmoe::_expert_mlp");
-  return call(op, x, weights, experts, plan, activation, save_pre);
+  return call(op, x, weights, experts, plan, activation, save_pre, wide);
 }
 
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
@@ -36,9 +38,14 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const DispatchPlan& plan,
                                        const at::Tensor& pre,
                                        std::string_view activation,
-                                       std::array<bool, 6> output_mask) {
+                                       std::array<bool, 6> output_mask,
+                                       bool wide) {
   static const auto op = find_op<decltype(expert_mlp_backward)>("torchmoe::_expert_mlp_backward");
-  return call(op, grad, x, weights, experts, plan, pre, activation, output_mask);
+  return call(op, grad, x, weights, experts, plan, pre, activation, output_mask, wide);
+}
+
+at::ScalarType expert_mlp_result_dtype(const at::Tensor& x, bool wide) {
+  return wide ? accumulate_dtype(x.scalar_type()) : x.scalar_type();
 }
 
 namespace {
@@ -130,10 +137,11 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_meta(const at::Tensor& x,
                                                    const ExpertParameters& experts,
                                                    const DispatchPlan& plan,
                                                    std::string_view activation,
-                                                   bool save_pre) {
+                                                   bool save_pre,
+                                                   bool wide) {
   check_expert_mlp_forward(x, weights, experts, plan, activation);
   const auto saved_rows = save_pre ? plan.row_to_slot.sym_size(0) : c10::SymInt(0);
-  return {at::empty_symint(x.sym_sizes(), x.options()),
+  return {at::empty_symint(x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide))),
           at::empty_symint({saved_rows, experts.w_in.sym_size(1)}, x.options())};
 }
 
@@ -144,12 +152,14 @@ ExpertMlpGradients expert_mlp_backward_meta(const at::Tensor& grad,
                                             const DispatchPlan& plan,
                                             const at::Tensor& pre,
                                             std::string_view activation,
-                                            std::array<bool, 6> output_mask) {
+                                            std::array<bool, 6> output_mask,
+                                            bool wide) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation);
   const ExpertMlpWanted wanted(output_mask);
   const auto& w_in = experts.w_in;
   const auto& w_out = experts.w_out;
-  return {empty_if(wanted.x, x.sym_sizes(), x.options()),
+  const auto result = x.options().dtype(expert_mlp_result_dtype(x, wide));
+  return {empty_if(wanted.x, x.sym_sizes(), result),
           empty_if(wanted.weights, weights.sym_sizes(), weights.options()),
           empty_if(wanted.w_in, w_in.sym_sizes(), w_in.options()),
           empty_if(wanted.b_in, {w_in.sym_size(0), w_in.sym_size(1)}, w_in.options()),

@@ -36,12 +36,17 @@ at::Tensor expert_mlp(const at::Tensor& x,
 
 /// y and, with save_pre, the pre-activation [N, P] in row order (rows past expert_offsets[E] are
 /// 0), else [0, P].
+///
+/// With `wide` y is what x's dtype would be rounded from, in the dtype of sums: float32, or float64
+/// for float64. A token whose slots are computed in several calls is then added up and rounded as
+/// in one call. It has no derivative, so that inputs that require a gradient are refused.
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
                                                       const at::Tensor& weights,
                                                       const ExpertParameters& experts,
                                                       const DispatchPlan& plan,
                                                       std::string_view activation,
-                                                      bool save_pre);
+                                                      bool save_pre,
+                                                      bool wide = false);
 
 using ExpertMlpGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -62,7 +67,8 @@ struct ExpertMlpWanted {
 
 /// Gradients of x, weights, w_in, b_in, w_out and b_out for `grad` [T, H]; one that output_mask
 /// leaves out is an empty tensor of shape [0]. b_in is in `pre` already, which is a constant here:
-/// its own derivatives by x, w_in and b_in belong to the op that made it.
+/// its own derivatives by x, w_in and b_in belong to the op that made it. With `wide` x's gradient
+/// is in the dtype of sums, as y is above.
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const at::Tensor& x,
                                        const at::Tensor& weights,
@@ -70,7 +76,11 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const DispatchPlan& plan,
                                        const at::Tensor& pre,
                                        std::string_view activation,
-                                       std::array<bool, 6> output_mask);
+                                       std::array<bool, 6> output_mask,
+                                       bool wide = false);
+
+/// The dtype of y and of x's gradient.
+at::ScalarType expert_mlp_result_dtype(const at::Tensor& x, bool wide);
 
 void check_expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,

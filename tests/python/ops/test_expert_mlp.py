@@ -50,7 +50,9 @@ def private(inputs: Inputs) -> list[tuple[str, Inputs]]:
     return [
         ("_expert_mlp", rest | {"save_pre": True}),
         ("_expert_mlp", rest | {"save_pre": False}),
+        ("_expert_mlp", rest | {"save_pre": True, "wide": True}),
         *(("_expert_mlp_backward", backward | {"output_mask": mask}) for mask in masks),
+        ("_expert_mlp_backward", backward | {"output_mask": masks[0], "wide": True}),
     ]
 
 
@@ -248,6 +250,20 @@ class TestExpertMlp(DifferentiableOpTests):
         with Observe():
             self.case(leaves(inputs, self.case.names(inputs)))
         assert ops._expert_mlp.default in called
+
+    def test_wide_results_are_what_is_rounded(self, dtype: torch.dtype) -> None:
+        inputs = make(SITUATIONS["dropped"], dtype, "swiglu", bias=True)
+        plain = dict(private(inputs))  # the last of each name: with `wide`
+        for op, position in (("_expert_mlp", 0), ("_expert_mlp_backward", 0)):
+            narrow, wide = call(op, plain[op] | {"wide": False}), call(op, plain[op])
+            assert wide[position].dtype == wide_dtype(dtype)
+            assert narrow[position].dtype == dtype
+            assert torch.equal(wide[position].to(dtype), narrow[position])
+            is_exact = torch.equal(wide[position], narrow[position].to(wide_dtype(dtype)))
+            assert is_exact == (dtype == wide_dtype(dtype))
+            for w, n in zip(wide[1:], narrow[1:], strict=True):
+                assert w.dtype == n.dtype
+                assert torch.equal(w, n)
 
     def test_the_pieces_give_the_same(self) -> None:
         """Permute, grouped_linear and unpermute, the way to second derivatives."""

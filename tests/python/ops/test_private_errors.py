@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from op_case import Inputs, call, map_tensors
 from situations import SITUATIONS, normal
@@ -168,6 +169,28 @@ def test_a_plan_over_other_experts(op: str, device: str) -> None:
     for other in (offsets[:-1], torch.cat((offsets, offsets[-1:]))):
         with pytest.raises(RuntimeError, match=message):
             call(op, inputs | {"expert_offsets": other})
+
+
+@pytest.mark.parametrize("op", ["_expert_mlp", "_expert_mlp_backward"])
+def test_wide_results_have_no_derivative(op: str) -> None:
+    """They are parts of a sum: a derivative of one would lack the others'."""
+    inputs = inputs_of("_expert_mlp_backward") | {"wide": True}
+    if op == "_expert_mlp":
+        for name in ("grad", "pre", "output_mask"):
+            del inputs[name]
+        inputs["save_pre"] = True
+    message = f"^{op}: wide must be false where an input requires a gradient or has a tangent"
+    for name in ("x", "weights", "w_out"):
+        leaf = inputs[name].clone().requires_grad_()
+        with pytest.raises(RuntimeError, match=message):
+            call(op, inputs | {name: leaf})
+        with torch.no_grad():
+            call(op, inputs | {name: leaf})
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+            call(
+                op,
+                inputs | {name: forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))},
+            )
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
