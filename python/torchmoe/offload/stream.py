@@ -1,0 +1,405 @@
+"""A call of experts of which some must be read first: they run in groups, as they arrive.
+
+An expert's rows do not depend on what else runs in the same call of an op. So a group's rows are
+computed alone, with each slot as a token that has one expert, and kept in the dtype of sums; when
+all groups have run, the rows of a token are added up and rounded as `torchmoe.ops.expert_mlp` does.
+Where every expert that is needed is resident one call of the op does it all.
+
+The rows are sorted by `ResidentSet.keys`, so that residents come first and in the order of their
+slots. What is saved for the backward pass is what the op saves: x, the weights, the pre-activation
+and integers.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torchmoe._wide import wide_dtype
+from torchmoe.offload.resident import ResidentSet, in_order
+from torchmoe.ops import DispatchPlan
+
+_ops = torch.ops.torchmoe
+
+
+class Rows(NamedTuple):
+    """The rows of one expert in a plan."""
+
+    expert: int
+    begin: int
+    end: int
+
+
+class _Placed(NamedTuple):
+    """The rows of an expert that is in a slot."""
+
+    slot: int
+    begin: int
+    end: int
+
+
+class Stream:
+    """Computes with experts that come and go.
+
+    Args:
+        residents: the experts in memory.
+        names: what residents.matrices calls w_in, b_in, w_out and b_out; None for no bias.
+        activation: see `torchmoe.ops.expert_mlp`.
+
+    Attributes:
+        residents: as given.
+        predict: gives what the next layer will need, from this layer's x and indices.
+        ahead: the stream of that layer, or None.
+        behind: the stream of the layer before, whose backward pass comes next, or None.
+        last_slots: how many slots each expert had in the last forward pass that a backward pass may
+            follow.
+    """
+
+    def __init__(
+        self,
+        residents: ResidentSet,
+        names: tuple[str, str | None, str, str | None],
+        activation: str,
+    ) -> None:
+        self.residents = residents
+        self.names = names
+        self.activation = activation
+        self.predict: Callable[[Tensor, Tensor], Mapping[int, int]] | None = None
+        self.ahead: weakref.ref[Stream] | None = None
+        self.behind: weakref.ref[Stream] | None = None
+        self.last_slots: dict[int, int] = {}
+        self._expected: Mapping[int, int] | None = None  # what was predicted for the next call
+
+    def run(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """As `torchmoe.ops.expert_mlp`, for arguments that it takes."""
+        is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        # A transform of torch.func may want a gradient that its tensors inside do not tell of.
+        keeps_pre = torch.is_grad_enabled() and any(
+            tensor.requires_grad or is_wrapped(tensor) for tensor in (x, weights)
+        )
+        if not keeps_pre and forward_ad._current_level < 0:
+            return self.forward(x, indices, weights, keeps_pre)[0]
+        apply = cast(Callable[..., tuple[Any, ...]], _Forward.apply)
+        return cast(Tensor, apply(x, weights, indices, self, keeps_pre)[0])
+
+    def forward(
+        self, x: Tensor, indices: Tensor, weights: Tensor, keeps_pre: bool
+    ) -> tuple[Tensor, Tensor, DispatchPlan, list[Rows]]:
+        """The output [T, H], pre-activations [N, P] or [0, P], the plan, and its rows by expert."""
+        residents = self.residents
+        with residents.held():
+            residents.settle()
+            plan, rows = self._plan(indices)
+            slots = {row.expert: row.end - row.begin for row in rows}
+            self._begin(slots, keeps_pre)
+            turn = functools.partial(self._look_ahead, x, indices)
+            placed = self._placed(rows)
+            if placed is not None:
+                turn()
+                whole = self._offsets(placed, 0, residents.num_slots)
+                y, pre = _ops._expert_mlp.default(
+                    x, weights, *self._matrices(0, residents.num_slots), whole,
+                    plan.row_to_slot, plan.slot_to_row, self.activation, keeps_pre,
+                )  # fmt: skip
+                return y, pre, plan, rows
+            wide = wide_dtype(x.dtype)
+            num_rows, top_k = plan.row_to_slot.numel(), indices.shape[1]
+            outputs = x.new_empty(num_rows, x.shape[1], dtype=wide)
+            width = residents.matrices[self.names[0]].shape[1]
+            pre = x.new_empty(num_rows if keeps_pre else 0, width)
+
+            def run(group: list[_Placed]) -> None:
+                local = _Local(group, plan)
+                ones = x.new_ones(local.num_rows, 1, dtype=wide)
+                y, of_group = _ops._expert_mlp.default(
+                    x[local.slots // top_k], ones, *self._matrices(local.first, local.last),
+                    self._offsets(group, local.first, local.last), *local.identity,
+                    self.activation, keeps_pre, wide=True,
+                )  # fmt: skip
+                outputs[local.rows] = y
+                if keeps_pre:
+                    pre[local.rows] = of_group
+
+            self._run_all(rows, run, turn)
+        y = _ops.unpermute.default(outputs, weights.to(wide), *plan)
+        return y.to(x.dtype), pre, plan, rows
+
+    def backward(
+        self,
+        grad: Tensor,
+        weights: Tensor,
+        pre: Tensor,
+        plan: DispatchPlan,
+        rows: list[Rows],
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and of the weights, as far as they are wanted."""
+        residents = self.residents
+        of_x, of_weights = wanted
+        mask = [of_x, of_weights, False, False, False, False]
+        grad = grad.to(pre.dtype).contiguous()
+        with residents.held():
+            residents.settle()
+            self._begin({row.expert: row.end - row.begin for row in rows})
+            turn = self._look_back
+            placed = self._placed(rows)
+            # x stands in for itself by its shape: it is read for the gradients of matrices only.
+            if placed is not None:
+                turn()
+                whole = self._offsets(placed, 0, residents.num_slots)
+                grads = _ops._expert_mlp_backward.default(
+                    grad, grad, weights, *self._matrices(0, residents.num_slots), whole,
+                    plan.row_to_slot, plan.slot_to_row, pre, self.activation, mask,
+                )  # fmt: skip
+                return grads[0] if of_x else None, grads[1] if of_weights else None
+            wide = wide_dtype(grad.dtype)
+            num_rows, top_k = plan.row_to_slot.numel(), weights.shape[1]
+            grad_rows = grad.new_empty(num_rows if of_x else 0, grad.shape[1], dtype=wide)
+            grad_weights = weights.new_zeros(weights.numel())
+            flat = weights.reshape(-1)
+
+            def run(group: list[_Placed]) -> None:
+                local = _Local(group, plan)
+                of_group = grad[local.slots // top_k]
+                grads = _ops._expert_mlp_backward.default(
+                    of_group, of_group, flat[local.slots].unsqueeze(1),
+                    *self._matrices(local.first, local.last),
+                    self._offsets(group, local.first, local.last), *local.identity,
+                    pre[local.rows], self.activation, mask, wide=True,
+                )  # fmt: skip
+                if of_x:
+                    grad_rows[local.rows] = grads[0]
+                if of_weights:
+                    grad_weights[local.slots] = grads[1].squeeze(1)
+
+            self._run_all(rows, run, turn)
+        grad_x = None
+        if of_x:
+            ones = grad.new_ones(weights.shape, dtype=wide)
+            grad_x = _ops.unpermute.default(grad_rows, ones, *plan).to(grad.dtype)
+        return grad_x, grad_weights.view_as(weights) if of_weights else None
+
+    def prefetch(self, slots: Mapping[int, int], *, predicted: bool) -> None:
+        """Asks for experts ahead of this stream's next call, unless a call is under way."""
+        with self.residents.try_held() as held:
+            if held:
+                self.residents.prefetch(slots)
+                if predicted:
+                    self._expected = slots
+
+    def _plan(self, indices: Tensor) -> tuple[DispatchPlan, list[Rows]]:
+        """The rows sorted by `ResidentSet.keys`."""
+        num_experts, num_slots = self.residents.store.num_experts, self.residents.num_slots
+        experts = {slot: expert for expert, slot in self.residents.residents.items()}
+        # Any id outside of [0, E) finds the last key.
+        keys = self.residents.keys()[indices.clamp(-1, num_experts)]
+        plan = DispatchPlan(*_ops.dispatch_plan.default(keys, num_slots + num_experts))
+        bounds = pairwise(plan.expert_offsets.tolist())
+        rows = [
+            Rows(experts[key] if key < num_slots else key - num_slots, begin, end)
+            for key, (begin, end) in enumerate(bounds)
+            if begin < end
+        ]
+        return plan, rows
+
+    def _begin(self, slots: dict[int, int], keeps_pre: bool = False) -> None:
+        self.residents.begin(slots)
+        if keeps_pre:
+            self.last_slots = slots
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            right = sum(expert in expected for expert in slots)
+            self.residents.counters.prediction(right, len(slots) - right)
+
+    def _look_ahead(self, x: Tensor, indices: Tensor) -> None:
+        """Prefetches for the next layer, as soon as this call has asked for all that it needs.
+
+        What is recomputed in a backward pass goes the other way.
+        """
+        if torch._C._current_graph_task_id() != -1:
+            self._look_back()
+        elif self.predict is not None and (ahead := _alive(self.ahead)) is not None:
+            ahead.prefetch(self.predict(x, indices), predicted=True)
+
+    def _look_back(self) -> None:
+        """Prefetches for the layer before, whose backward pass comes next."""
+        if (behind := _alive(self.behind)) is not None:
+            behind.prefetch(behind.last_slots, predicted=False)
+
+    def _placed(self, rows: list[Rows]) -> list[_Placed] | None:
+        """The rows if all their experts are resident, in the order of the slots; else None."""
+        slots = self.residents.residents
+        placed = [_Placed(slots.get(row.expert, -1), row.begin, row.end) for row in rows]
+        numbers = [-1, *(row.slot for row in placed)]
+        return placed if all(a < b for a, b in pairwise(numbers)) else None
+
+    def _run_all(
+        self, rows: list[Rows], run: Callable[[list[_Placed]], None], turn: Callable[[], None]
+    ) -> None:
+        """Runs every expert once, in groups of those that are there, and reads the others."""
+        residents = self.residents
+        by_expert = {row.expert: row for row in rows}
+        left = set(by_expert)  # those that have not run, which must not be evicted
+        missing = [
+            expert
+            for expert in in_order({row.expert: row.end - row.begin for row in rows})
+            if expert not in residents.residents and expert not in residents.loading
+        ]
+        has_turned = False
+        while left:
+            residents.settle(left)
+            while missing and residents.load(missing[0], keep=left):
+                missing.pop(0)
+            if not missing and not has_turned:
+                has_turned = True
+                turn()
+            ready = [expert for expert in left if expert in residents.residents]
+            if not ready:
+                residents.wait(left)
+                continue
+            group = self._first_of(ready, bool(missing))
+            slots = residents.residents
+            run(sorted(_Placed(slots[expert], *by_expert[expert][1:]) for expert in group))
+            left.difference_update(group)
+
+    def _first_of(self, ready: list[int], more: bool) -> list[int]:
+        """Those of the experts in memory that run next.
+
+        While others wait for a slot, those that are to leave run first and make room, so that the
+        thread that reads has something to do.
+        """
+        if not more:
+            return ready
+        count = (len(ready) + 1) // 2 if self.residents.is_reading else 1
+        return self.residents.policy.ranked(ready)[:count]
+
+    def _matrices(self, first: int, last: int) -> list[Tensor | None]:
+        """w_in, b_in, w_out and b_out of the slots from first to last."""
+        matrices = self.residents.matrices
+        return [None if name is None else matrices[name][first:last] for name in self.names]
+
+    @staticmethod
+    def _offsets(group: list[_Placed], first: int, last: int) -> Tensor:
+        """Where the rows of each slot from first to last begin, if the group's rows are joined."""
+        counts = [0] * (last - first)
+        for placed in group:
+            counts[placed.slot - first] = placed.end - placed.begin
+        return torch.tensor([0, *counts]).cumsum(0)
+
+
+class _Local:
+    """A group's rows as a plan of their own, in which each slot is a token.
+
+    Args:
+        group: in the order of the slots.
+        plan: of the whole call.
+
+    Attributes:
+        first, last: the slots of the group lie between.
+        num_rows: of the group.
+        rows: which rows of the call they are.
+        slots: [num_rows], the call's slots t*K + j.
+        identity: row_to_slot and slot_to_row of the group's own plan.
+    """
+
+    def __init__(self, group: list[_Placed], plan: DispatchPlan) -> None:
+        self.first, self.last = group[0].slot, group[-1].slot + 1
+        self.num_rows = sum(placed.end - placed.begin for placed in group)
+        self.rows: slice | Tensor
+        if all(a.end == b.begin for a, b in pairwise(group)):
+            self.rows = slice(group[0].begin, group[-1].end)
+        else:
+            self.rows = torch.cat([torch.arange(*placed[1:]) for placed in group])
+        self.slots = plan.row_to_slot[self.rows]
+        numbers = torch.arange(self.num_rows)
+        self.identity = numbers, numbers.unsqueeze(1)
+
+
+def _alive(reference: weakref.ref[Stream] | None) -> Stream | None:
+    return None if reference is None else reference()
+
+
+_FIRST_ORDER = "OffloadedExperts: derivatives must be first ones in reverse mode, got "
+
+
+class _Differentiated(torch.autograd.Function):
+    """What both directions refuse."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:  # noqa: ANN401
+        del info, in_dims, args
+        raise RuntimeError(f"{_FIRST_ORDER}a batch of vmap")
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:  # noqa: ANN401
+        del ctx, tangents
+        raise RuntimeError(f"{_FIRST_ORDER}a tangent of forward mode")
+
+
+class _Forward(_Differentiated):
+    """Experts that are read as they are needed, in either direction."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weights: Tensor, indices: Tensor, stream: Stream, keeps_pre: bool
+    ) -> tuple[Any, ...]:
+        """y, and what the backward pass needs."""
+        y, pre, plan, rows = stream.forward(x, indices, weights, keeps_pre)
+        return y, pre, *plan, rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ANN401
+        """Saves it."""
+        x, weights, _indices, ctx.stream, _ = inputs
+        _y, pre, *plan, ctx.rows = output
+        ctx.mark_non_differentiable(pre, *plan)
+        ctx.set_materialize_grads(False)  # of the others
+        ctx.save_for_backward(x, weights, pre, *plan)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        """The gradients of x and the weights."""
+        x, weights, pre, *plan = ctx.saved_tensors
+        wanted = tuple(ctx.needs_input_grad[:2])
+        apply = cast(Callable[..., tuple[Tensor | None, ...]], _Backward.apply)
+        grads = apply(grad, x, weights, pre, *plan, ctx.stream, ctx.rows, wanted)
+        return *grads, None, None, None
+
+
+class _Backward(_Differentiated):
+    """The gradients, as a function of all that they depend on, which says that it has none."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor,
+        x: Tensor,
+        weights: Tensor,
+        pre: Tensor,
+        offsets: Tensor,
+        row_to_slot: Tensor,
+        slot_to_row: Tensor,
+        stream: Stream,
+        rows: list[Rows],
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Both, as far as they are wanted."""
+        del x
+        plan = DispatchPlan(offsets, row_to_slot, slot_to_row)
+        return stream.backward(grad, weights, pre, plan, rows, wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ANN401
+        """Saves nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:  # noqa: ANN401
+        """Refuses."""
+        del ctx, grads
+        raise RuntimeError(f"{_FIRST_ORDER}a derivative of a gradient")

@@ -1,0 +1,105 @@
+"""Experts in memory beside the same ones offloaded, and calls of both."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchmoe.nn import Experts
+from torchmoe.offload import OffloadedExperts, offload
+
+#: More than a store ever leaves in the page cache while small experts are read.
+WINDOW = 4 << 20
+
+
+def expert_bytes(experts: Experts) -> int:
+    """Of one expert."""
+    return sum(parameter.nbytes for parameter in experts.parameters()) // experts.num_experts
+
+
+def slots_of(experts: Experts, num_slots: int) -> int:
+    """A budget for so many residents, whatever the window is."""
+    held = copy.deepcopy(experts)
+    window = offload(held, budget=1 << 40)._store.window_bytes
+    return num_slots * expert_bytes(experts) + window
+
+
+class Pair(NamedTuple):
+    """The same experts twice."""
+
+    resident: Experts
+    offloaded: OffloadedExperts
+
+
+def pair(
+    hidden: int = 8,
+    inner: int = 12,
+    experts: int = 8,
+    *,
+    num_slots: int = 3,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "swiglu",
+    bias: bool = True,
+    **options: Any,
+) -> Pair:
+    """Experts and their offloaded copy with room for num_slots residents."""
+    resident = Experts(hidden, inner, experts, activation=activation, bias=bias, dtype=dtype)
+    resident.requires_grad_(False)
+    budget = slots_of(resident, num_slots)
+    offloaded = offload(copy.deepcopy(resident), budget=budget, **options)
+    assert offloaded.num_slots == num_slots
+    return Pair(resident, offloaded)
+
+
+class Call(NamedTuple):
+    """Arguments of experts, and the gradient that arrives at their output."""
+
+    x: Tensor
+    indices: Tensor
+    weights: Tensor
+    grad: Tensor
+
+
+def drawn(
+    experts: Experts | OffloadedExperts,
+    tokens: int,
+    top_k: int,
+    *,
+    weights: torch.dtype = torch.float32,
+    ids: Tensor | None = None,
+) -> Call:
+    """A random call with repeated ids, and ids outside [0, E)."""
+    dtype = experts.down_proj.dtype if isinstance(experts, Experts) else experts.dtype
+    if ids is None:
+        ids = torch.randint(-2, experts.num_experts + 2, (tokens, top_k))
+    x, grad = (torch.randn(tokens, experts.hidden_size).to(dtype) for _ in range(2))
+    return Call(x, ids, torch.rand(ids.shape).to(weights), grad)
+
+
+def gradients(
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    call: Call,
+    *,
+    x: bool = True,
+    w: bool = True,
+) -> list[Tensor]:
+    """The output and the gradients of x and the weights."""
+    given, weights = call.x.clone().requires_grad_(x), call.weights.clone().requires_grad_(w)
+    y = experts(given, call.indices, weights)
+    y.backward(call.grad)
+    return [y.detach(), *(leaf.grad for leaf in (given, weights) if leaf.grad is not None)]
+
+
+def assert_same(given: Pair, call: Call, **wanted: bool) -> None:
+    """The same bits without a gradient, with one, and of the gradients."""
+    expected = gradients(given.resident, call, **wanted)
+    actual = gradients(given.offloaded, call, **wanted)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
+    with torch.no_grad():
+        assert torch.equal(given.offloaded(*call[:3]), expected[0])
