@@ -24,7 +24,7 @@ def expert_bytes(experts: Experts) -> int:
 def slots_of(experts: Experts, num_slots: int) -> int:
     """A budget for so many residents, whatever the window is."""
     held = copy.deepcopy(experts)
-    window = offload(held, budget=1 << 40)._store.window_bytes
+    window = offload(held, budget=1 << 40)._file.window_bytes
     return num_slots * expert_bytes(experts) + window
 
 

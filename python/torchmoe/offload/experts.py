@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -198,7 +198,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         self.num_experts, self.activation = experts.num_experts, experts.activation
         self.budget, self.policy, self.prefetch = budget, policy, prefetch
         self.store = None if is_temporary else store.path
-        self._store, self._trace = store, trace
+        self._file, self._trace = store, trace
         num_slots = (budget - store.window_bytes) // store.expert_bytes
         if num_slots < 1:
             raise ValueError(
@@ -220,11 +220,10 @@ class OffloadedExperts(ExpertsDeclaration, Part):
     def _connect(self) -> None:
         """Makes what no two modules share."""
         policy = POLICIES[self.policy](self.num_experts, self._trace)
-        self._residents = ResidentSet(self._store, self._like, self.num_slots, policy, Loader())
+        self._residents = ResidentSet(self._file, self._like, self.num_slots, policy, Loader())
         self._stream = Stream(self._residents, self._names, self.activation)
-        # Wrapped here, since torch.compiler takes seconds to load.
-        self._outside = torch.compiler.disable(self._stream.run)  # type: ignore[no-untyped-call]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
 
@@ -240,9 +239,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
             RuntimeError: a shape, dtype or device does not fit, or the store has changed.
             OSError: the store cannot be read.
         """
-        given = self._checked(x, indices, weights)
-        run = self._outside if torch.compiler.is_compiling() else self._stream.run
-        return run(*given)
+        return self._stream.run(*self._checked(x, indices, weights))
 
     def warm(self, usage: Tensor) -> None:
         """Reads the experts that are used most, as many as can be resident, and waits for them.
@@ -352,9 +349,9 @@ class OffloadedExperts(ExpertsDeclaration, Part):
             and weights.dtype in (torch.float32, torch.float64, x.dtype)
         )
         if not fits:
-            given: list[Any] = [tensor.to("meta") for tensor in (x, indices, weights)]
-            given += [None if name is None else self._like[name] for name in self._names]
-            ops.expert_mlp(*given, activation=self.activation)
+            given = [tensor.to("meta") for tensor in (x, indices, weights)]
+            matrices = [None if name is None else self._like[name] for name in self._names]
+            cast(Any, ops.expert_mlp)(*given, *matrices, self.activation)
         return x, indices, weights
 
     def _under_autocast(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,15 +363,15 @@ class OffloadedExperts(ExpertsDeclaration, Part):
                 f"another one would be outside of the budget, {self.dtype}, got {dtype}"
             )
 
-        def cast(tensor: Tensor, to: torch.dtype) -> Tensor:
+        def narrowed(tensor: Tensor, to: torch.dtype) -> Tensor:
             is_cast = tensor.is_floating_point() and tensor.dtype != torch.float64
             return tensor.to(to) if is_cast else tensor
 
-        return cast(x, dtype), cast(weights, torch.float32)
+        return narrowed(x, dtype), narrowed(weights, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedExperts:
         # What changes neither dtype nor device, such as `model.cpu()`, has nothing to do.
-        before = torch.empty(0, dtype=self.dtype)
+        before = torch.empty(0, dtype=self.dtype, device="cpu")
         after = fn(before)
         if (after.dtype, after.device) != (before.dtype, before.device):
             raise RuntimeError(
@@ -387,11 +384,9 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        whole = {
-            name: torch.empty(like.shape, dtype=like.dtype) for name, like in self._like.items()
-        }
+        whole = {name: torch.empty_like(like, device="cpu") for name, like in self._like.items()}
         for expert in range(self.num_experts):
-            self._store.read(expert, {name: tensor[expert] for name, tensor in whole.items()})
+            self._file.read(expert, {name: tensor[expert] for name, tensor in whole.items()})
         destination.update({prefix + name: tensor for name, tensor in whole.items()})
 
     def _load_from_state_dict(
@@ -410,7 +405,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         if differing := self._differing(given):
             error_msgs.append(
                 f"OffloadedExperts: {prefix}{differing} must have the values of the store, which "
-                f"offload or write_store writes, got others than {self._store.path} has"
+                f"offload or write_store writes, got others than {self._file.path} has"
             )
         others = {
             key: value for key, value in state_dict.items() if key not in map(prefix.__add__, given)
@@ -425,11 +420,9 @@ class OffloadedExperts(ExpertsDeclaration, Part):
             like = self._like[name]
             if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.is_meta:
                 return name
-        one = {
-            name: torch.empty(like.shape[1:], dtype=like.dtype) for name, like in self._like.items()
-        }
+        one = {name: torch.empty_like(like[0], device="cpu") for name, like in self._like.items()}
         for expert in range(self.num_experts) if given else ():
-            self._store.read(expert, one)
+            self._file.read(expert, one)
             for name, tensor in given.items():
                 held = one[name].flatten().view(torch.uint8)
                 if not torch.equal(
@@ -441,8 +434,8 @@ class OffloadedExperts(ExpertsDeclaration, Part):
     def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedExperts:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        shared = ("_store", "_like", "_trace")
-        own = ("_residents", "_stream", "_outside")
+        shared = ("_file", "_like", "_trace")
+        own = ("_residents", "_stream")
         for name, value in self.__dict__.items():
             if name not in own:
                 copied.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)

@@ -28,6 +28,15 @@ class _Load(NamedTuple):
     read: Future[None]
 
 
+class Keys(NamedTuple):
+    """Numbers of the experts, those in memory first: its slot, or S + its id if it has none."""
+
+    of_expert: Tensor
+    """[E + 1] int64: each expert's number, at the end -1 for what is not routed."""
+    of_key: Tensor
+    """[S + E] int64: each number's expert, or -1."""
+
+
 class Counters:
     """What has been counted since `reset`: pairs of a call and an expert that it needed."""
 
@@ -92,10 +101,11 @@ class ResidentSet:
         self.store, self.policy, self.loader = store, policy, loader
         self.num_slots = num_slots
         # The system gives memory to a slot when it is first written.
-        self.matrices = {
-            name: torch.empty(num_slots, *like.shape[1:], dtype=like.dtype)
-            for name, like in matrices.items()
-        }
+        with torch.inference_mode(False):
+            self.matrices = {
+                name: torch.empty(num_slots, *like.shape[1:], dtype=like.dtype, device="cpu")
+                for name, like in matrices.items()
+            }
         self.counters = Counters()
         self.peak_resident_bytes = 0
         self._locks: dict[int, threading.Lock] = {}
@@ -107,7 +117,7 @@ class ResidentSet:
         self._loads: dict[int, _Load] = {}  # of experts under way, in the order of the reads
         self._free = list(reversed(range(self.num_slots)))
         self._used = 0  # slots from the first one on that hold memory
-        self._keys: Tensor | None = None
+        self._keys: Keys | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -154,18 +164,16 @@ class ResidentSet:
         """Whether a read has not ended."""
         return any(not load.read.done() for load in self._loads.values())
 
-    def keys(self) -> Tensor:
-        """What each expert's rows are sorted by: its slot, or S + its id if it has none.
-
-        Returns:
-            [E + 1] int64, at the end -1 for what is not routed.
-        """
+    def keys(self) -> Keys:
+        """What the rows of a call that begins now are sorted by."""
         if self._keys is None:
-            first = self.num_slots
-            keys = list(range(first, first + self.store.num_experts))
+            num_experts = self.store.num_experts
+            of_expert = [self.num_slots + expert for expert in range(num_experts)]
+            of_key = [-1] * self.num_slots + list(range(num_experts))
             for expert, slot in self._slots.items():
-                keys[expert] = slot
-            self._keys = torch.tensor([*keys, -1])
+                of_expert[expert], of_key[slot] = slot, expert
+            with torch.inference_mode(False):  # a later call may save them for its backward pass
+                self._keys = Keys(_integers([*of_expert, -1]), _integers(of_key))
         return self._keys
 
     @property
@@ -283,6 +291,10 @@ class ResidentSet:
             self._keys = None
         if raises and error is not None:
             raise error
+
+
+def _integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, device="cpu")
 
 
 def in_order(slots: Mapping[int, int]) -> list[int]:

@@ -30,11 +30,33 @@ _ops = torch.ops.torchmoe
 
 
 class Rows(NamedTuple):
-    """The rows of one expert in a plan."""
+    """The rows of one expert."""
 
     expert: int
     begin: int
     end: int
+
+
+class Sorted(NamedTuple):
+    """The slots of a call, sorted by the numbers that the experts had when it began.
+
+    These are tensors alone: a checkpoint that runs a call again replaces what was saved by what it
+    saves then, and only that.
+    """
+
+    plan: DispatchPlan
+    """Over S + E numbers."""
+    experts: Tensor
+    """[S + E] int64: the expert of each number."""
+
+    def rows(self) -> list[Rows]:
+        """Those of each expert that has some, in order."""
+        bounds = pairwise(self.plan.expert_offsets.tolist())
+        return [
+            Rows(expert, begin, end)
+            for expert, (begin, end) in zip(self.experts.tolist(), bounds, strict=True)
+            if begin < end
+        ]
 
 
 class _Placed(NamedTuple):
@@ -91,12 +113,13 @@ class Stream:
 
     def forward(
         self, x: Tensor, indices: Tensor, weights: Tensor, keeps_pre: bool
-    ) -> tuple[Tensor, Tensor, DispatchPlan, list[Rows]]:
-        """The output [T, H], pre-activations [N, P] or [0, P], the plan, and its rows by expert."""
+    ) -> tuple[Tensor, Tensor, Sorted]:
+        """The output [T, H], the pre-activation [N, P] or [0, P], and what its rows are."""
         residents = self.residents
         with residents.held():
             residents.settle()
-            plan, rows = self._plan(indices)
+            order = self._sorted(indices)
+            plan, rows = order.plan, order.rows()
             slots = {row.expert: row.end - row.begin for row in rows}
             self._begin(slots, keeps_pre)
             turn = functools.partial(self._look_ahead, x, indices)
@@ -108,7 +131,7 @@ class Stream:
                     x, weights, *self._matrices(0, residents.num_slots), whole,
                     plan.row_to_slot, plan.slot_to_row, self.activation, keeps_pre,
                 )  # fmt: skip
-                return y, pre, plan, rows
+                return y, pre, order
             wide = wide_dtype(x.dtype)
             num_rows, top_k = plan.row_to_slot.numel(), indices.shape[1]
             outputs = x.new_empty(num_rows, x.shape[1], dtype=wide)
@@ -129,19 +152,18 @@ class Stream:
 
             self._run_all(rows, run, turn)
         y = _ops.unpermute.default(outputs, weights.to(wide), *plan)
-        return y.to(x.dtype), pre, plan, rows
+        return y.to(x.dtype), pre, order
 
     def backward(
         self,
         grad: Tensor,
         weights: Tensor,
         pre: Tensor,
-        plan: DispatchPlan,
-        rows: list[Rows],
+        order: Sorted,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and of the weights, as far as they are wanted."""
-        residents = self.residents
+        residents, plan, rows = self.residents, order.plan, order.rows()
         of_x, of_weights = wanted
         mask = [of_x, of_weights, False, False, False, False]
         grad = grad.to(pre.dtype).contiguous()
@@ -194,20 +216,14 @@ class Stream:
                 if predicted:
                     self._expected = slots
 
-    def _plan(self, indices: Tensor) -> tuple[DispatchPlan, list[Rows]]:
-        """The rows sorted by `ResidentSet.keys`."""
+    def _sorted(self, indices: Tensor) -> Sorted:
+        """The rows of a call that begins now."""
         num_experts, num_slots = self.residents.store.num_experts, self.residents.num_slots
-        experts = {slot: expert for expert, slot in self.residents.residents.items()}
-        # Any id outside of [0, E) finds the last key.
-        keys = self.residents.keys()[indices.clamp(-1, num_experts)]
-        plan = DispatchPlan(*_ops.dispatch_plan.default(keys, num_slots + num_experts))
-        bounds = pairwise(plan.expert_offsets.tolist())
-        rows = [
-            Rows(experts[key] if key < num_slots else key - num_slots, begin, end)
-            for key, (begin, end) in enumerate(bounds)
-            if begin < end
-        ]
-        return plan, rows
+        keys = self.residents.keys()
+        # Any id outside of [0, E) finds the last entry.
+        ids = keys.of_expert[indices.clamp(-1, num_experts)]
+        plan = _ops.dispatch_plan.default(ids, num_slots + num_experts)
+        return Sorted(DispatchPlan(*plan), keys.of_key)
 
     def _begin(self, slots: dict[int, int], keeps_pre: bool = False) -> None:
         self.residents.begin(slots)
@@ -291,7 +307,7 @@ class Stream:
         counts = [0] * (last - first)
         for placed in group:
             counts[placed.slot - first] = placed.end - placed.begin
-        return torch.tensor([0, *counts]).cumsum(0)
+        return torch.tensor([0, *counts], device="cpu").cumsum(0)
 
 
 class _Local:
@@ -316,9 +332,9 @@ class _Local:
         if all(a.end == b.begin for a, b in pairwise(group)):
             self.rows = slice(group[0].begin, group[-1].end)
         else:
-            self.rows = torch.cat([torch.arange(*placed[1:]) for placed in group])
+            self.rows = torch.cat([torch.arange(*placed[1:], device="cpu") for placed in group])
         self.slots = plan.row_to_slot[self.rows]
-        numbers = torch.arange(self.num_rows)
+        numbers = torch.arange(self.num_rows, device="cpu")
         self.identity = numbers, numbers.unsqueeze(1)
 
 
@@ -349,28 +365,26 @@ class _Forward(_Differentiated):
     @staticmethod
     def forward(
         x: Tensor, weights: Tensor, indices: Tensor, stream: Stream, keeps_pre: bool
-    ) -> tuple[Any, ...]:
-        """y, and what the backward pass needs."""
-        y, pre, plan, rows = stream.forward(x, indices, weights, keeps_pre)
-        return y, pre, *plan, rows
+    ) -> tuple[Tensor, ...]:
+        """The output, and what the backward pass needs."""
+        y, pre, order = stream.forward(x, indices, weights, keeps_pre)
+        return y, pre, *order.plan, order.experts
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ANN401
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
         """Saves it."""
-        x, weights, _indices, ctx.stream, _ = inputs
-        _y, pre, *plan, ctx.rows = output
-        ctx.mark_non_differentiable(pre, *plan)
-        ctx.set_materialize_grads(False)  # of the others
-        ctx.save_for_backward(x, weights, pre, *plan)
+        x, weights, _indices, ctx.stream, _keeps_pre = inputs
+        _y, *saved = output
+        ctx.mark_non_differentiable(*saved)
+        ctx.set_materialize_grads(False)  # of these
+        ctx.save_for_backward(x, weights, *saved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """The gradients of x and the weights."""
-        x, weights, pre, *plan = ctx.saved_tensors
-        wanted = tuple(ctx.needs_input_grad[:2])
         apply = cast(Callable[..., tuple[Tensor | None, ...]], _Backward.apply)
-        grads = apply(grad, x, weights, pre, *plan, ctx.stream, ctx.rows, wanted)
-        return *grads, None, None, None
+        wanted = tuple(ctx.needs_input_grad[:2])
+        return *apply(grad, *ctx.saved_tensors, ctx.stream, wanted), None, None, None
 
 
 class _Backward(_Differentiated):
@@ -385,14 +399,14 @@ class _Backward(_Differentiated):
         offsets: Tensor,
         row_to_slot: Tensor,
         slot_to_row: Tensor,
+        experts: Tensor,
         stream: Stream,
-        rows: list[Rows],
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both, as far as they are wanted."""
         del x
-        plan = DispatchPlan(offsets, row_to_slot, slot_to_row)
-        return stream.backward(grad, weights, pre, plan, rows, wanted)
+        order = Sorted(DispatchPlan(offsets, row_to_slot, slot_to_row), experts)
+        return stream.backward(grad, weights, pre, order, wanted)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:  # noqa: ANN401
