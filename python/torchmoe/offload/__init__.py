@@ -2,11 +2,23 @@
 
 `offload` moves frozen experts into a file and gives a module that takes their place; `link` lets a
 layer ask for the next layer's experts; `write_store` writes experts of a model that fits into no
-memory. Import it by its name: `import torchmoe.offload`.
+memory; `plan_offload` predicts how long a step takes, from what `measure_machine` measures. Import
+it by its name: `import torchmoe.offload`.
 """
 
 from torchmoe.offload.experts import OffloadedExperts, offload
 from torchmoe.offload.linking import link
+from torchmoe.offload.planning import Machine, OffloadPlan, measure_machine, plan_offload
 from torchmoe.offload.store import ExpertStore, write_store
 
-__all__ = ["ExpertStore", "OffloadedExperts", "link", "offload", "write_store"]
+__all__ = [
+    "ExpertStore",
+    "Machine",
+    "OffloadPlan",
+    "OffloadedExperts",
+    "link",
+    "measure_machine",
+    "offload",
+    "plan_offload",
+    "write_store",
+]

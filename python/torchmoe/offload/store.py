@@ -123,12 +123,9 @@ class ExpertStore:
         self._descriptor: _Descriptor | None = descriptor
         self._matrices = matrices
         self._opened = opened
-        sizes = [matrix.slice_bytes for matrix in matrices.values()]
         self.num_experts = next(iter(matrices.values())).shape[0]
-        self.expert_bytes = sum(sizes)
+        self.expert_bytes, self.window_bytes = _sizes(matrices)
         self.num_bytes = self.num_experts * self.expert_bytes
-        # The piece that is read and the next one; a slice begins and ends within a page.
-        self.window_bytes = min(2 * CHUNK, sum(_whole_pages(size) + _PAGE for size in sizes))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], experts: Experts) -> ExpertStore:
@@ -466,6 +463,18 @@ def _layout(owner: str, experts: Experts, begin: int) -> dict[str, _Matrix]:
         matrices[name] = _Matrix(tuple(tensor.shape), tensor.dtype, begin)
         begin += matrices[name].num_bytes
     return matrices
+
+
+def stored_sizes(owner: str, experts: Experts) -> tuple[int, int]:
+    """The expert_bytes and window_bytes that a store of these experts has, see `ExpertStore`."""
+    return _sizes(_layout(owner, experts, 0))
+
+
+def _sizes(matrices: dict[str, _Matrix]) -> tuple[int, int]:
+    sizes = [matrix.slice_bytes for matrix in matrices.values()]
+    # The piece that is read and the next one; a slice begins and ends within a page.
+    window = min(2 * CHUNK, sum(_whole_pages(size) + _PAGE for size in sizes))
+    return sum(sizes), window
 
 
 def _header(experts: Experts, sha256: str) -> bytes:
