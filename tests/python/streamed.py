@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -103,3 +104,17 @@ def assert_same(given: Pair, call: Call, **wanted: bool) -> None:
         assert torch.equal(a, e)
     with torch.no_grad():
         assert torch.equal(given.offloaded(*call[:3]), expected[0])
+
+
+class AtOnce:
+    """Reads when it is asked: what is in memory then does not depend on time."""
+
+    def submit(self, read: Callable[[], None]) -> Future[None]:
+        """Reads."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        try:
+            future.set_result(read())
+        except OSError as error:
+            future.set_exception(error)
+        return future
