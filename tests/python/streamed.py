@@ -12,9 +12,7 @@ from torch import Tensor
 
 from torchmoe.nn import Experts
 from torchmoe.offload import OffloadedExperts, offload
-
-#: More than a store ever leaves in the page cache while small experts are read.
-WINDOW = 4 << 20
+from torchmoe.offload.store import stored_sizes
 
 
 def expert_bytes(experts: Experts) -> int:
@@ -24,9 +22,8 @@ def expert_bytes(experts: Experts) -> int:
 
 def slots_of(experts: Experts, num_slots: int) -> int:
     """A budget for so many residents, whatever the window is."""
-    held = copy.deepcopy(experts)
-    window = offload(held, budget=1 << 40)._file.window_bytes
-    return num_slots * expert_bytes(experts) + window
+    one, window = stored_sizes("slots_of", experts)
+    return num_slots * one + window
 
 
 class Pair(NamedTuple):

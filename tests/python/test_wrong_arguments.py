@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import torchmoe
+import torchmoe.offload
 from built_in import ESTIMATORS, ROUTERS, needed
+from offload_arguments import OFFLOAD
 from tool_arguments import TOOLS
 from torchmoe import losses, ops
 from torchmoe.nn import (
@@ -340,15 +342,17 @@ CASES = [
     ),
 ]
 
+ALL = [*CASES, *TOOLS, *OFFLOAD]
 
-@pytest.mark.parametrize("case", [*CASES, *TOOLS], ids=lambda case: case.owner)
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.owner)
 def test_every_argument_has_a_row(case: Case) -> None:
     arguments = set(inspect.signature(case.call).parameters)
     assert arguments == set(case.kinds) | set(case.others)
     case.call(**case.good)
 
 
-@pytest.mark.parametrize(("case", "argument", "value"), wrong([*CASES, *TOOLS]))
+@pytest.mark.parametrize(("case", "argument", "value"), wrong(ALL))
 def test_a_wrong_argument_is_named(case: Case, argument: str, value: object) -> None:
     check_named(case, argument, value)
 
@@ -377,8 +381,12 @@ RESULTS = {
     "DispatchPlan",
     "EstimatorComparison",
     "EstimatorResult",
+    "ExpertStore",
     "LossInputs",
+    "Machine",
     "MoEOutput",
+    "OffloadPlan",
+    "OffloadedExperts",
     "RouterGeometry",
     "RouterOutput",
     "Routing",
@@ -393,7 +401,7 @@ OF_A_LAYER = {"Preset"}
 def test_everything_public_has_a_row() -> None:
     public = {
         name
-        for module in (torchmoe, torchmoe.nn, torchmoe.presets, torchmoe.testing)
+        for module in (torchmoe, torchmoe.nn, torchmoe.offload, torchmoe.presets, torchmoe.testing)
         for name in module.__all__
         if callable(getattr(module, name))
     }
@@ -403,5 +411,5 @@ def test_everything_public_has_a_row() -> None:
         for name, value in vars(module).items()
         if name[0] != "_" and getattr(value, "__module__", None) == module.__name__
     }
-    rows = {case.call.__name__ for case in (*CASES, *TOOLS)}
+    rows = {case.call.__name__ for case in ALL}
     assert public - rows == WITHOUT_ARGUMENTS | RESULTS | OF_A_LAYER

@@ -29,7 +29,7 @@ from torchmoe.nn.declarations import ExpertsDeclaration
 from torchmoe.offload.loader import Loader
 from torchmoe.offload.policies import POLICIES, Trace
 from torchmoe.offload.resident import ResidentSet, in_order
-from torchmoe.offload.store import ExpertStore, write_store
+from torchmoe.offload.store import ExpertStore, checked_path, stored_sizes, write_store
 from torchmoe.offload.stream import Stream
 
 Path = str | os.PathLike[str]
@@ -95,14 +95,18 @@ def offload(
                 "offload: experts must be on the CPU or the meta device, "
                 f"got {name} on {parameter.device}"
             )
+    num_slots = _slots(experts, budget)
     is_meta = experts.down_proj.is_meta
-    if is_meta and store is None:
+    if store is not None:
+        store = checked_path("offload", "store", store)
+    elif is_meta:
         raise ValueError("offload: store must be given for experts on the meta device, got None")
     opened = _opened(experts, store, write=not is_meta)
     offloaded = OffloadedExperts(
         experts,
         opened,
         budget=budget,
+        num_slots=num_slots,
         policy=policy,
         prefetch=prefetch,
         trace=trace,
@@ -120,6 +124,18 @@ def _check_trace(policy: str, trace: Trace | None) -> None:
             )
     elif trace is not None:
         raise ValueError(f'offload: trace must be None for policy "{policy}", got {shown(trace)}')
+
+
+def _slots(experts: Experts, budget: int) -> int:
+    """How many experts can be resident."""
+    expert_bytes, window_bytes = stored_sizes("offload", experts)
+    least = expert_bytes + window_bytes
+    if budget < least:
+        raise ValueError(
+            f"offload: budget must be at least {least}, {expert_bytes} bytes for one expert and "
+            f"{window_bytes} for reading, got {budget}"
+        )
+    return min((budget - window_bytes) // expert_bytes, experts.num_experts)
 
 
 def _opened(experts: Experts, store: Path | None, *, write: bool) -> ExpertStore:
@@ -188,6 +204,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         store: ExpertStore,
         *,
         budget: int,
+        num_slots: int,
         policy: str,
         prefetch: bool,
         trace: Trace | None,
@@ -199,14 +216,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         self.budget, self.policy, self.prefetch = budget, policy, prefetch
         self.store = None if is_temporary else store.path
         self._file, self._trace = store, trace
-        num_slots = (budget - store.window_bytes) // store.expert_bytes
-        if num_slots < 1:
-            raise ValueError(
-                f"offload: budget must be at least {store.expert_bytes + store.window_bytes}, "
-                f"{store.expert_bytes} bytes for one expert and {store.window_bytes} for reading, "
-                f"got {budget}"
-            )
-        self.num_slots = min(num_slots, store.num_experts)
+        self.num_slots = num_slots
         parameters = dict(experts.named_parameters())
         self._like = {
             name: torch.empty_like(parameter, device="meta", requires_grad=False)

@@ -140,7 +140,7 @@ class ExpertStore:
             OSError: the file is not there or cannot be read.
             ValueError: it is no such file, was cut short or changed, or holds other experts.
         """
-        name = _checked_path("offload", "store", path)
+        name = checked_path("offload", "store", path)
         expected = _layout("offload", experts, 0)
         with _naming("offload: cannot open the store", name):
             # Waiting for a writer of a named pipe would never end.
@@ -283,7 +283,7 @@ def write_store(
         ...     return {"gate_up_proj": torch.randn(256, 64), "down_proj": torch.randn(64, 128)}
         >>> write_store("experts.safetensors", experts, expert)
     """
-    target = _checked_path("write_store", "path", path)
+    target = checked_path("write_store", "path", path)
     check_kind("write_store", "experts", experts, Experts)
     refuse_sharded("write_store", "experts", experts)
     held = _tensors_of(experts)
@@ -653,7 +653,8 @@ def _whole_pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-def _checked_path(owner: str, argument: str, path: str | os.PathLike[str]) -> str:
+def checked_path(owner: str, argument: str, path: str | os.PathLike[str]) -> str:
+    """The path as text; raises TypeError if it is none."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{owner}: {argument} must be a path, got {shown(path)}")
     return os.fspath(path)

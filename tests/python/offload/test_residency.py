@@ -21,7 +21,7 @@ def experts_of(num_slots: int, num_experts: int = 8, **options: object) -> Exper
     return Experts(8, 12, num_experts, **options).requires_grad_(False)  # type: ignore[arg-type]
 
 
-def test_a_budget_below_one_expert_is_refused() -> None:
+def test_a_budget_below_one_expert_is_refused(tmp_path: Path) -> None:
     experts = experts_of(1)
     least = slots_of(experts, 1)
     assert offload(experts_of(1), budget=least).num_slots == 1
@@ -31,7 +31,8 @@ def test_a_budget_below_one_expert_is_refused() -> None:
         rf"{least - size} for reading, got {least - 1}$"
     )
     with pytest.raises(ValueError, match=message):
-        offload(experts, budget=least - 1)
+        offload(experts, budget=least - 1, store=tmp_path / "store")
+    assert not list(tmp_path.iterdir())
     assert torch.equal(experts.down_proj, before)
 
 
