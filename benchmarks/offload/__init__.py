@@ -1,0 +1,1 @@
+"""Benchmarks of `torchmoe.offload`: one file per question, `python -m benchmarks.offload.NAME`."""
