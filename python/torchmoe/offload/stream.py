@@ -15,12 +15,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 from torchmoe._wide import wide_dtype
 from torchmoe.offload.resident import ResidentSet, in_order
@@ -40,8 +42,8 @@ class Rows(NamedTuple):
 class Sorted(NamedTuple):
     """The slots of a call, sorted by the numbers that the experts had when it began.
 
-    These are tensors alone: a checkpoint that runs a call again replaces what was saved by what it
-    saves then, and only that.
+    All of it is tensors, since a checkpoint that runs the call again replaces saved tensors by
+    those of the second run, and nothing else.
     """
 
     plan: DispatchPlan
@@ -116,7 +118,7 @@ class Stream:
     ) -> tuple[Tensor, Tensor, Sorted]:
         """The output [T, H], the pre-activation [N, P] or [0, P], and what its rows are."""
         residents = self.residents
-        with residents.held():
+        with residents.held(), _uncounted():
             residents.settle()
             order = self._sorted(indices)
             plan, rows = order.plan, order.rows()
@@ -151,8 +153,8 @@ class Stream:
                     pre[local.rows] = of_group
 
             self._run_all(rows, run, turn)
-        y = _ops.unpermute.default(outputs, weights.to(wide), *plan)
-        return y.to(x.dtype), pre, order
+            y = _ops.unpermute.default(outputs, weights.to(wide), *plan)
+            return y.to(x.dtype), pre, order
 
     def backward(
         self,
@@ -172,7 +174,7 @@ class Stream:
             self._begin({row.expert: row.end - row.begin for row in rows})
             turn = self._look_back
             placed = self._placed(rows)
-            # x stands in for itself by its shape: it is read for the gradients of matrices only.
+            # The op reads x for gradients of matrices alone: grad, of the same shape, stands in.
             if placed is not None:
                 turn()
                 whole = self._offsets(placed, 0, residents.num_slots)
@@ -336,6 +338,18 @@ class _Local:
         self.slots = plan.row_to_slot[self.rows]
         numbers = torch.arange(self.num_rows, device="cpu")
         self.identity = numbers, numbers.unsqueeze(1)
+
+
+def _uncounted() -> AbstractContextManager[object]:
+    """Hides ops from selective checkpoints, which know a result by the number of its op.
+
+    How many ops run, and in what order, is another thing each time; so all of them run again.
+    """
+    depth = torch._C._len_torch_dispatch_stack()
+    modes = [torch._C._get_dispatch_stack_at(i) for i in range(depth)]
+    if any(isinstance(m, _CachingTorchDispatchMode | _CachedTorchDispatchMode) for m in modes):
+        return cast(AbstractContextManager[object], torch._C._DisableTorchDispatch())
+    return nullcontext()
 
 
 def _alive(reference: weakref.ref[Stream] | None) -> Stream | None:

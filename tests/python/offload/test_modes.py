@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from selectively import selectively
 from streamed import Call, Pair, drawn, gradients, pair
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -131,6 +133,38 @@ def test_a_checkpoint_whose_residents_have_changed(given: Pair, call: Call) -> N
         y.backward(call.grad)
         found.append(x.grad)
     assert torch.equal(*found)
+
+
+SAVED = {
+    "nothing": (),
+    "experts": (torch.ops.torchmoe._expert_mlp.default,),
+    "tokens": (torch.ops.aten.index.Tensor, torch.ops.torchmoe.dispatch_plan.default),
+}
+
+
+@pytest.mark.parametrize("save", SAVED.values(), ids=SAVED)
+def test_selective_checkpoints(given: Pair, call: Call, save: tuple[object, ...]) -> None:
+    """They tell results apart by the number of the op, which is another one the second time."""
+
+    def run(experts: Experts) -> list[Tensor]:
+        def repeated(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+            y = selectively(experts, x, indices, weights, save=save)
+            given.offloaded(*drawn(given.resident, 1, 2)[:3])
+            return cast(Tensor, y)
+
+        return gradients(repeated, call)
+
+    assert_alike(given, run)
+
+
+def test_floating_point_operations(given: Pair) -> None:
+    counted = []
+    call = drawn(given.resident, 20, 2, ids=torch.randint(0, 8, (20, 2)))
+    for experts in given:
+        with FlopCounterMode(display=False) as counter:
+            gradients(experts, call)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def test_hooks_on_saved_tensors(given: Pair, call: Call) -> None:
