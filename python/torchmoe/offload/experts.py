@@ -177,15 +177,6 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         num_slots: how many experts can be resident.
         policy: its name.
         prefetch: see `offload`.
-
-    Example:
-        >>> experts = torchmoe.nn.Experts(16, 32, 8).requires_grad_(False)
-        >>> expert_bytes = sum(p.nbytes for p in experts.parameters()) // 8
-        >>> offloaded = offload(experts, budget=5 * expert_bytes)
-        >>> moe = torchmoe.nn.MoE(16, None, 8, 2, experts=offloaded)
-        >>> y = moe(torch.randn(4, 16)).hidden_states
-        >>> offloaded.peak_resident_bytes <= offloaded.budget
-        True
     """
 
     hidden_size = Fixed[int]()

@@ -24,6 +24,8 @@ from torchmoe.offload.experts import OffloadedExperts
 def link(layers: Iterable[nn.Module]) -> None:
     """Lets each layer with offloaded experts ask for the experts of the next one.
 
+        torchmoe.offload.link(model.layers)
+
     When a layer's experts are called, the next layer's router scores this layer's tokens, as in
     evaluation: without noise and without drawing a random number. What it would choose is read
     behind what the call itself needs, and nothing that the call needs is evicted for it. In the
@@ -42,9 +44,6 @@ def link(layers: Iterable[nn.Module]) -> None:
         TypeError: layers are no modules.
         ValueError: a layer appears twice, its hidden size is another one than that of the layer
             before, or its router does not score tokens one by one from x alone.
-
-    Example:
-        >>> torchmoe.offload.link(model.layers)  # doctest: +SKIP
     """
     found = _layers(layers)
     for before, after in pairwise(found):
