@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from streamed import AtOnce, slots_of
 from torchmoe.nn import CosineRouter, Experts, Gate, HashRouter, MoE, Router, SequenceRouter
@@ -200,6 +201,22 @@ def test_the_backward_direction_reads_ahead_too() -> None:
     without, with_links = counted
     assert sum(without[:2]) > 0
     assert with_links == [0, 0, without[2]]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_is_recomputed_looks_back(use_reentrant: bool) -> None:
+    model = offloaded(stack(3), 3, at_once=True)
+    link(model.layers)
+    middle = experts_of(model)[1]._stream
+    asked: list[str] = []
+    predict, look_back = middle.predict, middle._look_back
+    middle.predict = lambda *call: asked.append("ahead") or predict(*call)  # type: ignore[func-returns-value, misc]
+    middle._look_back = lambda: asked.append("back") or look_back()  # type: ignore[func-returns-value, method-assign]
+    x = torch.randn(4, H, requires_grad=True)
+    y = checkpoint(model, x, use_reentrant=use_reentrant)
+    assert asked == ["ahead"]
+    y.sum().backward()
+    assert asked == ["ahead", "back", "back"]  # when it is run again, and its own backward pass
 
 
 def test_predictions_are_read_while_a_call_computes() -> None:

@@ -196,9 +196,10 @@ def test_saves_what_the_op_saves(given: Pair, call: Call) -> None:
 
 def test_inference_mode(given: Pair, call: Call) -> None:
     """What it leaves behind must not keep a later call from having a gradient."""
-    with torch.inference_mode():
-        y = given.offloaded(*call[:3])
-    assert torch.equal(y, given.resident(*call[:3]))
+    for _ in range(2):  # the second time nothing is read
+        with torch.inference_mode():
+            y = given.offloaded(*call[:3])
+        assert torch.equal(y, given.resident(*call[:3]))
     assert_alike(given, lambda e: gradients(e, call))
 
 
