@@ -20,7 +20,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough report-cpu test test-cpp test-python test-capabilities test-aarch64 test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
+.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough offload-demo report-cpu test test-cpp test-python test-capabilities test-aarch64 test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ classify: develop  ## Classify text with every router, those that look ahead too
 
 walkthrough: develop  ## Show one gate decision step by step, with every number (ARGS="--help")
 	$(BIN)/python examples/gating_walkthrough.py $(ARGS)
+
+offload-demo: develop  ## Stream experts from files with room for a part of them, a minute (ARGS="--help")
+	$(BIN)/python examples/offload_demo.py $(ARGS)
 
 bench: develop  ## Time the layer against its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
