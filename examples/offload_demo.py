@@ -20,7 +20,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,11 +78,12 @@ def write_layers(count: int, x: Tensor, folder: Path) -> tuple[list[MoE], Tensor
     """
     layers = []
     for layer in range(count):
-        moe = MoE(H, INNER, E, K).requires_grad_(False).eval()
+        experts = Experts(H, INNER, E)
+        moe = MoE(H, None, E, K, experts=experts).requires_grad_(False).eval()
         with torch.inference_mode():
             x = x + moe(x).hidden_states
-        torchmoe.offload.write_store(file(folder, layer), cast(Experts, moe.experts))
-        moe.experts.to("meta")  # keeps the sizes and lets go of the numbers
+        torchmoe.offload.write_store(file(folder, layer), experts)
+        experts.to("meta")  # keeps the sizes and lets go of the numbers
         layers.append(moe)
     return layers, x
 
@@ -119,7 +120,7 @@ def run(
         moe.experts = offloaded
     begin = time.perf_counter()
     with torch.inference_mode():
-        for token in x.split(1):
+        for token in x.unsqueeze(1):  # [1, H] each
             for moe in layers:
                 token = token + moe(token).hidden_states
             outputs.append(token)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import mmap
@@ -192,12 +193,12 @@ def contend(options: argparse.Namespace) -> Result:
     if options.contender == OFFLOAD:
         call = offloaded = offload(size.make("meta"), budget=budget_of(size), store=path)
     else:
-        call, view = mapped(path, size)
+        experts, view = mapped(path, size)
+        call = experts
         if options.contender == RESIDENT:
-            call = size.make("cpu")
-            call.load_state_dict(mapped(path, size)[0].state_dict())
+            call = copy.deepcopy(experts)  # into memory
         elif not options.group:
-            evict = HalfEvicted(path, call, view)
+            evict = HalfEvicted(path, experts, view)
     seconds: list[float] = []
     digest = hashlib.sha256()
     with torch.inference_mode():

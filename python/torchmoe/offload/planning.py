@@ -257,7 +257,7 @@ def measure_machine(experts: Experts, *, folder: str | os.PathLike[str] | None =
 class _Call(NamedTuple):
     """One layer's call: what `plan_offload` calls n, l, c, overhead and overlap."""
 
-    count: float
+    needed: float
     read: float
     compute: float
     overhead: float
@@ -266,13 +266,13 @@ class _Call(NamedTuple):
     @property
     def compute_time(self) -> float:
         """Without a read."""
-        return self.overhead + self.count * self.compute
+        return self.overhead + self.needed * self.compute
 
     def alone(self, missed: float) -> float:
         """With `missed` reads, which only this call's computing hides."""
         if missed < 1:  # one call in 1 / missed reads one expert
             return (1 - missed) * self.compute_time + missed * self.alone(1)
-        work = self.count * self.compute
+        work = self.needed * self.compute
         last, first = missed * self.read + self.compute, self.read + missed * self.compute
         return self._mixed(missed, self.overhead + max(work, last, first))
 
@@ -287,13 +287,13 @@ class _Call(NamedTuple):
 
     def break_even_alone(self) -> float:
         """The hit rate from which `alone` is the time of computing, if all overlaps."""
-        work = self.count * self.compute
+        work = self.needed * self.compute
         missed = min((work - self.compute) / self.read, (work - self.read) / self.compute)
-        return 1 - min(missed, self.count) / self.count if missed >= 1 else 1.0
+        return 1 - min(missed, self.needed) / self.needed if missed >= 1 else 1.0
 
     def break_even_linked(self) -> float:
         """The hit rate from which `linked` is the time of computing, if all overlaps."""
-        return max(0.0, 1 - self.compute_time / (self.count * self.read))
+        return max(0.0, 1 - self.compute_time / (self.needed * self.read))
 
 
 def _check_part(argument: str, value: float) -> None:

@@ -585,12 +585,13 @@ def _begin_of(path: str, name: str, matrix: _Matrix, entry: dict[str, Any]) -> i
     """Where a tensor begins in the data; raises ValueError unless it has the matrix's bytes."""
     offsets = entry.get("data_offsets")
     is_pair = isinstance(offsets, list) and [type(offset) for offset in offsets] == [int, int]
-    if not is_pair or offsets[1] - offsets[0] != matrix.num_bytes:
+    begin, end = offsets if is_pair and offsets else (0, -1)
+    if end - begin != matrix.num_bytes:
         raise ValueError(
             f"offload: store must have {matrix.num_bytes} bytes of {name}, got {path} with the "
             f"offsets {offsets}"
         )
-    return int(offsets[0])
+    return begin
 
 
 def _sha256(path: str, number: int, begin: int, end: int) -> str:
