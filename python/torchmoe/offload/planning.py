@@ -241,7 +241,7 @@ def measure_machine(experts: Experts, *, folder: str | os.PathLike[str] | None =
             read = _of_reading(os.path.join(made, "experts.safetensors"), sample)
             read_seconds = _seconds(read) / count
             overlap = _overlap(read, many, read_seconds / many_seconds)
-        overhead = _overhead(experts.num_experts)
+            overhead = _overhead(os.path.join(made, "tiny.safetensors"), experts.num_experts)
     # Two equations for the two terms of c.
     per_row = max(many_seconds - few_seconds, 0.1 * many_seconds) / (MANY_ROWS - 1)
     of_memory = max(few_seconds - per_row, 0.1 * few_seconds)
@@ -390,11 +390,11 @@ def _overlap(read: Callable[[], object], compute: Callable[[], object], ratio: f
     return min(1.0, max(0.0, (sum(parts) - _seconds(both)) / min(parts)))
 
 
-def _overhead(num_experts: int) -> float:
+def _overhead(path: str, num_experts: int) -> float:
     """Seconds of a call that computes next to nothing and finds it resident."""
     tiny = Experts(8, 8, num_experts).requires_grad_(False)
     expert_bytes, window_bytes = stored_sizes("measure_machine", tiny)
-    offloaded = offload(tiny, budget=num_experts * expert_bytes + window_bytes)
+    offloaded = offload(tiny, budget=num_experts * expert_bytes + window_bytes, store=path)
     offloaded.warm(torch.ones(num_experts))
     x, indices, weights = torch.randn(1, 8), torch.tensor([[0, -1]]), torch.ones(1, 2)
     with torch.inference_mode():

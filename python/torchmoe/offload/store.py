@@ -50,7 +50,7 @@ _CODES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-# Errors of a file system that has no locks, or does not reserve room.
+# Errors of a file system that has no locks, reserves no room, or keeps folders by itself.
 _NOT_SUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -380,11 +380,19 @@ def _new_file(path: str) -> Iterator[int]:
         _advise(number, 0, 0, "DONTNEED")
         os.close(number)
     with _naming("write_store: cannot write the store's folder", path):
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is content of the folder
-        finally:
-            os.close(folder)
+        _sync_folder(os.path.dirname(path) or ".")
+
+
+def _sync_folder(path: str) -> None:
+    """Waits until the names in a folder are on the disk, where the file system can say so."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(number)
 
 
 def _create(path: str) -> int:

@@ -12,6 +12,7 @@ import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -182,6 +183,14 @@ def test_a_file_system_that_supports_nothing(
     monkeypatch.setattr(os, "posix_fadvise", unsupported)
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
     monkeypatch.setattr(module.fcntl, "flock", unsupported)
+    fsync = os.fsync
+
+    def fsync_of_files(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            unsupported()
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files)
     write_store(tmp_path / "a", experts)
     check_reads(ExpertStore.open(tmp_path / "a", experts), experts)
     # Whether another process writes cannot be told there, so that nothing of its is removed.
@@ -763,6 +772,26 @@ def test_a_disk_that_is_full_at_any_step(
         write_store(path, made(bias=True))
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_a_folder_that_cannot_be_made_sure_of(
+    path: Path, experts: Experts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new file is in its place then, and the error says what is in doubt."""
+    fsync = os.fsync
+
+    def broken(number: int) -> None:
+        if stat.S_ISDIR(os.fstat(number).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    other = made(bias=True)
+    message = f"write_store: cannot write the store's folder: Input/output error: '{path}'"
+    with pytest.raises(OSError, match=message):
+        write_store(path, other)
+    assert os.listdir(path.parent) == [path.name]
+    check_reads(ExpertStore.open(path, other), other)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path, experts: Experts) -> None:
