@@ -85,6 +85,30 @@ def test_a_read_that_fails(num_slots: int, direction: str) -> None:
     assert experts.bytes_read < experts.misses * experts._file.expert_bytes
 
 
+def test_a_call_goes_before_what_was_only_predicted() -> None:
+    """What is being read is read to its end; what has not begun is given up."""
+    given = pair(num_slots=4)
+    experts = given.offloaded
+    read: list[int] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def note(_: Read, expert: int) -> None:
+        read.append(expert)
+        began.set()
+        go_on.wait()
+
+    replace_read(experts, note)
+    experts._stream.prefetch({0: 3, 1: 2, 2: 1, 5: 1}, predicted=True)
+    began.wait()
+    threading.Timer(0.05, go_on.set).start()
+    call = drawn(given.resident, 4, 1, ids=torch.tensor([[5], [6], [6], [5]]))
+    with torch.no_grad():
+        assert torch.equal(experts(*call[:3]), given.resident(*call[:3]))
+    assert read == [0, 5, 6]
+    assert sorted(experts._residents.residents) == [0, 5, 6]
+    assert (experts.hits, experts.misses, experts.prediction_hit_rate) == (0, 2, 0.5)
+
+
 def test_a_store_that_is_cut_short_while_it_is_open(tmp_path: Path) -> None:
     path = tmp_path / "store.safetensors"
     given = pair(num_slots=2, store=path)
