@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import hashlib
@@ -25,6 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from page_cache import cached_bytes
 from torchmoe.nn import Experts
 from torchmoe.offload import store as module
 from torchmoe.offload.store import ExpertStore, write_store
@@ -203,28 +203,16 @@ def test_a_file_system_that_supports_nothing(
 # ---- what stays in memory
 
 
-def resident_bytes(path: Path) -> int:
-    """Of a file, in the page cache."""
-    size = path.stat().st_size
-    libc = ctypes.CDLL(None, use_errno=True)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as view:
-        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-        begin = ctypes.c_ubyte.from_buffer(view)
-        assert libc.mincore(ctypes.byref(begin), ctypes.c_size_t(size), pages) == 0
-        del begin
-        return mmap.PAGESIZE * sum(page & 1 for page in pages)
-
-
 @pytest.fixture
 def cached(tmp_path: Path) -> Path:
     """A folder whose files are dropped from the cache when that is asked for."""
     file = tmp_path / "probe"
     file.write_bytes(bytes(100_000))
     with file.open("rb") as opened:
-        assert resident_bytes(file) > 0
+        assert cached_bytes(file) > 0
         os.fsync(opened.fileno())
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if resident_bytes(file) > 0:
+    if cached_bytes(file) > 0:
         pytest.skip("the temporary folder is in memory")
     return tmp_path
 
@@ -241,7 +229,7 @@ def test_the_page_cache_holds_no_more_than_the_window(
     def watched(call: Callable[..., int], path: Path) -> Callable[..., int]:
         def run(*arguments: Any) -> int:
             result = call(*arguments)
-            seen.append(resident_bytes(path))
+            seen.append(cached_bytes(path))
             return result
 
         return run
@@ -253,19 +241,19 @@ def test_the_page_cache_holds_no_more_than_the_window(
     else:
         write_store(cached / "a", experts)
     assert 0 < max(seen) <= 2 * module.UNWRITTEN
-    assert resident_bytes(cached / "a") == 0
+    assert cached_bytes(cached / "a") == 0
 
     seen.clear()
     monkeypatch.setattr(os, "preadv", watched(preadv, cached / "a"))
     store = ExpertStore.open(cached / "a", experts)
     # The header's page is one more while the file is opened.
     assert 0 < max(seen) <= store.window_bytes + mmap.PAGESIZE
-    assert resident_bytes(cached / "a") == 0
+    assert cached_bytes(cached / "a") == 0
 
     seen.clear()
     check_reads(store, experts)
     assert 0 < max(seen) <= store.window_bytes
-    assert resident_bytes(cached / "a") == 0
+    assert cached_bytes(cached / "a") == 0
 
 
 # ---- what is refused when a file is opened
