@@ -32,6 +32,7 @@ from torchmoe.offload.experts import offload
 from torchmoe.offload.store import ExpertStore, stored_sizes, write_store
 
 SAMPLE = 256 << 20  # bytes of experts that are measured: more than a processor's caches hold
+MOST = 256  # of them
 MANY_ROWS = 256  # of an expert, so many that reading its matrices takes a small part of the time
 ROUNDS = 5  # of each measurement, of which the median counts
 
@@ -213,9 +214,10 @@ def plan_offload(
 def measure_machine(experts: Experts, *, folder: str | os.PathLike[str] | None = None) -> Machine:
     """Measures what `plan_offload` needs, in seconds, with as many threads as torch has now.
 
-    It makes experts of the same sizes, up to 256 MiB of them and at least two, writes them to a
-    file that it removes, and times reading and computing. Anything else that runs meanwhile makes
-    the machine look slower.
+    It makes experts of the same sizes, 256 MiB of them but at least 2 and at most 256, writes them
+    to a file that it removes, and times reading and computing. So many do not fit into a
+    processor's caches, as those of all layers do not. Anything else that runs meanwhile makes the
+    machine look slower.
 
     Args:
         experts: their sizes, dtype and number; the meta device is enough.
@@ -232,7 +234,7 @@ def measure_machine(experts: Experts, *, folder: str | os.PathLike[str] | None =
     if not isinstance(folder, str | os.PathLike | None):
         raise TypeError(f"measure_machine: folder must be a path or None, got {shown(folder)}")
     expert_bytes, _ = stored_sizes("measure_machine", experts)
-    count = min(experts.num_experts, max(2, SAMPLE // expert_bytes))
+    count = max(2, min(SAMPLE // expert_bytes, MOST))
     with torch.random.fork_rng(devices=[]):  # the caller's numbers stay what they would be
         sample = _like(experts, count)
         few, many = _of_op(sample, 1), _of_op(sample, MANY_ROWS)
