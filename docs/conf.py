@@ -52,7 +52,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     # Other projects: their inventories would have to be downloaded.
     ("py:.*", r"(torch|collections|contextlib|decimal|fractions|pathlib|typing)\..*"),
-    ("py:.*", r"(Figure|GradcheckError|ProcessGroup|Self|Tensor|nn\.Module|os\.PathLike)"),
+    ("py:.*", r"(Figure|GradcheckError|ProcessGroup|Self|Tensor|nn\.Module|os\.\w+)"),
     # What stands in signatures and is of no use by its name.
     ("py:class", r"(torchmoe\.nn\.balance\.)?(Answer|ExpertFunction|Load|Subject)"),
     ("py:class", r"torchmoe\.(.*\._.*|monitor\.watch\.Writer)"),

@@ -3,8 +3,10 @@
 `torchmoe.nn` has the layer and its parts, `torchmoe.ops` the functions that they are composed of,
 `torchmoe.losses` further balancing terms, and `torchmoe.presets` the conventions of other
 libraries. `watch` and `routing_statistics` show what the routing does, `geometry` how a router
-divides the space. `RoutingReplay` repeats the choices of one pass in another. `torchmoe.testing`
-certifies any mixture-of-experts layer, read through an `Adapter`, and checks your own gradients.
+divides the space. `RoutingReplay` repeats the choices of one pass in another, `RoutingCache` those
+of earlier inputs for similar ones. `torchmoe.testing` certifies any mixture-of-experts layer, read
+through an `Adapter`, and checks your own gradients. `torchmoe.offload`, which is imported by its
+name, streams experts that do not fit into memory.
 `python -m torchmoe` prints what a bug report needs.
 """
 
@@ -29,7 +31,7 @@ from torchmoe.monitor import (  # noqa: E402
     routing_statistics,
     watch,
 )
-from torchmoe.nn import RoutingCache  # noqa: E402
+from torchmoe.nn.routing_cache import CachedRouting, RoutingCache  # noqa: E402
 from torchmoe.replay import RoutingReplay  # noqa: E402
 from torchmoe.selection_bias import update_selection_bias  # noqa: E402
 
@@ -52,6 +54,7 @@ def build_info() -> dict[str, str]:
 
 __all__ = [
     "Adapter",
+    "CachedRouting",
     "RouterGeometry",
     "RoutingCache",
     "RoutingReplay",

@@ -28,6 +28,7 @@ MODULES = (
     "torchmoe",
     "torchmoe.losses",
     "torchmoe.nn",
+    "torchmoe.offload",
     "torchmoe.ops",
     "torchmoe.presets",
     "torchmoe.testing",

@@ -16,7 +16,7 @@ import torchmoe.offload
 from built_in import ESTIMATORS, ROUTERS, needed
 from offload_arguments import OFFLOAD
 from tool_arguments import TOOLS
-from torchmoe import losses, ops
+from torchmoe import RoutingCache, losses, ops
 from torchmoe.nn import (
     Assistance,
     Balance,
@@ -26,7 +26,6 @@ from torchmoe.nn import (
     Experts,
     Gate,
     MoE,
-    RoutingCache,
     SharedExperts,
     WithAttachedLoss,
 )

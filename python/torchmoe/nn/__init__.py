@@ -15,13 +15,11 @@ from torchmoe.nn.gate import Gate
 from torchmoe.nn.moe import MoE
 from torchmoe.nn.routers import *  # noqa: F403 (its __all__)
 from torchmoe.nn.routing import Decision, MoEOutput, Routing
-from torchmoe.nn.routing_cache import CachedRouting, RoutingCache
 from torchmoe.nn.shared_experts import SharedExperts
 
 __all__ = [
     "Assistance",
     "Balance",
-    "CachedRouting",
     "Capacity",
     "Decision",
     "ExpertCommunication",
@@ -33,7 +31,6 @@ __all__ = [
     "MoEOutput",
     "RouterDeclaration",
     "Routing",
-    "RoutingCache",
     "SharedExperts",
     "WithAttachedLoss",
 ]
