@@ -167,6 +167,57 @@ TEST_CASE("expert_mlp: the same as permute, grouped_linear and unpermute", "[exp
                    3 + 5 + 2) == "");
 }
 
+TEST_CASE("expert_mlp: in two calls, added up wide and rounded once", "[expert_mlp]") {
+  // Each slot is a token of one choice; the slots of the experts that are left out give 0.
+  const Tensor indices = wave({300, 3}).mul(6).round().to(torch::kLong);
+  for (const auto dtype : kFloatTypes) {
+    INFO(dtype);
+    const Layer l = layer("swiglu", indices, 40, 24, dtype);
+    const torchmoe::ExpertParameters experts{l.w_in, l.b_in, l.w_out, l.b_out};
+    const Tensor slots = indices.reshape({-1, 1});
+    const Tensor x = l.x.repeat_interleave(3, 0);
+    const auto wide = dtype == torch::kFloat64 ? torch::kFloat64 : torch::kFloat32;
+    const Tensor ones = torch::ones(slots.sizes(), wide);
+    Tensor rows = torch::zeros({slots.size(0), 40}, wide);
+    Tensor grad_rows = rows.clone();
+    const Tensor grad = wave(l.x.sizes(), 6, 1, dtype);
+    for (const bool first : {true, false}) {
+      const auto plan = torchmoe::dispatch_plan(slots.masked_fill(slots.lt(2).ne(first), -1), 4);
+      const auto [y, pre] = torchmoe::expert_mlp_forward(
+          x, ones, experts, plan, "swiglu", /*save_pre=*/true, /*wide=*/true);
+      CHECK(y.scalar_type() == wide);
+      rows += y;
+      grad_rows +=
+          std::get<0>(torchmoe::expert_mlp_backward(grad.repeat_interleave(3, 0),
+                                                    x,
+                                                    l.weights.reshape({-1, 1}),
+                                                    experts,
+                                                    plan,
+                                                    pre,
+                                                    "swiglu",
+                                                    {true, false, false, false, false, false},
+                                                    /*wide=*/true));
+    }
+    const auto plan = torchmoe::dispatch_plan(indices, 4);
+    const auto in_slot_order = torchmoe::dispatch_plan(torch::zeros_like(indices), 1);
+    const auto add = [&](const Tensor& of_slots, const Tensor& weights) {
+      return torchmoe::unpermute(of_slots, weights, in_slot_order).to(dtype);
+    };
+    const auto [y, pre] =
+        torchmoe::expert_mlp_forward(l.x, l.weights, experts, plan, "swiglu", /*save_pre=*/true);
+    CHECK(torch::equal(add(rows, l.weights.to(wide)), y));
+    const auto whole = torchmoe::expert_mlp_backward(grad,
+                                                     l.x,
+                                                     l.weights,
+                                                     experts,
+                                                     plan,
+                                                     pre,
+                                                     "swiglu",
+                                                     {true, false, false, false, false, false});
+    CHECK(torch::equal(add(grad_rows, torch::ones_like(l.weights).to(wide)), std::get<0>(whole)));
+  }
+}
+
 TEST_CASE("expert_mlp: gradients keep their input's type", "[expert_mlp]") {
   const Tensor indices = choices()[0].indices;
   Layer l = layer("swiglu", indices, 3, 2, torch::kBFloat16);
