@@ -17,6 +17,8 @@ evicted from the mapping and the page cache before the call, which only imitates
 
 The outputs must be the same bit for bit, which is checked. A setting is a number of tokens; one
 token at a time has favourites among the experts, as text has, and many tokens need them all.
+"train" has a backward pass too, through frozen experts to their tokens and weights. Under the limit
+experts in memory are tried as well: what becomes of them is the last line.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,6 +55,7 @@ OFFLOAD, MAPPED, RESIDENT = "offload", "mapped", "resident"
 CONTENDERS = (OFFLOAD, MAPPED, RESIDENT)
 SIZE = Size(512, 1024, 64, 2)
 TOKENS = (1, 4, 256)
+TRAINED = (256,)
 MARGIN = 48 << 20  # bytes for what is no expert: activations, the libraries' own buffers
 WARM_UP, FEWEST, MOST, SECONDS = 5, 5, 200, 4.0  # calls, and seconds of a setting
 FAVOURITES = 1.0  # the exponent of Zipf's law, by which single tokens choose
@@ -65,6 +69,7 @@ class Result:
 
     contender: str
     tokens: int
+    trains: bool
     milliseconds: float  # the mean of a call
     median_milliseconds: float
     tokens_per_second: float
@@ -183,7 +188,7 @@ def contend(options: argparse.Namespace) -> Result:
     """Runs a contender in this process."""
     size, path, tokens = options.size[0], options.store, options.tokens[0]
     random = torch.Generator().manual_seed(tokens)
-    x = torch.randn(tokens, size.hidden, generator=random)
+    x = torch.randn(tokens, size.hidden, generator=random, requires_grad=options.train)
     warm_up(tokens)
     if options.group:
         # What was allocated before stays with the group that this process comes from.
@@ -201,20 +206,23 @@ def contend(options: argparse.Namespace) -> Result:
             evict = HalfEvicted(path, experts, view)
     seconds: list[float] = []
     digest = hashlib.sha256()
-    with torch.inference_mode():
+    with torch.inference_mode(not options.train):
         for number in range(-WARM_UP, MOST):
             if number == 0:
                 read = bytes_from_disk()
                 if options.contender == OFFLOAD:
                     offloaded.reset_counters()
             indices = choices(size, tokens, random)
-            weights = torch.full(indices.shape, 1 / size.top_k)
+            weights = torch.full(indices.shape, 1 / size.top_k, requires_grad=options.train)
             evict()
             begin = time.perf_counter()
-            y = call(x, indices, weights)
+            found = [call(x, indices, weights)]
+            if options.train:
+                found += torch.autograd.grad(found[0].sum(), (x, weights))
             end = time.perf_counter()
             if number < FEWEST:
-                digest.update(bytes(y.untyped_storage()))
+                for tensor in found:
+                    digest.update(bytes(tensor.untyped_storage()))
             if number >= 0:
                 seconds.append(end - begin)
             if number >= FEWEST and sum(seconds) > options.seconds:
@@ -223,6 +231,7 @@ def contend(options: argparse.Namespace) -> Result:
     return Result(
         contender=options.contender,
         tokens=tokens,
+        trains=options.train,
         milliseconds=1e3 * mean,
         median_milliseconds=1e3 * statistics.median(seconds),
         tokens_per_second=tokens / mean,
@@ -257,22 +266,45 @@ def bytes_from_disk() -> int:
 # ---- the comparison
 
 
-def run(
-    contender: str, size: Size, store: Path, tokens: int, group: Path | None, seconds: float
-) -> Result:
-    """Runs a contender in a new process."""
+@dataclass(frozen=True)
+class Setting:
+    """What every contender is asked."""
+
+    size: Size
+    store: Path
+    tokens: int
+    trains: bool
+    seconds: float
+
+
+def start(contender: str, setting: Setting, group: Path | None) -> subprocess.CompletedProcess[str]:
+    """Runs a contender in a new process to its end."""
     command = [
         *(sys.executable, "-m", "benchmarks.offload.paging", "--contender", contender),
-        *("--size", str(size), "--store", str(store), "--tokens", str(tokens)),
-        *("--seconds", str(seconds), "--threads", str(torch.get_num_threads())),
+        *("--size", str(setting.size), "--store", str(setting.store)),
+        *("--tokens", str(setting.tokens), "--seconds", str(setting.seconds)),
+        *("--threads", str(torch.get_num_threads())),
+        *(["--train"] if setting.trains else []),
+        *([] if group is None else ["--group", str(group)]),
     ]
-    if group is not None:
-        command += ["--group", str(group)]
-    drop_from_cache(store)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    drop_from_cache(setting.store)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run(contender: str, setting: Setting, group: Path | None) -> Result:
+    """What a contender has measured."""
+    done = start(contender, setting, group)
     if done.returncode != 0:
         raise SystemExit(f"paging: {contender} ended with {done.returncode}: {done.stderr[-2000:]}")
     return Result(**json.loads(done.stdout))
+
+
+def fate(setting: Setting, group: Path) -> str:
+    """What becomes of experts in memory under the limit."""
+    done = start(RESIDENT, setting, group)
+    if done.returncode == -signal.SIGKILL:
+        return "killed by the system"
+    return "it runs" if done.returncode == 0 else f"ends with {done.returncode}"
 
 
 def drop_from_cache(path: Path) -> None:
@@ -281,24 +313,23 @@ def drop_from_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def compare(
-    size: Size, store: Path, tokens: int, limit: Limit | None, seconds: float
-) -> list[Result]:
-    """Every contender with one number of tokens."""
+def compare(setting: Setting, limit: Limit | None) -> list[Result]:
+    """Every contender in one setting."""
     found = []
     for contender in CONTENDERS:
         group = limit.folder if limit is not None and contender != RESIDENT else None
-        found.append(run(contender, size, store, tokens, group, seconds))
+        found.append(run(contender, setting, group))
     if len({result.outputs for result in found}) > 1:
-        raise SystemExit(f"paging: the contenders do not agree with {tokens} tokens")
+        raise SystemExit(f"paging: the contenders do not agree with {setting.tokens} tokens")
     return found
 
 
 def row(result: Result, ours: Result) -> str:
     """One line of the table."""
     hits = "" if result.hit_rate is None else f"{result.hit_rate:.2f}"
+    what = "train" if result.trains else "infer"
     return (
-        f"{result.tokens:>6} {result.contender:<9} {result.milliseconds:>9.2f} ms "
+        f"{result.tokens:>6} {what} {result.contender:<9} {result.milliseconds:>9.2f} ms "
         f"{result.median_milliseconds:>9.2f} ms {result.tokens_per_second:>9.1f} "
         f"{result.megabytes_read:>8.1f} MB {hits:>8} {result.calls:>5} "
         f"{result.milliseconds / ours.milliseconds:>8.2f}"
@@ -306,7 +337,7 @@ def row(result: Result, ours: Result) -> str:
 
 
 HEAD = (
-    f"{'tokens':>6} {'':<9} {'mean call':>12} {'median':>12} {'tokens/s':>9} {'read':>11} "
+    f"{'tokens':>6} {'':<5} {'':<9} {'mean call':>12} {'median':>12} {'tokens/s':>9} {'read':>11} "
     f"{'hit rate':>8} {'calls':>5} {'of ours':>8}"
 )
 
@@ -323,6 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", type=positive, action="append", help=f"may be repeated (default: {TOKENS})"
     )
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each contender")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the numbers, too")
@@ -350,10 +382,17 @@ def main(arguments: list[str] | None = None) -> int:
             limit.set(budget_of(size) + MARGIN)
             print(f"limit: {(budget_of(size) + MARGIN) / 1e6:.0f} MB in {limit.folder}")
         print(f"H,I,E,K = {size}, {store.stat().st_size / 1e6:.0f} MB of experts\n{HEAD}")
-        for tokens in options.tokens or TOKENS:
-            found = compare(size, store, tokens, limit, options.seconds)
+        settings = [
+            Setting(size, store, tokens, trains, options.seconds)
+            for trains, usual in ((False, TOKENS), (True, TRAINED))
+            for tokens in options.tokens or usual
+        ]
+        for setting in settings:
+            found = compare(setting, limit)
             print(*(row(result, found[0]) for result in found), sep="\n", flush=True)
             results += found
+        if limit is not None:
+            print(f"experts in memory, under the limit: {fate(settings[0], limit.folder)}")
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
     return 0

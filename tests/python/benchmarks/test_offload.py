@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,32 @@ def test_the_contenders_agree(
     options = ["--size", str(SIZE), "--tokens", "4", "--seconds", "0", "--folder", str(tmp_path)]
     assert paging.main([*options, "--json", str(file)]) == 0
     found = [Result(**one) for one in json.loads(file.read_text())]
-    assert [one.contender for one in found] == [OFFLOAD, MAPPED, RESIDENT]
-    assert len({one.outputs for one in found}) == 1
-    assert [one.hit_rate is None for one in found] == [False, True, True]
+    assert [one.contender for one in found] == 2 * [OFFLOAD, MAPPED, RESIDENT]
+    assert [one.trains for one in found] == 3 * [False] + 3 * [True]
+    assert [len({one.outputs for one in part}) for part in (found[:3], found[3:])] == [1, 1]
+    assert [one.hit_rate is None for one in found] == 2 * [False, True, True]
     assert "no memory cgroup can be made here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(-9, "killed by the system"), (0, "it runs"), (1, "ends with 1")]
+)
+def test_what_becomes_of_experts_in_memory(
+    code: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.CompletedProcess([], code, "", "")
+    monkeypatch.setattr(paging, "start", lambda *_: done)
+    setting = paging.Setting(SIZE, tmp_path, 4, trains=False, seconds=0.0)
+    assert paging.fate(setting, tmp_path) == said
 
 
 def test_outputs_that_differ_end_it(store: tuple[Path, Experts], monkeypatch: Any) -> None:
     def run(contender: str, *_: object) -> Result:
-        return Result(contender, 1, 1.0, 1.0, 1.0, 0.0, None, 1, contender)
+        return Result(contender, 1, False, 1.0, 1.0, 1.0, 0.0, None, 1, contender)
 
     monkeypatch.setattr(paging, "run", run)
     with pytest.raises(SystemExit, match="the contenders do not agree with 4 tokens"):
-        paging.compare(SIZE, store[0], 4, None, 0.0)
+        paging.compare(paging.Setting(SIZE, store[0], 4, trains=False, seconds=0.0), None)
 
 
 @pytest.mark.parametrize("version", [1, 2])
