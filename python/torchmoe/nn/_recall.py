@@ -76,20 +76,13 @@ class Recall:
         self._gate_input = gate_input
         counts = counted_rows(self._token_mask, len(gate_input))
         with torch.no_grad():
-            self._entry = self._cache.find(gate_input.detach(), counts, self._live)
-        self._skipped = self._may_skip and self._all_hit(self._entry >= 0, counts)
+            self._entry, holds = self._cache.find(gate_input.detach(), counts, self._live)
+        self._skipped = self._may_skip and holds and _all_hit(self._entry >= 0, counts)
         if not self._skipped:
             return score(router, gate_input)
         self._reached = [gate_input, *router.parameters()]
         shape = len(gate_input), self._live.num_experts
         return RouterOutput(torch.full(shape, torch.nan, dtype=wide_dtype(gate_input.dtype)))
-
-    def _all_hit(self, hits: Tensor, counts: Tensor | None) -> bool:
-        return (
-            bool(hits.any())
-            and bool((hits if counts is None else hits | ~counts).all())
-            and self._cache.is_current(self._live)
-        )
 
     def found(self) -> Recalled:
         """For each token, once the gate inputs have been scored."""
@@ -151,6 +144,11 @@ def counted_rows(token_mask: Tensor | None, rows: int) -> Tensor | None:
     if not len(token_mask):
         return token_mask.new_zeros(rows)
     return token_mask.view(rows, -1).any(dim=1)
+
+
+def _all_hit(hits: Tensor, counts: Tensor | None) -> bool:
+    """Whether there are some that count, and each of them hits."""
+    return bool(hits.any()) and bool((hits if counts is None else hits | ~counts).all())
 
 
 def _check_gate_input(gate_input: Tensor, num_tokens: int) -> None:

@@ -295,8 +295,10 @@ class RoutingCache:
         may_skip = self.reuse == "weights"
         return Recall(self, LiveDecision(layer), token_mask, num_tokens, may_skip)
 
-    def find(self, gate_input: Tensor, counts: Tensor | None, live: LiveDecision) -> Tensor:
-        """The entry of each gate input, among those that hold.
+    def find(
+        self, gate_input: Tensor, counts: Tensor | None, live: LiveDecision
+    ) -> tuple[Tensor, bool]:
+        """The entry of each gate input, among those that hold; and whether nothing has changed.
 
         Args:
             gate_input: [R, G].
@@ -304,24 +306,25 @@ class RoutingCache:
             live: what the layer would choose.
 
         Returns:
-            [R] int64; -1 = none.
+            [R] int64, -1 = none; and whether all that decides is as at the last update, so that the
+            weights of entries hold, too.
         """
         table = self._table
         if table is None or not table.takes(gate_input):
-            return torch.full(gate_input.shape[:1], -1, device=gate_input.device)
+            return torch.full(gate_input.shape[:1], -1, device=gate_input.device), False
         signatures = ops.cache_signatures(gate_input, table.planes, row_mask=counts)
         entry = ops.cache_lookup(
             gate_input, signatures, table.entries, table.order, self.similarity
         )
-        if self.is_current(live):
-            return entry
+        if self._is_current(live):
+            return entry, True
         hit = torch.unique(entry[entry >= 0])
         ids, _ = live.of(table.keys[hit].to(table.dtype))
         changed = torch.zeros(self.max_entries, dtype=torch.bool)
         changed[hit] = (ids != table.ids[hit]).any(dim=1)
-        return entry.masked_fill((entry >= 0) & changed[entry.clamp(min=0)], -1)
+        return entry.masked_fill((entry >= 0) & changed[entry.clamp(min=0)], -1), False
 
-    def is_current(self, live: LiveDecision) -> bool:
+    def _is_current(self, live: LiveDecision) -> bool:
         """Whether nothing that decides has changed since the last update."""
         return self._snapshot is not None and self._snapshot.is_of(live)
 
@@ -345,7 +348,7 @@ class RoutingCache:
 
     def _drop_what_changed(self, live: LiveDecision) -> None:
         table = self._table
-        if table is None or self.is_current(live):
+        if table is None or self._is_current(live):
             return
         held = table.is_taken().nonzero().squeeze(1)
         ids, weights = live.of(table.keys[held].to(table.dtype))
