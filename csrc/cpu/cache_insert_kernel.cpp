@@ -131,11 +131,11 @@ class Entries {
 
   int64_t find(const Holder& sought, double similarity) const {
     cpu::Nearest nearest;
+    const cpu::Sought row(sought.key, sizes_.width, similarity);
     buckets_.for_each_listed(sought.signatures, [&](int64_t entry) {
       const auto& holder = holders_[entry];
       if (cpu::share_signature(sought.signatures, holder.signatures, sizes_.tables)) {
-        nearest.show(entry,
-                     cpu::distance_if_similar(sought.key, holder.key, sizes_.width, similarity));
+        nearest.show(entry, row.distance_if_similar(holder.key));
       }
     });
     return nearest.entry();

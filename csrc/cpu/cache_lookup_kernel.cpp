@@ -79,10 +79,9 @@ at::Tensor cache_lookup_kernel(const at::Tensor& x,
         const int64_t* of_row = row_signatures + r * num_tables;
         cpu::Nearest nearest;
         if (of_row[0] >= 0) {
+          const cpu::Sought sought(x_data + r * width, width, similarity);
           sorted.for_each_sharing(of_row, [&](int64_t entry) {
-            nearest.show(entry,
-                         cpu::distance_if_similar(
-                             x_data + r * width, key_data + entry * width, width, similarity));
+            nearest.show(entry, sought.distance_if_similar(key_data + entry * width));
           });
         }
         out[r] = nearest.entry();

@@ -61,9 +61,15 @@ class Parts:
     has_bias: bool
 
     @classmethod
-    def of(cls, layer: MoE, balance: Balance, capacity: Capacity | None) -> Parts:
+    def of(
+        cls,
+        layer: MoE,
+        balance: Balance,
+        capacity: Capacity | None,
+        cache: RoutingCache | None,
+    ) -> Parts:
         """Those of a layer, with these settings; raises TypeError unless they are such."""
-        check_settings(balance, capacity)
+        check_settings(balance, capacity, cache)
         return cls(
             num_experts=layer.num_experts,
             balance=balance,
@@ -72,7 +78,7 @@ class Parts:
             router=declared_by_router(layer.router),
             experts=declared_by_experts(layer.experts),
             estimator=layer.estimator,
-            cache=layer.cache,
+            cache=cache,
             scores_gate_inputs=scoring_of(layer.router) is not None,
             names=(type(layer.router).__name__, type(layer.experts).__name__),
             has_bias=layer.selection_bias is not None,
@@ -363,9 +369,8 @@ def check_given(
     """Raises TypeError unless each of a layer's parts is of its kind."""
     estimator = gate if isinstance(gate, str) else "exact"
     check_kind("MoE", "gate", gate, Gate, example=f'Gate(estimator="{estimator}")')
-    check_settings(balance, capacity)
+    check_settings(balance, capacity, cache)
     check_kind("MoE", "assistance", assistance, Assistance, optional=True)
-    check_kind("MoE", "cache", cache, RoutingCache, example="RoutingCache(4096)", optional=True)
     for argument, module in (("shared_experts", shared_experts), ("router", router)):
         if module is not None:
             check_module("MoE", argument, module)
@@ -373,7 +378,8 @@ def check_given(
         check_experts("MoE", experts)
 
 
-def check_settings(balance: Balance, capacity: Capacity | None) -> None:
-    """Raises TypeError unless both are what they are called."""
+def check_settings(balance: Balance, capacity: Capacity | None, cache: RoutingCache | None) -> None:
+    """Raises TypeError unless all are what they are called."""
     check_kind("MoE", "balance", balance, Balance, example="Balance(0.01)")
     check_kind("MoE", "capacity", capacity, Capacity, example="Capacity(1.25)", optional=True)
+    check_kind("MoE", "cache", cache, RoutingCache, example="RoutingCache(4096)", optional=True)

@@ -105,7 +105,7 @@ class MoE(Remembering):
             process_group.
         estimator: the gradient estimator, from gate; a submodule, like router, assistance, experts
             and shared_experts.
-        cache: see above.
+        cache: see above; may be replaced at any time, or set to None.
         selection_bias: [E] buffer, float32 or wider, or None: if set, experts are ranked by
             score_function(logits) + selection_bias. It does not affect the weights.
 
@@ -119,12 +119,12 @@ class MoE(Remembering):
     selection_bias: Tensor | None
     assistance: Assistance | None
     shared_experts: nn.Module | None
-    cache = Fixed["RoutingCache | None"]()
     hidden_size = Fixed[int]()
     num_experts = Fixed[int]()
     top_k = Fixed[int](of="estimator")
     balance = Setting[Balance]()
     capacity = Setting[Capacity | None]()
+    cache = Setting["RoutingCache | None"]()
     routed_scaling_factor = Level(neutral=1.0)
     _routed_scaling_factor: float | None
 
@@ -186,10 +186,8 @@ class MoE(Remembering):
         self.register_buffer("selection_bias", selection_bias)
         self._reminder = UpdateReminder()
         self._balance, self._capacity = balance, capacity
-        self.cache = cache
-        self._take(device)
-        if cache is not None:
-            cache.bind(self)
+        self._cache: RoutingCache | None = None
+        self._take(device, cache=cache)
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -205,9 +203,12 @@ class MoE(Remembering):
         """Takes settings that go with the layer's parts, else none of them."""
         balance = settings.get("balance", self._balance)
         capacity = settings.get("capacity", self._capacity)
-        parts = _compatibility.Parts.of(self, balance, capacity)
+        cache = settings.get("cache", self._cache)
+        parts = _compatibility.Parts.of(self, balance, capacity, cache)
         _compatibility.check_pairs(parts)
-        self._balance, self._capacity = balance, capacity
+        if cache is not None:
+            cache.bind(self)
+        self._balance, self._capacity, self._cache = balance, capacity, cache
         self._backup = Table(parts.backup, device) if parts.backup else None
         self._reminder.readers = parts.update_readers
 

@@ -270,7 +270,7 @@ class RoutingCache:
         Raises:
             ValueError: it is that of another one.
         """
-        if self._layer is not None and self._layer is not layer:
+        if self._layer not in (None, layer):
             raise ValueError(
                 "MoE: cache must be a cache of its own, got one that belongs to another layer"
             )

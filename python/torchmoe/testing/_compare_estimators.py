@@ -354,7 +354,7 @@ def _bound(moe: MoE, name: str | Estimator) -> Estimator:
     if estimator._layer != layer:
         parameter = next(moe.router.parameters())
         estimator.bind(**layer, device=parameter.device, dtype=parameter.dtype)
-    check_pairs(replace(Parts.of(moe, moe.balance, moe.capacity), estimator=estimator))
+    check_pairs(replace(Parts.of(moe, moe.balance, moe.capacity, moe.cache), estimator=estimator))
     return estimator
 
 

@@ -356,6 +356,24 @@ def test_one_cache_for_one_layer() -> None:
         layer(cache_of(layer()))
 
 
+def test_a_trained_layer_is_given_one() -> None:
+    moe = MoE(H, I, E, K)
+    moe.cache = RoutingCache(8)
+    moe.update(moe(torch.randn(5, H)).routing)
+    assert len(cache_of(moe)) == 5
+    with pytest.raises(ValueError, match=r"^MoE: cache must be a cache of its own"):
+        moe.cache = cache_of(layer())
+    with pytest.raises(TypeError, match=r"^MoE: cache must be a RoutingCache or None, such as"):
+        moe.cache = 8  # type: ignore[assignment]
+    assert len(cache_of(moe)) == 5
+    moe.cache = None
+    assert "cache_hit" not in moe(torch.randn(5, H)).routing.details
+    drawing = MoE(H, I, E, K, gate=Gate(estimator="gumbel_straight_through"))
+    with pytest.raises(ValueError, match=r"^MoE: cache must be None for the estimator"):
+        drawing.cache = RoutingCache(8)
+    assert drawing.cache is None
+
+
 def test_it_is_cleared_with_the_layer_and_saved_by_itself() -> None:
     moe = layer()
     assert not any("cache" in name for name in moe.state_dict())

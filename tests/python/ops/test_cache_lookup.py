@@ -98,6 +98,23 @@ class TestCacheLookup(OpTests):
                     found = torchmoe.ops.cache_lookup(x, zero, CacheTable(key, zero), zero, bound)
                     assert found.item() == (0 if inside else -1), (row, step)
 
+    @pytest.mark.parametrize("length", [1e-36, 1e-21, 1e-12, 1.0, 1e12, 1e18, 1e30])
+    @pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+    def test_rows_of_any_length(self, length: float, kind: torch.dtype) -> None:
+        """Squares of the longest and the shortest are no float32 numbers."""
+        keys = (length * torch.randn(40, 50, dtype=torch.float64)).to(kind)
+        near = (keys.double() * (1 + 0.1 * torch.randn(40, 50))).to(kind)
+        zero = torch.zeros(40, 1, dtype=torch.int64)
+        order = torch.arange(40).unsqueeze(0)
+        for similarity in (0.98, 0.995, 1.0):
+            for x in (keys, near):
+                found = torchmoe.ops.cache_lookup(
+                    x, zero, CacheTable(keys, zero), order, similarity
+                )
+                args = x, zero, keys, zero, order, similarity
+                assert torch.equal(found, cache_reference.cache_lookup(*args))
+                assert similarity == 1.0 or (found >= 0).any()
+
     def test_any_order_and_any_signature_is_safe(self) -> None:
         odd = torch.tensor([INT64_MIN, -1, 0, 3, 7, 8, INT64_MAX])
         for seed in range(50):
