@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -35,6 +36,16 @@ class Run:
     bytes_read: int
 
 
+class Fitted(NamedTuple):
+    """A trained model, and what each step said."""
+
+    model: Classifier
+    losses: list[float]
+    """Cross-entropy in bits."""
+    seconds: list[float]
+    bytes_read: int
+
+
 def rate(step: int, steps: int) -> float:
     """The share of the learning rate at a step, from 1: up, then evenly down to nearly 0."""
     return min(1.0, step / WARM_UP_STEPS) * (1 - (step - 1) / steps)
@@ -48,6 +59,20 @@ def train(
     Raises:
         SettingsError: the loss is not finite.
     """
+    fitted = fit(router, task, seed, steps, lr, advance)
+    stride = max(1, steps // CURVE_POINTS)
+    return Run(
+        findings=evaluate(fitted.model, task.test),
+        training_bits=[fmean(fitted.losses[at : at + stride]) for at in range(0, steps, stride)],
+        milliseconds=1e3 * median(fitted.seconds),
+        bytes_read=fitted.bytes_read,
+    )
+
+
+def fit(
+    router: str, task: Task, seed: int, steps: int, lr: float, advance: Callable[[], None]
+) -> Fitted:
+    """Trains; see `train`."""
     torch.manual_seed(seed)
     stream = Stream(task, seed)
     model = Classifier(router, len(task.classes))
@@ -75,10 +100,4 @@ def train(
                 f"{step} steps"
             )
         advance()
-    stride = max(1, steps // CURVE_POINTS)
-    return Run(
-        findings=evaluate(model, task.test),
-        training_bits=[fmean(losses[at : at + stride]) for at in range(0, steps, stride)],
-        milliseconds=1e3 * median(seconds),
-        bytes_read=bytes_read,
-    )
+    return Fitted(model, losses, seconds, bytes_read)
