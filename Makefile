@@ -20,7 +20,7 @@ CUDA_ADAPTERS = $(shell git ls-files --cached --others --exclude-standard 'csrc/
 TIDY_BUILD := $(BUILD)/lint
 
 .DEFAULT_GOAL := help
-.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify walkthrough offload-demo report-cpu test test-cpp test-python test-capabilities test-aarch64 test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
+.PHONY: help additions certificates copy develop library system support support-torch test-torch test-wheel train compare compare-estimators compare-routers balance classify study-cache walkthrough offload-demo report-cpu test test-cpp test-python test-capabilities test-aarch64 test-emulation test-studies cuda-library test-cuda report-cuda build-tests lint lint-python lint-format lint-tidy cuda-check format bench clean wheel wheel-torch docs tutorials browse
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ balance: develop  ## Let a collapsed router recover under each way of balancing,
 
 classify: develop  ## Classify text with every router, those that look ahead too, minutes (ARGS="--help")
 	$(BIN)/python -m studies.classification $(ARGS)
+
+study-cache: develop  ## Measure what a RoutingCache finds, changes and saves, a quarter of an hour (ARGS="--help")
+	$(BIN)/python -m studies.routing_cache $(ARGS)
 
 walkthrough: develop  ## Show one gate decision step by step, with every number (ARGS="--help")
 	$(BIN)/python examples/gating_walkthrough.py $(ARGS)

@@ -11,13 +11,14 @@ from refused import refused
 from studies.balance import program as balance
 from studies.classification import program as classification
 from studies.common import outcome
+from studies.routing_cache import program as routing_cache
 from training import run_folder
 from training.corpus import Text
 from training.run_folder import FolderError
 from training.settings import Settings
 
 
-@pytest.mark.parametrize("program", [balance, classification])
+@pytest.mark.parametrize("program", [balance, classification, routing_cache])
 def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object) -> None:
     with run_folder.locked(tmp_path):
         error = refused(capsys, program.main, "--out", str(tmp_path)).err
@@ -25,7 +26,12 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], program: ob
 
 
 @pytest.mark.parametrize(
-    ("program", "name"), [(balance, "balance"), (classification, "classification")]
+    ("program", "name"),
+    [
+        (balance, "balance"),
+        (classification, "classification"),
+        (routing_cache, "routing_cache"),
+    ],
 )
 def test_refuses_a_folder_that_is_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], program: object, name: str

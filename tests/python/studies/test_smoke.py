@@ -83,7 +83,16 @@ STUDIES = {
         ],
         trains_lm=False,
     ),
+    "routing_cache": Study(
+        options="--small --steps 2 --seeds 2",
+        files="routing_cache",
+        results=["queries", "training", "text", "stream", "time"],
+        sentence=r"^texts that come again exactly: at least \d+\.\d % hit, ",
+        own_options=["--small", "--seeds", "--steps", "--data", "--out"],
+        trains_lm=False,
+    ),
 }
+HAVE_DATA = ("classification", "routing_cache")
 every_study = pytest.mark.parametrize("name", STUDIES)
 
 
@@ -95,7 +104,7 @@ def test_every_study_is_here() -> None:
 @every_study
 def test_runs_and_writes(name: str, data: list[str], tiny: list[str], tmp_path: Path) -> None:
     study, out = STUDIES[name], tmp_path / "new" / "folder"
-    inputs = tiny if study.trains_lm else ["--data", *data] if name == "classification" else []
+    inputs = tiny if study.trains_lm else ["--data", *data] if name in HAVE_DATA else []
     arguments = [*inputs, *study.options.split(), "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", f"studies.{name}", *arguments],
