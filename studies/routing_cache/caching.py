@@ -85,6 +85,8 @@ class Tally:
         """Starts with nothing seen."""
         self._caches = caches
         self._lookups, self._hits, self._agreed = np.zeros((3, len(caches)))
+        self.complete = np.zeros(len(caches))
+        """[L], calls in which every gate input has found an entry."""
 
     def add(self, routings: Sequence[Routing]) -> None:
         """Counts a call, before the caches are updated by it."""
@@ -93,6 +95,7 @@ class Tally:
             hits = int((entries >= 0).sum())
             self._lookups[layer] += len(entries)
             self._hits[layer] += hits
+            self.complete[layer] += hits == len(entries)
             if hits:
                 self._agreed[layer] += hits * cache.second_look(routing)
 

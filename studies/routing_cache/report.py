@@ -70,8 +70,9 @@ def report(folder: Path, about: str, found: Everything) -> None:
 
 
 def paragraph(result: Result, text: str) -> None:
-    """Says it in lines of WIDTH."""
-    result.say("\n" + textwrap.fill(text, WIDTH))
+    """Prints it in lines of WIDTH; in the file it is one line, which is left to the reader."""
+    print("\n" + textwrap.fill(text, WIDTH))
+    result.parts.append(text)
 
 
 # ---- cells
@@ -133,16 +134,10 @@ class Shown(NamedTuple):
     digits: int = 1
     factor: float = 100
     sign: str = ""
-    of: Sequence[str] = QUERIES
 
 
 SHOWN = (
     Shown("How many hit, %:", lambda one: mean_of(one.hit_rate)),
-    Shown(
-        "How many hits find the entry that the unchanged text finds, %:",
-        lambda one: mean_of(one.own),
-        of=QUERIES[1:-1],
-    ),
     Shown(
         "Agreement: how many of a hit's experts the router would have chosen itself, %:",
         lambda one: mean_of(one.agreement),
@@ -177,19 +172,14 @@ def show_queries(result: Result, found: Everything) -> None:
         result.say("\n" + shown.about)
         table = make_table("query", *SIMILARITY_TITLES)
         for router, some in found.queries.items():
-            for query in shown.of:
+            for query in QUERIES:
                 rows = {s: answers(some, s, query, shown.pick) for s in SIMILARITIES}
                 table.add_row(
                     f"{names[router]}, {query}",
                     *(cell(rows[s], shown.digits, shown.factor, shown.sign) for s in SIMILARITIES),
                 )
         result.show(table)
-    result.say("\nKiB of the caches of all layers:")
-    table = make_table("pooling", *SIMILARITY_TITLES)
-    for router, some in found.queries.items():
-        nbytes = some[0].nbytes
-        table.add_row(names[router], *(f"{nbytes[s] / 1024:.0f}" for s in SIMILARITIES))
-    result.show(table)
+    nbytes = [size for some in found.queries.values() for size in some[0].nbytes.values()]
     least = min(
         one.answers[s][EXACT].hit_rate.min()
         for some in found.queries.values()
@@ -201,6 +191,8 @@ def show_queries(result: Result, found: Everything) -> None:
             f"texts that come again exactly: at least {100 * least:.1f} % hit, whatever layer, "
             "seed and similarity",
             *(unseen_sentence(names[router], some) for router, some in found.queries.items()),
+            f"the caches of all layers take {min(nbytes) / 1024:.0f} KiB at the highest "
+            f"similarities to {max(nbytes) / 1024:.0f} KiB at the lowest",
         ]
     )
 
@@ -214,9 +206,20 @@ def unseen_sentence(name: str, some: Sequence[Found]) -> str:
     unseen = rates[UNSEEN]
     start = f"{name}: at {USUAL:g} {100 * unseen:.1f} % of the unseen texts hit, "
     lost = [query for query in SHARES if rates[query] <= unseen]
-    if not lost:
-        return start + "fewer than of the texts of every other kind"
-    return start + f"no fewer than of those with {lost[0]} of their bytes new"
+    start += (
+        f"no fewer than of those with {lost[0]} of their bytes new"
+        if lost
+        else "fewer than of the texts of every other kind"
+    )
+    return f"{start}; the entry of the unchanged text is found by {own_cells(some)}"
+
+
+def own_cells(some: Sequence[Found]) -> str:
+    """How many hits find what the unchanged text finds."""
+    own = {
+        query: cell(answers(some, USUAL, query, lambda one: mean_of(one.own))) for query in SHARES
+    }
+    return ", ".join(f"{text} % of the hits with {query}" for query, text in own.items())
 
 
 def layers_of(queries: Mapping[str, Sequence[Found]]) -> int:
@@ -266,24 +269,19 @@ def show_text(result: Result, found: Everything) -> None:
                     f"{size} entries, layer {layer}", *(cell(rows[s]) for s in SIMILARITIES)
                 )
         result.show(table)
-    result.say("\nLoss with the caches less loss without, millibits per byte:")
-    table = make_table("caches", *SIMILARITY_TITLES)
-    for size in scale.sizes:
-        table.add_row(f"{size} entries", *(change_of(found, size, s) for s in SIMILARITIES))
-    result.show(table)
-    result.say("\nMiB of the caches of all layers:")
-    table = make_table("caches", *SIMILARITY_TITLES)
-    for size in scale.sizes:
-        nbytes = {s: found.text[0][size][s].nbytes for s in SIMILARITIES}
-        table.add_row(f"{size} entries", *(f"{nbytes[s] / MIB:.1f}" for s in SIMILARITIES))
-    result.show(table)
     result.say(
-        "\nKeys that a lookup compares with a gate input, at the end, the mean of the layers:"
+        "\nLoss with the caches less loss without, in millibits per byte; MiB of the caches of all "
+        "layers;\nkeys that a lookup compares with a gate input at the end, the mean of the layers:"
     )
     table = make_table("caches", *SIMILARITY_TITLES)
     for size in scale.sizes:
+        table.add_row(f"{size} entries, loss", *(change_of(found, size, s) for s in SIMILARITIES))
+    for size in scale.sizes:
+        nbytes = {s: found.text[0][size][s].nbytes for s in SIMILARITIES}
+        table.add_row(f"{size} entries, MiB", *(f"{nbytes[s] / MIB:.1f}" for s in SIMILARITIES))
+    for size in scale.sizes:
         keys = {s: [one[size][s].compared.mean() for one in found.text] for s in SIMILARITIES}
-        table.add_row(f"{size} entries", *(cell(keys[s], 1, 1) for s in SIMILARITIES))
+        table.add_row(f"{size} entries, keys", *(cell(keys[s], 1, 1) for s in SIMILARITIES))
     result.show(table)
     rates = {
         (size, s): float(np.mean([one[size][s].hit_rate for one in found.text]))
@@ -299,6 +297,12 @@ def show_text(result: Result, found: Everything) -> None:
             ("as a cache is unless told otherwise", usual),
         )
     ]
+    complete = sum(int(one[usual[0]][USUAL].complete.sum()) for one in found.text)
+    calls = len(found.text) * layers * scale.measured
+    sentences[1] += (
+        f"; in {complete} of {calls} calls of a layer, of {scale.batch * context:,d} bytes each, "
+        'every byte hits, so that reuse="weights" could leave the router out'
+    )
     result.say_each(sentences)
 
 
@@ -337,7 +341,7 @@ def show_training(result: Result, found: Everything) -> None:
             cell(changes(found, some), 3, 1, "+") if has else "",
         )
     result.show(table)
-    sentences = []
+    verdicts: dict[str, list[str]] = {}
     for similarity, some in found.trained.items():
         _, low, high = t_interval(np.array(changes(found, some)), CONFIDENCE)
         if math.isnan(low):
@@ -348,8 +352,8 @@ def show_training(result: Result, found: Everything) -> None:
             verdict = "the model trains better"
         else:
             verdict = "no difference of the trained models that these seeds can show"
-        sentences.append(f"similarity {similarity:g}: {verdict}")
-    result.say_each(sentences)
+        verdicts.setdefault(verdict, []).append(f"{similarity:g}")
+    result.say_each([f"{', '.join(names)}: {verdict}" for verdict, names in verdicts.items()])
 
 
 def changes(found: Everything, some: Sequence[Trained]) -> list[float]:
@@ -397,25 +401,24 @@ def show_time(result: Result, found: Everything) -> None:
         "gate input over its lookup's.",
     )
     costs = timing.costs_of(of_group(found, timing.DEEP))
-    for group, about in (
-        (timing.LINEAR, "Linear routers of random tokens:"),
+    tables: tuple[tuple[tuple[str, ...], str], ...] = (
         (
-            timing.DEEP,
+            (timing.LINEAR, timing.POOLED, timing.TEXT),
+            "Linear routers: of random tokens; of whole sequences of S tokens, "
+            f"{found.scale.pooled_tokens} tokens in all; of the language model, on held-out text:",
+        ),
+        (
+            (timing.DEEP,),
             f"MLPs of two inner layers, H {timing.DEEP_HIDDEN}, E {timing.DEEP_EXPERTS}; formula: "
             "what it says of the ratio, see below:",
         ),
-        (
-            timing.POOLED,
-            f"Linear routers of whole sequences of S tokens, {found.scale.pooled_tokens} tokens in "
-            "all:",
-        ),
-        (timing.TEXT, "Linear routers of the language model, on what they get of held-out text:"),
-    ):
-        result.say("\n" + textwrap.fill(about, WIDTH))
-        extra = ("formula",) if group == timing.DEEP else ()
+    )
+    for groups, about in tables:
+        paragraph(result, about)
+        extra = ("formula",) if timing.DEEP in groups else ()
         titles = "keys", "work", "router", "lookup", "update", "without", "with", "ratio", "updated"
         table = make_table("layer", *titles, *extra)
-        for case in of_group(found, group):
+        for case in [case for group in groups for case in of_group(found, group)]:
             times = case.router, case.lookup, case.update, case.without, case.with_cache
             table.add_row(
                 case.name,
@@ -437,13 +440,9 @@ def show_break_even(result: Result, found: Everything, costs: timing.Costs) -> N
         result,
         "Where it pays. A lookup of R gate inputs is taken to need c_l + R g + p r and a router of "
         "r multiplications for each, which has about as many parameters, c_r + R m r. Leaving "
-        "the router out then pays from",
-    )
-    result.say("\n`r* = ((c_l - c_r) / R + g) / (m - p / R)`")
-    paragraph(
-        result,
-        "multiplications on, and never where m <= p / R. From the times of the MLPs and of their "
-        f"lookups alone: c_l = {1e6 * costs.lookup_call:.3g} us and c_r = {1e6 * costs.call:.3g} "
+        "the router out then pays from `r* = ((c_l - c_r) / R + g) / (m - p / R)` multiplications "
+        "on, and never where m <= p / R. From the times of the MLPs and of their lookups alone: "
+        f"c_l = {1e6 * costs.lookup_call:.3g} us and c_r = {1e6 * costs.call:.3g} "
         f"us for a call, g = {1e9 * costs.gate_input:.3g} ns for a gate input, m = "
         f"{1e12 * costs.multiplication:.3g} ps for a multiplication, p = "
         f"{1e12 * costs.parameter:.3g} ps for the comparison of a parameter with its copy. "

@@ -71,7 +71,7 @@ FULL = Scale(
     hidden=(256, 1024),
     experts=(8, 64),
     deep_tokens=(64, 512, 4096),
-    widths=(32, 64, 128, 256, 512, 1024),
+    widths=(64, 128, 256, 1024),
     lengths=(512, 2048),
     pooled_tokens=4096,
 )

@@ -95,6 +95,8 @@ class Followed:
     """[L]."""
     agreement: Values
     """[L], NaN without a hit."""
+    complete: Values
+    """[L], calls of those measured in which every gate input has found an entry."""
     change: float
     """Loss with the caches minus loss without, bits per byte."""
     nbytes: int
@@ -156,6 +158,7 @@ def follow(
     return Followed(
         tally.hit_rate,
         tally.agreement,
+        tally.complete,
         fmean(changes),
         sum(cache.nbytes for cache in caches),
         np.array([len(cache) for cache in caches], dtype=np.float64),

@@ -128,7 +128,7 @@ def pooled_cases(scale: Scale) -> Iterable[Case]:
             router = SequenceRouter(Router(DEEP_HIDDEN, DEEP_EXPERTS), pooling=pooling)
             layer = make_layer(router, DEEP_HIDDEN, DEEP_EXPERTS)
             x = torch.randn(scale.pooled_tokens // length, length, DEEP_HIDDEN)
-            yield measure(POOLED, f"{pooling}, S {length}", layer, x, scale)
+            yield measure(POOLED, f"pooled {pooling}, S {length}", layer, x, scale)
 
 
 def text_cases(scale: Scale, model: LanguageModel, windows: Tensor) -> Iterable[Case]:
@@ -139,7 +139,7 @@ def text_cases(scale: Scale, model: LanguageModel, windows: Tensor) -> Iterable[
     for place, (moe, routing) in enumerate(zip(model.moes, output.routings, strict=True)):
         layer = make_layer(moe.router, moe.hidden_size, moe.num_experts)
         x = routing.details["gate_input"].detach()
-        yield measure(TEXT, f"layer {place}, T {len(x)}", layer, x, scale)
+        yield measure(TEXT, f"text layer {place}, T {len(x)}", layer, x, scale)
 
 
 def make_layer(router: nn.Module, hidden: int, experts: int) -> MoE:

@@ -75,6 +75,9 @@ def test_the_tally_counts_texts(router: str) -> None:
     assert entries_of(routings[0]).tolist() == [0, 1, -1]
     assert tally.hit_rate.tolist() == [2 / 3, 2 / 3]
     assert tally.agreement.tolist() == [1, 1]
+    assert tally.complete.tolist() == [0, 0]
+    tally.add(model(some.part(0, 2)).routings)
+    assert tally.complete.tolist() == [1, 1]
     with torch.no_grad():  # what it was given then is no longer what it would be given
         for block in model.blocks:
             block.moe.router.router.weight.neg_()
@@ -206,6 +209,7 @@ def test_text_is_followed() -> None:
     plain = [text.loss(model, batches[0])[0]] * 2
     again = text.follow(model, [batches[0]] * 3, 1, plain, RoutingCache(600, 0.9999))
     assert again.hit_rate[0] == 1
+    assert again.complete[0] == 2
     assert again.change == pytest.approx(0, abs=1e-3)
 
 
@@ -293,23 +297,22 @@ def test_cells() -> None:
 
 def found_with(rates: dict[str, float]) -> queries.Found:
     """Hit rates at the usual similarity, by query."""
-    none = np.array([math.nan])
+    own, none = np.array([0.25]), np.array([math.nan])
     answers = {
-        name: queries.Answer(np.array([rate]), none, none, 0.0) for name, rate in rates.items()
+        name: queries.Answer(np.array([rate]), own, none, 0.0) for name, rate in rates.items()
     }
     return queries.Found(4, 0.5, 1.0, {}, {USUAL: answers})
 
 
 def test_where_unseen_texts_hit_as_often() -> None:
     rates = {"exact": 1.0, "2 %": 0.9, "5 %": 0.7, "10 %": 0.5, "20 %": 0.1, "unseen": 0.5}
-    assert report.unseen_sentence("mean", [found_with(rates)]) == (
+    sentence = report.unseen_sentence("mean", [found_with(rates)])
+    assert sentence.startswith(
         "mean: at 0.98 50.0 % of the unseen texts hit, no fewer than of those with 10 % of their "
-        "bytes new"
+        "bytes new; the entry of the unchanged text is found by 25.0 % of the hits with 2 %, "
     )
-    fewer = [found_with({**rates, "unseen": 0.0})]
-    assert report.unseen_sentence("mean", fewer).endswith(
-        "fewer than of the texts of every other kind"
-    )
+    fewer = report.unseen_sentence("mean", [found_with({**rates, "unseen": 0.0})])
+    assert " 0.0 % of the unseen texts hit, fewer than of the texts of every other kind; " in fewer
 
 
 def test_numbers_are_ready_for_json() -> None:
