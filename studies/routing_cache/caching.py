@@ -19,34 +19,13 @@ SAMPLE = 256  # gate inputs whose keys are counted
 
 
 def put_caches(model: nn.Module, make: Callable[[], RoutingCache]) -> list[RoutingCache]:
-    """Gives each experts' layer of the model a cache, in their order.
-
-    A layer is given its cache when it is made: another one takes its place, of the same router and
-    the same experts.
-    """
+    """Gives each experts' layer of the model a cache, in their order."""
     caches = []
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, MoE):
-                caches.append(make())
-                setattr(parent, name, like(child, caches[-1]))
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            layer.cache = make()
+            caches.append(layer.cache)
     return caches
-
-
-def like(layer: MoE, cache: RoutingCache) -> MoE:
-    """A layer of the same parts with a cache; none of the models here changes the gate."""
-    made = MoE(
-        layer.hidden_size,
-        None,
-        layer.num_experts,
-        layer.top_k,
-        capacity=layer.capacity,
-        balance=layer.balance,
-        router=layer.router,
-        experts=layer.experts,
-        cache=cache,
-    )
-    return made.train(layer.training)
 
 
 def update(caches: Sequence[RoutingCache], routings: Sequence[Routing]) -> None:

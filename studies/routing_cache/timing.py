@@ -150,11 +150,8 @@ def make_layer(router: nn.Module, hidden: int, experts: int) -> MoE:
 @torch.no_grad()
 def measure(group: str, name: str, layer: MoE, x: Tensor, scale: Scale) -> Case:
     """Times one layer, with a cache that holds an entry for each gate input and without."""
-    holder = nn.ModuleList([layer])
-    tokens = x.shape[:-1].numel()
-    (cache,) = put_caches(holder, lambda: RoutingCache(tokens, USUAL, reuse="weights"))
-    cached = holder[0]
-    assert isinstance(cached, MoE)
+    cached, tokens = copy.deepcopy(layer), x.shape[:-1].numel()
+    cache = cached.cache = RoutingCache(tokens, USUAL, reuse="weights")
     cache.update(cached(x).routing)
     routing = cached(x).routing
     assert (routing.details["cache_hit"] >= 0).all()
