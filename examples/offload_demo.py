@@ -5,7 +5,9 @@ one after the other, as when a model writes text: with room for a quarter, a hal
 and all of each layer's experts. The table says how many tokens a second that gives, how often an
 expert was in memory when it was needed, how much was read from the files for each token, and how
 many tokens a second `plan_offload` predicts for the experts alone, from the hit rate and what
-`measure_machine` measured.
+`measure_machine` measured. The last two columns are with the layers linked, so that each reads
+ahead what the next one's router would choose for its tokens: how much of what was needed that
+foresaw, and the tokens a second.
 The outputs are those of experts in memory, bit for bit, which is checked.
 
 With --figure the table is a picture, too.
@@ -38,7 +40,7 @@ H, INNER, E, K = 512, 1024, 32, 2  # 6 MB an expert, 200 MB a layer
 SHARES = (25, 50, 75, 100)  # percent of a layer's experts that have room
 STAYS = 0.8  # of a token in the next one: text stays with a topic for a while
 FIGURE = Path("runs/offload_demo.png")
-BLUE = "#0072B2"  # of Okabe and Ito
+BLUE, ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito
 EXAMPLES = """\
 examples:
   offload_demo.py                             four layers, 800 MB of experts
@@ -57,6 +59,8 @@ class Row(NamedTuple):
     hit_rate: float
     megabytes_read: float  # for a token
     predicted: float  # tokens per second
+    foreseen: float  # of the experts needed, with the layers linked
+    linked_tokens_per_second: float
 
 
 # ---- the model: T tokens, H hidden size, E experts in each layer
@@ -102,9 +106,9 @@ def sizes_only() -> Experts:
 
 
 def run(
-    layers: Sequence[MoE], x: Tensor, folder: Path, budget: int
+    layers: Sequence[MoE], x: Tensor, folder: Path, budget: int, *, linked: bool
 ) -> tuple[float, list[OffloadedExperts], Tensor]:
-    """Lets the tokens through the layers, one after the other.
+    """Lets the tokens through the layers, one after the other; linked ones read ahead.
 
     Returns:
         The seconds that it took, the experts with what they counted, and the outputs [T, H].
@@ -118,6 +122,8 @@ def run(
         offloaded.warm(torch.ones(E))  # begins with all the residents that there is room for
         offloaded.reset_counters()
         moe.experts = offloaded
+    if linked:
+        torchmoe.offload.link(layers)
     begin = time.perf_counter()
     with torch.inference_mode():
         for token in x.unsqueeze(1):  # [1, H] each
@@ -134,9 +140,12 @@ def measure(
     store = ExpertStore.open(file(folder, 0), sizes_only())
     # Room for so many experts, and for the pieces of the file that are being read.
     budget = percent * E // 100 * store.expert_bytes + store.window_bytes
-    seconds, experts, outputs = run(layers, x, folder, budget)
-    if not torch.equal(outputs, expected):
+    linked_seconds, linked, linked_outputs = run(layers, x, folder, budget, linked=True)
+    seconds, experts, outputs = run(layers, x, folder, budget, linked=False)
+    if not torch.equal(outputs, expected) or not torch.equal(linked_outputs, expected):
         raise SystemExit(f"offload_demo.py: {percent} %: not the outputs of experts in memory")
+    # Nobody predicts for the first layer.
+    foreseen = [part.prediction_hit_rate for part in linked[1:]]
     needed = sum(part.hits + part.misses for part in experts)
     hits = sum(part.hits for part in experts)
     with warnings.catch_warnings():
@@ -157,19 +166,25 @@ def measure(
         hit_rate=hits / needed,
         megabytes_read=sum(part.bytes_read for part in experts) / len(x) / 1e6,
         predicted=1 / plan.step_time,
+        foreseen=sum(foreseen) / len(foreseen) if foreseen else math.nan,
+        linked_tokens_per_second=len(x) / linked_seconds,
     )
 
 
 # ---- what is shown
 
-HEAD = f"{'budget':>18} {'tokens/s':>9} {'hit rate':>9} {'read':>14} {'predicted':>13}"
+HEAD = (
+    f"{'budget':>18} {'tokens/s':>9} {'hit rate':>9} {'read':>14} {'predicted':>11} "
+    f"{'foreseen':>9} {'linked':>10}"
+)
 
 
 def line(row: Row) -> str:
     """One line of the table."""
     return (
         f"{row.percent:>5} % {row.megabytes:>7.0f} MB {row.tokens_per_second:>9.1f} "
-        f"{row.hit_rate:>9.2f} {row.megabytes_read:>5.1f} MB/token {row.predicted:>9.1f} t/s"
+        f"{row.hit_rate:>9.2f} {row.megabytes_read:>5.1f} MB/token {row.predicted:>7.1f} t/s "
+        f"{row.foreseen:>9.2f} {row.linked_tokens_per_second:>6.1f} t/s"
     )
 
 
@@ -185,16 +200,25 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     predicted = {"color": "0.45", "marker": "s", "markersize": 4, "linestyle": "--"}
     speed.plot(percents, [row.tokens_per_second for row in rows], **measured)
     speed.plot(percents, [row.predicted for row in rows], label="predicted", **predicted)
+    ahead = {"color": ORANGE, "marker": "^", "markersize": 5}
+    of_linked = [row.linked_tokens_per_second for row in rows]
+    speed.plot(percents, of_linked, label="linked layers", **ahead)
     speed.set_yscale("log")
     speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     speed.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     speed.yaxis.set_minor_formatter(NullFormatter())
     speed.legend(frameon=False, fontsize=9)
     hits.plot(percents, [row.hit_rate for row in rows], **measured)
+    hits.plot(percents, [row.foreseen for row in rows], label="foreseen by the link", **ahead)
     hits.set_ylim(0, 1.05)
+    hits.legend(frameon=False, fontsize=9, loc="lower right")
     read.plot(percents, [row.megabytes_read for row in rows], **measured)
     read.set_ylim(bottom=0)
-    titles = {speed: "tokens per second", hits: "hit rate", read: "MB read for a token"}
+    titles = {
+        speed: "tokens per second",
+        hits: "experts needed that were there",
+        read: "MB read for a token",
+    }
     for axes, title in titles.items():
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("budget, % of the experts", fontsize=9)

@@ -22,7 +22,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 ROW = re.compile(
-    r"^ +(\d+) % +([\d.]+) MB +([\d.]+) +([\d.]+) +([\d.]+) MB/token +([\d.]+) t/s$", re.MULTILINE
+    r"^ +(\d+) % +([\d.]+) MB +([\d.]+) +([\d.]+) +([\d.]+) MB/token +([\d.]+) t/s +([\d.]+) "
+    r"+([\d.]+) t/s$",
+    re.MULTILINE,
 )
 
 
@@ -36,9 +38,13 @@ def test_shows_what_each_budget_gives(capsys: pytest.CaptureFixture[str], tmp_pa
     assert f"figure: {figure}\n" in printed
     rows = [[float(cell) for cell in row] for row in ROW.findall(printed)]
     assert [row[0] for row in rows] == [25, 50, 75, 100]
-    budgets, speeds, hit_rates, read, predicted = list(zip(*rows, strict=True))[1:]
+    budgets, speeds, hit_rates, read, predicted, foreseen, linked = list(zip(*rows, strict=True))[
+        1:
+    ]
     assert list(budgets) == sorted(budgets)
-    assert all(speed > 0 for speed in (*speeds, *predicted))
+    assert all(speed > 0 for speed in (*speeds, *predicted, *linked))
+    assert len(set(foreseen)) == 1  # it is of the routers and not of the budget
+    assert 0.25 < foreseen[0] <= 1
     assert list(hit_rates) == sorted(hit_rates)
     assert 0 < hit_rates[0] < hit_rates[-1] == 1
     assert read[-1] == 0
@@ -68,8 +74,8 @@ def test_neighbouring_tokens_are_alike() -> None:
 def test_an_output_that_differs_ends_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = offload_demo.run
 
-    def wrong(*arguments: Any) -> tuple[Any, Any, Tensor]:
-        seconds, experts, outputs = run(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> tuple[Any, Any, Tensor]:
+        seconds, experts, outputs = run(*arguments, **options)
         return seconds, experts, torch.nextafter(outputs, torch.tensor(9.0))
 
     monkeypatch.setattr(offload_demo, "run", wrong)
