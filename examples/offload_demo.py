@@ -208,15 +208,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     speed.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     speed.yaxis.set_minor_formatter(NullFormatter())
     speed.legend(frameon=False, fontsize=9)
-    hits.plot(percents, [row.hit_rate for row in rows], **measured)
-    hits.plot(percents, [row.foreseen for row in rows], label="foreseen by the link", **ahead)
+    hits.plot(percents, [row.hit_rate for row in rows], **(measured | {"label": "in memory"}))
+    hits.plot(percents, [row.foreseen for row in rows], label="foreseen, layers linked", **ahead)
     hits.set_ylim(0, 1.05)
     hits.legend(frameon=False, fontsize=9, loc="lower right")
     read.plot(percents, [row.megabytes_read for row in rows], **measured)
     read.set_ylim(bottom=0)
     titles = {
         speed: "tokens per second",
-        hits: "experts needed that were there",
+        hits: "share of the experts needed",
         read: "MB read for a token",
     }
     for axes, title in titles.items():
