@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from torchmoe.nn._part import evaluating
 from torchmoe.nn._sharding import full, is_sharded
 
 
@@ -120,13 +121,8 @@ def _before_parametrization(
     if not any(hasattr(parametrization, "right_inverse") for parametrization in held):
         return full(held.original)
     # In training spectral_norm would take a step.
-    modes = {part: part.training for part in held.modules()}
-    held.eval()
-    try:
+    with evaluating(held):
         return full(cast(Tensor, getattr(module, name)))
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 @torch.no_grad()

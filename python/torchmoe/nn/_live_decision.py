@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from torchmoe._wide import wide
 from torchmoe.nn._decision import select, weigh
+from torchmoe.nn._part import evaluating
 from torchmoe.nn._sharding import is_sharded
 from torchmoe.nn.routers.context_router import RouterOutput, score, scoring_of
 
@@ -33,7 +32,7 @@ class LiveDecision:
     def of(self, gate_input: Tensor) -> tuple[Tensor, Tensor]:
         """The ids and weights [N, K] that the layer gives to gate inputs [N, G]."""
         layer = self._layer
-        with torch.no_grad(), _evaluating(layer.router), _evaluating(layer.estimator):
+        with torch.no_grad(), evaluating(layer.router), evaluating(layer.estimator):
             scored = score(cast(nn.Module, scoring_of(layer.router)), gate_input)
             logits = wide(scored.logits)
             ids = select(layer, RouterOutput(logits), None)
@@ -93,16 +92,3 @@ class Snapshot:
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Takes the module's parts out of training mode for a while."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -1,8 +1,10 @@
-"""The common base of the layer's parts as modules."""
+"""The common base of the layer's parts as modules, and their training mode."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from torch import nn
@@ -30,3 +32,20 @@ class Part(nn.Module):
             "torch.jit.script: the model must have no part of torchmoe, which TorchScript cannot "
             f"compile, got {type(self).__name__}; use torch.compile or torch.export"
         )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Takes a module and those inside it out of training mode for a while.
+
+    Each of them that trained before does so afterwards, also after an exception. `train` and `eval`
+    are not called, which a module may have put something of its own into.
+    """
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

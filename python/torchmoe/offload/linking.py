@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import cast
 
@@ -15,6 +14,7 @@ from torchmoe import ops
 from torchmoe._checks import shown
 from torchmoe.nn import MoE
 from torchmoe.nn._layers import moe_layers
+from torchmoe.nn._part import evaluating
 from torchmoe.nn.declarations import declared_by_router
 from torchmoe.nn.estimators.estimator import Estimator
 from torchmoe.nn.routers.context_router import ContextRouter, route
@@ -113,7 +113,7 @@ class _Predict:
             return {}
         experts = layer.num_experts
         mask = ((indices >= 0) & (indices < experts)).any(dim=1)
-        with _in_evaluation(layer.router):
+        with evaluating(layer.router):
             try:
                 logits = route(layer.router, x, experts).logits
             except RuntimeError as error:
@@ -127,15 +127,3 @@ class _Predict:
         )
         counts = ops.dispatch_plan(chosen, experts).expert_offsets.diff().tolist()
         return {expert: count for expert, count in enumerate(counts) if count > 0}
-
-
-@contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
