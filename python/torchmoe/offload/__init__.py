@@ -2,8 +2,8 @@
 
 `offload` moves frozen experts into a file and gives a module that takes their place; `link` lets a
 layer ask for the next layer's experts; `write_store` writes experts of a model that fits into no
-memory; `plan_offload` predicts how long a step takes, from what `measure_machine` measures. Import
-it by its name: `import torchmoe.offload`.
+memory; `plan_offload` predicts how long a step takes, from what `measure_machine` measures. Opening
+a store reads and hashes all of it once. Import it by its name: `import torchmoe.offload`.
 """
 
 from torchmoe.offload.experts import OffloadedExperts, offload

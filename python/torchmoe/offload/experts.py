@@ -17,6 +17,7 @@ from torchmoe._checks import (
     check_at_least,
     check_choice,
     check_counts,
+    check_device,
     check_flag,
     check_not_batched,
     check_tensor,
@@ -29,6 +30,7 @@ from torchmoe.nn.declarations import ExpertsDeclaration
 from torchmoe.offload.loader import Loader
 from torchmoe.offload.policies import POLICIES, Trace
 from torchmoe.offload.resident import ResidentSet, in_order
+from torchmoe.offload.slots import SLOTS
 from torchmoe.offload.store import ExpertStore, checked_path, stored_sizes, write_store
 from torchmoe.offload.stream import Stream
 
@@ -43,6 +45,7 @@ def offload(
     policy: str = "usage",
     prefetch: bool = True,
     trace: Trace | None = None,
+    device: torch.device | str | None = None,
 ) -> OffloadedExperts:
     """Moves frozen experts into a file and streams them back as they are needed.
 
@@ -54,13 +57,22 @@ def offload(
     The router and everything else train as before. For a model that fits into no memory, make the
     layer with device="meta", write the store with `write_store`, and give its experts here.
 
+    Opening the store, which includes one that has just been written, reads all of it once and
+    compares its SHA-256, which takes as long as reading so many bytes from the disk.
+
+    Experts on a CUDA device stay there: residents lie in its memory, and others are read into
+    pinned memory of the CPU and copied on a stream of their own while the device computes. In each
+    forward pass the CPU waits once for the device, to learn which experts the call needs, and once
+    more for a layer that predicts (see `link`). This has not yet been run on a GPU.
+
     Args:
-        experts: frozen, on the CPU or the meta device. Those on the CPU are written to the store,
-            and their parameters become meta tensors, so that their memory is free as soon as nobody
-            else refers to it. On the meta device they describe what a store that exists holds.
-        budget: bytes of memory for copies of the experts' matrices: residents, and the pages of the
-            store that reading leaves in the page cache for a moment. Activations are not among
-            them.
+        experts: frozen, on the CPU, a CUDA device or the meta device. Those that hold values are
+            written to the store, one at a time if they are not on the CPU, and their parameters
+            become meta tensors, so that their memory is free as soon as nobody else refers to it.
+            On the meta device they describe what a store that exists holds.
+        budget: bytes of memory for copies of the experts' matrices: residents, the pages of the
+            store that reading leaves in the page cache for a moment, and for a CUDA device one
+            expert in pinned memory. What allocators round up and activations are not among them.
         store: the file. None: a temporary one, which has no name and is gone with the process.
         policy: which resident is evicted for another expert: "usage", the one with the smallest
             running average of its share of the slots (0.99 of it stays with each call); "lru", the
@@ -68,13 +80,17 @@ def offload(
             "oracle", the one that is needed last in `trace`, to see how much the others leave.
         prefetch: whether `link` may make reads ahead of a call.
         trace: for "oracle", the ids that each coming call needs, forward and backward each a call.
+        device: where the experts compute, for those on the meta device; None is the CPU. For others
+            it is their own.
 
     Returns:
         The module.
 
     Raises:
         TypeError: experts are not `torchmoe.nn.Experts`, or an argument is of another kind.
-        ValueError: experts require a gradient, a store is missing, or the budget holds no expert.
+        ValueError: experts require a gradient, a store is missing, the budget holds no expert, or
+            device is not that of the experts.
+        RuntimeError: torch cannot use the device.
         OSError: the store cannot be written or read.
     """
     if type(experts) is not Experts:
@@ -90,12 +106,8 @@ def offload(
                 "offload: experts must be frozen, as experts.requires_grad_(False) makes them, "
                 f"got {name} that requires a gradient"
             )
-        if parameter.device.type not in ("cpu", "meta"):
-            raise ValueError(
-                "offload: experts must be on the CPU or the meta device, "
-                f"got {name} on {parameter.device}"
-            )
-    num_slots = _slots(experts, budget)
+    device = _device(experts, device)
+    num_slots = _num_slots(experts, budget, device)
     is_meta = experts.down_proj.is_meta
     if store is not None:
         store = checked_path("offload", "store", store)
@@ -110,6 +122,7 @@ def offload(
         policy=policy,
         prefetch=prefetch,
         trace=trace,
+        device=device,
         is_temporary=store is None,
     )
     experts.to("meta")
@@ -126,16 +139,42 @@ def _check_trace(policy: str, trace: Trace | None) -> None:
         raise ValueError(f'offload: trace must be None for policy "{policy}", got {shown(trace)}')
 
 
-def _slots(experts: Experts, budget: int) -> int:
+def _device(experts: Experts, device: torch.device | str | None) -> torch.device:
+    """Where the experts compute."""
+    check_device("offload", device)
+    own, *others = {parameter.device for parameter in experts.parameters()}
+    if others or (own.type != "meta" and own.type not in SLOTS):
+        raise ValueError(
+            "offload: experts must be on the CPU, on one CUDA device or on the meta device, "
+            f"got {' and '.join(sorted(map(str, (own, *others))))}"
+        )
+    if device is None:
+        return torch.device("cpu") if own.type == "meta" else own
+    wanted = torch.device(device)
+    if wanted.type not in SLOTS:
+        raise ValueError(f"offload: device must be the CPU or a CUDA device, got {wanted}")
+    try:
+        wanted = torch.empty(0, device=wanted).device  # with its index
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"offload: device must be one that torch can use, got {wanted}"
+        ) from error
+    if own.type != "meta" and own != wanted:
+        raise ValueError(f"offload: device must be that of the experts ({own}), got {wanted}")
+    return wanted
+
+
+def _num_slots(experts: Experts, budget: int, device: torch.device) -> int:
     """How many experts can be resident."""
     expert_bytes, window_bytes = stored_sizes("offload", experts)
-    least = expert_bytes + window_bytes
+    reading_bytes = window_bytes + SLOTS[device.type].num_staged * expert_bytes
+    least = expert_bytes + reading_bytes
     if budget < least:
         raise ValueError(
             f"offload: budget must be at least {least}, {expert_bytes} bytes for one expert and "
-            f"{window_bytes} for reading, got {budget}"
+            f"{reading_bytes} for reading, got {budget}"
         )
-    return min((budget - window_bytes) // expert_bytes, experts.num_experts)
+    return min((budget - reading_bytes) // expert_bytes, experts.num_experts)
 
 
 def _opened(experts: Experts, store: Path | None, *, write: bool) -> ExpertStore:
@@ -161,10 +200,10 @@ class OffloadedExperts(ExpertsDeclaration, Part):
 
     Gradients reach x and the weights. Second derivatives, forward mode and vmap are refused; under
     torch.compile a call is outside the graph; under autocast the experts must be of its dtype. It
-    has no parameters. `state_dict` reads all experts from the store into memory, under their names
-    in `Experts`, and `load_state_dict` accepts them if the store holds the same values. The module
-    cannot be pickled or moved to another dtype or device; a deep copy shares the store and starts
-    with no residents and without `link`. A forked process starts without residents, too.
+    has no parameters. `state_dict` reads all experts from the store into the CPU's memory, under
+    their names in `Experts`, and `load_state_dict` accepts them if the store holds the same values.
+    The module cannot be pickled or moved to another dtype or device; a deep copy shares the store
+    and starts with no residents and without `link`. A forked process starts without residents, too.
 
     Attributes:
         hidden_size: H.
@@ -177,6 +216,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         num_slots: how many experts can be resident.
         policy: its name.
         prefetch: see `offload`.
+        device: where they compute.
     """
 
     hidden_size = Fixed[int]()
@@ -188,6 +228,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
     policy = Fixed[str]()
     prefetch = Fixed[bool]()
     store = Fixed[str | None]()
+    device = Fixed[torch.device]()
 
     def __init__(
         self,
@@ -199,13 +240,14 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         policy: str,
         prefetch: bool,
         trace: Trace | None,
+        device: torch.device,
         is_temporary: bool,
     ) -> None:
         super().__init__()
         self.hidden_size, self.intermediate_size = experts.hidden_size, experts.intermediate_size
         self.num_experts, self.activation = experts.num_experts, experts.activation
         self.budget, self.policy, self.prefetch = budget, policy, prefetch
-        self.store = None if is_temporary else store.path
+        self.store, self.device = None if is_temporary else store.path, device
         self._file, self._trace = store, trace
         self.num_slots = num_slots
         parameters = dict(experts.named_parameters())
@@ -221,7 +263,8 @@ class OffloadedExperts(ExpertsDeclaration, Part):
     def _connect(self) -> None:
         """Makes what no two modules share."""
         policy = POLICIES[self.policy](self.num_experts, self._trace)
-        self._residents = ResidentSet(self._file, self._like, self.num_slots, policy, Loader())
+        memory = SLOTS[self.device.type](self._file, self._like, self.num_slots, self.device)
+        self._residents = ResidentSet(self._file, memory, self.num_slots, policy, Loader())
         self._stream = Stream(self._residents, self._names, self.activation)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -248,14 +291,14 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         The policy "usage" takes the shares for its averages.
 
         Args:
-            usage: [E], each expert's share of the slots, such as a router's `usage`.
+            usage: [E], each expert's share of the slots, such as a router's `usage`, on `device`.
 
         Raises:
-            RuntimeError: usage has another shape.
+            RuntimeError: usage has another shape or device.
             ValueError: a value is negative, infinite or NaN.
             OSError: the store cannot be read.
         """
-        check_counts("warm", "usage", usage, self.num_experts, torch.device("cpu"))
+        check_counts("warm", "usage", usage, self.num_experts, self.device)
         shares = dict(enumerate(usage.tolist()))
         first = in_order(shares)[: self.num_slots]
         with self._residents.held():
@@ -298,7 +341,10 @@ class OffloadedExperts(ExpertsDeclaration, Part):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of experts in memory, and of the store in the page cache while a read goes on."""
+        """Bytes of experts in memory, and of the store in the page cache while a read goes on.
+
+        On a CUDA device all slots and the pinned memory are held from the first call on.
+        """
         return self._residents.resident_bytes
 
     @property
@@ -323,7 +369,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
             f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
             f"num_experts={self.num_experts}, activation={self.activation!r}, "
             f"dtype={self.dtype}, num_slots={self.num_slots}, budget={self.budget}, "
-            f"policy={self.policy!r}, store={self.store!r}"
+            f"policy={self.policy!r}, store={self.store!r}, device={str(self.device)!r}"
         )
 
     def _checked(
@@ -333,11 +379,12 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         for name, tensor in (("x", x), ("indices", indices), ("weights", weights)):
             check_tensor("expert_mlp", name, tensor)
             check_not_batched("OffloadedExperts", name, "be of one sample", tensor)
-            if tensor.device.type != "cpu":
+            if tensor.device != self.device:
                 raise RuntimeError(
-                    f"OffloadedExperts: {name} must be on the CPU, got {tensor.device}"
+                    f"OffloadedExperts: {name} must be on the device of the experts "
+                    f"({self.device}), got {tensor.device}"
                 )
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(self.device.type):
             x, weights = self._under_autocast(x, weights)
         fits = (
             x.dtype == self.dtype
@@ -357,7 +404,7 @@ class OffloadedExperts(ExpertsDeclaration, Part):
 
     def _under_autocast(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """What autocast makes of the arguments of `torchmoe.ops.expert_mlp`."""
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = torch.get_autocast_dtype(self.device.type)
         if self.dtype not in (dtype, torch.float64):
             raise RuntimeError(
                 "OffloadedExperts: autocast must be of the experts' dtype, as a copy of them in "
@@ -372,11 +419,11 @@ class OffloadedExperts(ExpertsDeclaration, Part):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedExperts:
         # What changes neither dtype nor device, such as `model.cpu()`, has nothing to do.
-        before = torch.empty(0, dtype=self.dtype, device="cpu")
+        before = torch.empty(0, dtype=self.dtype, device=self.device)
         after = fn(before)
         if (after.dtype, after.device) != (before.dtype, before.device):
             raise RuntimeError(
-                "OffloadedExperts: the experts must stay as the store has them, "
+                "OffloadedExperts: the experts must stay as they were offloaded, "
                 f"{before.dtype} on {before.device}, got a move to {after.dtype} on {after.device}"
             )
         return self

@@ -31,7 +31,7 @@ def link(layers: Iterable[nn.Module]) -> None:
     behind what the call itself needs, and nothing that the call needs is evicted for it. In the
     backward direction the experts of the layer before are known and are read ahead. A wrong
     prediction costs a read and never changes a result; `prediction_hit_rate` tells how good they
-    are. The layers share one thread that reads.
+    are. The layers share one thread that reads. On a CUDA device each prediction waits for it once.
 
     Layers whose experts are not offloaded are passed over, so that one layer may predict for the
     second next. A layer whose experts were made with prefetch=False is not predicted for. Calling

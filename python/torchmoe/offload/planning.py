@@ -135,7 +135,7 @@ def plan_offload(
         experts: their sizes, dtype and number; the meta device is enough.
         num_tokens: T of a call.
         top_k: K.
-        budget: bytes for each layer, as of `offload`.
+        budget: bytes for each layer, as of `offload` on the CPU.
         bandwidth: bytes per second from the store.
         flops: floating-point operations per second.
         memory_bandwidth: bytes per second of matrices in memory.

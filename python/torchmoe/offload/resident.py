@@ -1,8 +1,4 @@
-"""The experts in memory: their slots, who is in them, and what may be evicted.
-
-A slot has room for one expert. All slots lie in one buffer for each matrix, [S, ...], so that one
-op computes any of them at once.
-"""
+"""The experts in memory: who is in which slot, and what may be evicted."""
 
 from __future__ import annotations
 
@@ -13,11 +9,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from torchmoe.offload.loader import Loader
 from torchmoe.offload.policies import Policy
+from torchmoe.offload.slots import Slots
 from torchmoe.offload.store import ExpertStore
 
 
@@ -32,9 +28,9 @@ class Keys(NamedTuple):
     """Numbers of the experts, those in memory first: its slot, or S + its id if it has none."""
 
     of_expert: Tensor
-    """[E + 1] int64: each expert's number, at the end -1 for what is not routed."""
-    of_key: Tensor
-    """[S + E] int64: each number's expert, or -1."""
+    """[E + 1] int64 on the CPU: each expert's number, at the end -1 for what is not routed."""
+    of_key: list[int]
+    """[S + E]: each number's expert, or -1."""
 
 
 class Counters:
@@ -76,38 +72,32 @@ class ResidentSet:
 
     Args:
         store: where experts are read.
-        matrices: for each tensor of an expert its shape [E, ...] and dtype, as a meta tensor.
+        memory: of the slots.
         num_slots: S, at most E.
         policy: says which resident is evicted.
         loader: reads.
 
     Attributes:
-        matrices: for each tensor of an expert the slots [S, ...].
+        memory: as given.
         num_slots: S.
         counters: what has been counted.
-        resident_bytes: bytes of the slots in which an expert is or was, and of the store's pages in
-            the page cache while a read is under way.
+        resident_bytes: bytes of the memory that is held, and of the store's pages in the page cache
+            while a read is under way.
         peak_resident_bytes: the most that resident_bytes has been.
     """
 
     def __init__(
         self,
         store: ExpertStore,
-        matrices: Mapping[str, Tensor],
+        memory: Slots,
         num_slots: int,
         policy: Policy,
         loader: Loader,
     ) -> None:
         self.store, self.policy, self.loader = store, policy, loader
-        self.num_slots = num_slots
-        # The system gives memory to a slot when it is first written.
-        with torch.inference_mode(False):
-            self.matrices = {
-                name: torch.empty(num_slots, *like.shape[1:], dtype=like.dtype, device="cpu")
-                for name, like in matrices.items()
-            }
+        self.memory, self.num_slots = memory, num_slots
         self.counters = Counters()
-        self.peak_resident_bytes = 0
+        self._peak_bytes = 0
         self._locks: dict[int, threading.Lock] = {}
         self._clear()
 
@@ -152,7 +142,12 @@ class ResidentSet:
     def resident_bytes(self) -> int:
         """See above."""
         window = self.store.window_bytes if self._loads else 0
-        return self._used * self.store.expert_bytes + window
+        return self.memory.held_bytes(self._used) + window
+
+    @property
+    def peak_resident_bytes(self) -> int:
+        """See above."""
+        return max(self._peak_bytes, self.resident_bytes)
 
     @property
     def residents(self) -> Mapping[int, int]:
@@ -172,8 +167,7 @@ class ResidentSet:
             of_key = [-1] * self.num_slots + list(range(num_experts))
             for expert, slot in self._slots.items():
                 of_expert[expert], of_key[slot] = slot, expert
-            with torch.inference_mode(False):  # a later call may save them for its backward pass
-                self._keys = Keys(_integers([*of_expert, -1]), _integers(of_key))
+            self._keys = Keys(self.memory.integers([*of_expert, -1]), of_key)
         return self._keys
 
     @property
@@ -254,19 +248,16 @@ class ResidentSet:
             self._free.append(self._slots.pop(victim))
             self._keys = None
         slot = self._free.pop()
-        into = {name: matrix[slot] for name, matrix in self.matrices.items()}
-        store, counters = self.store, self.counters
-
-        def read() -> None:
-            counters.read(store.read(expert, into))
-
+        counters = self.counters
         try:
-            self._loads[expert] = _Load(slot, self.loader.submit(read))
+            reading = self.memory.reading(expert, slot)
+            read = self.loader.submit(lambda: counters.read(reading()))
+            self._loads[expert] = _Load(slot, read)
         except BaseException:
             self._free.append(slot)
             raise
         self._used = max(self._used, slot + 1)
-        self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
+        self._peak_bytes = self.peak_resident_bytes
         return True
 
     def wait(self, needed: Collection[int]) -> None:
@@ -291,10 +282,6 @@ class ResidentSet:
             self._keys = None
         if raises and error is not None:
             raise error
-
-
-def _integers(values: list[int]) -> Tensor:
-    return torch.tensor(values, device="cpu")
 
 
 def in_order(slots: Mapping[int, int]) -> list[int]:

@@ -8,15 +8,18 @@ Where every expert that is needed is resident one call of the op does it all.
 The rows are sorted by `ResidentSet.keys`, so that residents come first and in the order of their
 slots. What is saved for the backward pass is what the op saves: x, the weights, the pre-activation
 and integers.
+
+On a CUDA device the CPU waits for it once in each forward pass, to learn which experts are needed.
+The backward pass knows them.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,17 +51,12 @@ class Sorted(NamedTuple):
 
     plan: DispatchPlan
     """Over S + E numbers."""
-    experts: Tensor
-    """[S + E] int64: the expert of each number."""
+    rows: Tensor
+    """[R, 3] int64 on the CPU: the `Rows` of each expert that has some, in order."""
 
-    def rows(self) -> list[Rows]:
-        """Those of each expert that has some, in order."""
-        bounds = pairwise(self.plan.expert_offsets.tolist())
-        return [
-            Rows(expert, begin, end)
-            for expert, (begin, end) in zip(self.experts.tolist(), bounds, strict=True)
-            if begin < end
-        ]
+    def by_expert(self) -> list[Rows]:
+        """The rows of each expert that has some, in order."""
+        return [Rows(*row) for row in self.rows.tolist()]
 
 
 class _Placed(NamedTuple):
@@ -74,7 +72,7 @@ class Stream:
 
     Args:
         residents: the experts in memory.
-        names: what residents.matrices calls w_in, b_in, w_out and b_out; None for no bias.
+        names: what residents.memory.matrices calls w_in, b_in, w_out and b_out; None for no bias.
         activation: see `torchmoe.ops.expert_mlp`.
 
     Attributes:
@@ -121,33 +119,34 @@ class Stream:
         with residents.held(), _uncounted():
             residents.settle()
             order = self._sorted(indices)
-            plan, rows = order.plan, order.rows()
+            plan, rows = order.plan, order.by_expert()
             slots = {row.expert: row.end - row.begin for row in rows}
             self._begin(slots, keeps_pre)
             turn = functools.partial(self._look_ahead, x, indices)
             placed = self._placed(rows)
             if placed is not None:
                 turn()
-                whole = self._offsets(placed, 0, residents.num_slots)
-                y, pre = _ops._expert_mlp.default(
-                    x, weights, *self._matrices(0, residents.num_slots), whole,
-                    plan.row_to_slot, plan.slot_to_row, self.activation, keeps_pre,
-                )  # fmt: skip
+                with self._matrices(placed, 0, residents.num_slots) as matrices:
+                    y, pre = _ops._expert_mlp.default(
+                        x, weights, *matrices, plan.row_to_slot, plan.slot_to_row,
+                        self.activation, keeps_pre,
+                    )  # fmt: skip
                 return y, pre, order
             wide = wide_dtype(x.dtype)
             num_rows, top_k = plan.row_to_slot.numel(), indices.shape[1]
             outputs = x.new_empty(num_rows, x.shape[1], dtype=wide)
-            width = residents.matrices[self.names[0]].shape[1]
+            width = residents.memory.matrices[self.names[0]].shape[1]
             pre = x.new_empty(num_rows if keeps_pre else 0, width)
 
             def run(group: list[_Placed]) -> None:
                 local = _Local(group, plan)
                 ones = x.new_ones(local.num_rows, 1, dtype=wide)
-                y, of_group = _ops._expert_mlp.default(
-                    x[local.slots // top_k], ones, *self._matrices(local.first, local.last),
-                    self._offsets(group, local.first, local.last), *local.identity,
-                    self.activation, keeps_pre, wide=True,
-                )  # fmt: skip
+                of_tokens = x[local.slots // top_k]
+                with self._matrices(group, local.first, local.last) as matrices:
+                    y, of_group = _ops._expert_mlp.default(
+                        of_tokens, ones, *matrices, *local.identity, self.activation, keeps_pre,
+                        wide=True,
+                    )  # fmt: skip
                 outputs[local.rows] = y
                 if keeps_pre:
                     pre[local.rows] = of_group
@@ -165,7 +164,7 @@ class Stream:
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and of the weights, as far as they are wanted."""
-        residents, plan, rows = self.residents, order.plan, order.rows()
+        residents, plan, rows = self.residents, order.plan, order.by_expert()
         of_x, of_weights = wanted
         mask = [of_x, of_weights, False, False, False, False]
         grad = grad.to(pre.dtype).contiguous()
@@ -177,11 +176,11 @@ class Stream:
             # The op reads x for gradients of matrices alone: grad, of the same shape, stands in.
             if placed is not None:
                 turn()
-                whole = self._offsets(placed, 0, residents.num_slots)
-                grads = _ops._expert_mlp_backward.default(
-                    grad, grad, weights, *self._matrices(0, residents.num_slots), whole,
-                    plan.row_to_slot, plan.slot_to_row, pre, self.activation, mask,
-                )  # fmt: skip
+                with self._matrices(placed, 0, residents.num_slots) as matrices:
+                    grads = _ops._expert_mlp_backward.default(
+                        grad, grad, weights, *matrices, plan.row_to_slot, plan.slot_to_row, pre,
+                        self.activation, mask,
+                    )  # fmt: skip
                 return grads[0] if of_x else None, grads[1] if of_weights else None
             wide = wide_dtype(grad.dtype)
             num_rows, top_k = plan.row_to_slot.numel(), weights.shape[1]
@@ -192,12 +191,12 @@ class Stream:
             def run(group: list[_Placed]) -> None:
                 local = _Local(group, plan)
                 of_group = grad[local.slots // top_k]
-                grads = _ops._expert_mlp_backward.default(
-                    of_group, of_group, flat[local.slots].unsqueeze(1),
-                    *self._matrices(local.first, local.last),
-                    self._offsets(group, local.first, local.last), *local.identity,
-                    pre[local.rows], self.activation, mask, wide=True,
-                )  # fmt: skip
+                weights_of_group, pre_of_group = flat[local.slots].unsqueeze(1), pre[local.rows]
+                with self._matrices(group, local.first, local.last) as matrices:
+                    grads = _ops._expert_mlp_backward.default(
+                        of_group, of_group, weights_of_group, *matrices, *local.identity,
+                        pre_of_group, self.activation, mask, wide=True,
+                    )  # fmt: skip
                 if of_x:
                     grad_rows[local.rows] = grads[0]
                 if of_weights:
@@ -223,9 +222,16 @@ class Stream:
         num_experts, num_slots = self.residents.store.num_experts, self.residents.num_slots
         keys = self.residents.keys()
         # Any id outside of [0, E) finds the last entry.
-        ids = keys.of_expert[indices.clamp(-1, num_experts)]
-        plan = _ops.dispatch_plan.default(ids, num_slots + num_experts)
-        return Sorted(DispatchPlan(*plan), keys.of_key)
+        of_expert = self.residents.memory.moved(keys.of_expert)
+        ids = of_expert[indices.clamp(-1, num_experts)]
+        plan = DispatchPlan(*_ops.dispatch_plan.default(ids, num_slots + num_experts))
+        bounds = pairwise(plan.expert_offsets.tolist())
+        rows = [
+            (expert, begin, end)
+            for expert, (begin, end) in zip(keys.of_key, bounds, strict=True)
+            if begin < end
+        ]
+        return Sorted(plan, torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3))
 
     def _begin(self, slots: dict[int, int], keeps_pre: bool = False) -> None:
         self.residents.begin(slots)
@@ -298,18 +304,30 @@ class Stream:
         count = (len(ready) + 1) // 2 if self.residents.is_reading else 1
         return self.residents.policy.ranked(ready)[:count]
 
-    def _matrices(self, first: int, last: int) -> list[Tensor | None]:
-        """w_in, b_in, w_out and b_out of the slots from first to last."""
-        matrices = self.residents.matrices
-        return [None if name is None else matrices[name][first:last] for name in self.names]
+    @contextmanager
+    def _matrices(
+        self, group: list[_Placed], first: int, last: int
+    ) -> Iterator[list[Tensor | None]]:
+        """The experts of an op that computes a group whose rows are joined.
 
-    @staticmethod
-    def _offsets(group: list[_Placed], first: int, last: int) -> Tensor:
-        """Where the rows of each slot from first to last begin, if the group's rows are joined."""
+        Args:
+            group: in the order of the slots.
+            first: the first slot that the op is given; there may be other experts between.
+            last: behind the last one.
+
+        Yields:
+            w_in, b_in, w_out and b_out of the slots, and where the rows of each of them begin.
+        """
+        memory = self.residents.memory
         counts = [0] * (last - first)
         for placed in group:
             counts[placed.slot - first] = placed.end - placed.begin
-        return torch.tensor([0, *counts], device="cpu").cumsum(0)
+        offsets = memory.moved(memory.integers([*accumulate(counts, initial=0)]))
+        matrices = [
+            None if name is None else memory.matrices[name][first:last] for name in self.names
+        ]
+        with memory.used([placed.slot for placed in group]):
+            yield [*matrices, offsets]
 
 
 class _Local:
@@ -331,12 +349,13 @@ class _Local:
         self.first, self.last = group[0].slot, group[-1].slot + 1
         self.num_rows = sum(placed.end - placed.begin for placed in group)
         self.rows: slice | Tensor
+        device = plan.row_to_slot.device
         if all(a.end == b.begin for a, b in pairwise(group)):
             self.rows = slice(group[0].begin, group[-1].end)
         else:
-            self.rows = torch.cat([torch.arange(*placed[1:], device="cpu") for placed in group])
+            self.rows = torch.cat([torch.arange(*placed[1:], device=device) for placed in group])
         self.slots = plan.row_to_slot[self.rows]
-        numbers = torch.arange(self.num_rows, device="cpu")
+        numbers = torch.arange(self.num_rows, device=device)
         self.identity = numbers, numbers.unsqueeze(1)
 
 
@@ -382,7 +401,7 @@ class _Forward(_Differentiated):
     ) -> tuple[Tensor, ...]:
         """The output, and what the backward pass needs."""
         y, pre, order = stream.forward(x, indices, weights, keeps_pre)
-        return y, pre, *order.plan, order.experts
+        return y, pre, *order.plan, order.rows
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -413,13 +432,13 @@ class _Backward(_Differentiated):
         offsets: Tensor,
         row_to_slot: Tensor,
         slot_to_row: Tensor,
-        experts: Tensor,
+        rows: Tensor,
         stream: Stream,
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both, as far as they are wanted."""
         del x
-        order = Sorted(DispatchPlan(offsets, row_to_slot, slot_to_row), experts)
+        order = Sorted(DispatchPlan(offsets, row_to_slot, slot_to_row), rows)
         return stream.backward(grad, weights, pre, order, wanted)
 
     @staticmethod
