@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchmoe.nn import Experts
 from torchmoe.offload import OffloadedExperts, offload
+from torchmoe.offload.slots import SLOTS
 from torchmoe.offload.store import stored_sizes
 
 
@@ -21,9 +22,10 @@ def expert_bytes(experts: Experts) -> int:
 
 
 def slots_of(experts: Experts, num_slots: int) -> int:
-    """A budget for so many residents, whatever the window is."""
+    """A budget for so many residents, whatever else it must hold."""
     one, window = stored_sizes("slots_of", experts)
-    return num_slots * one + window
+    kind = experts.down_proj.device.type
+    return (num_slots + SLOTS["cpu" if kind == "meta" else kind].num_staged) * one + window
 
 
 class Pair(NamedTuple):
@@ -42,11 +44,12 @@ def pair(
     dtype: torch.dtype = torch.float32,
     activation: str = "swiglu",
     bias: bool = True,
+    device: str = "cpu",
     **options: Any,
 ) -> Pair:
     """Experts and their offloaded copy with room for num_slots residents."""
     resident = Experts(hidden, inner, experts, activation=activation, bias=bias, dtype=dtype)
-    resident.requires_grad_(False)
+    resident.requires_grad_(False).to(device)
     budget = slots_of(resident, num_slots)
     offloaded = offload(copy.deepcopy(resident), budget=budget, **options)
     assert offloaded.num_slots == num_slots
@@ -70,12 +73,13 @@ def drawn(
     weights: torch.dtype = torch.float32,
     ids: Tensor | None = None,
 ) -> Call:
-    """A random call with repeated ids, and ids outside [0, E)."""
-    dtype = experts.down_proj.dtype if isinstance(experts, Experts) else experts.dtype
+    """A random call with repeated ids, and ids outside [0, E), on the experts' device."""
+    like = experts.down_proj if isinstance(experts, Experts) else experts
     if ids is None:
         ids = torch.randint(-2, experts.num_experts + 2, (tokens, top_k))
-    x, grad = (torch.randn(tokens, experts.hidden_size).to(dtype) for _ in range(2))
-    return Call(x, ids, torch.rand(ids.shape).to(weights), grad)
+    x, grad = (torch.randn(tokens, experts.hidden_size).to(like.dtype) for _ in range(2))
+    call = Call(x, ids, torch.rand(ids.shape).to(weights), grad)
+    return Call(*(tensor.to(like.device) for tensor in call))
 
 
 def gradients(
