@@ -51,6 +51,7 @@ OFFLOAD = [
             "policy": "name",
             "prefetch": "flag",
             "trace": "part",
+            "device": "device",
         },
         takes={"store": ("text",)},
     ),

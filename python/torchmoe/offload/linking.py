@@ -42,8 +42,8 @@ def link(layers: Iterable[nn.Module]) -> None:
 
     Raises:
         TypeError: layers are no modules.
-        ValueError: a layer appears twice, its hidden size is another one than that of the layer
-            before, or its router does not score tokens one by one from x alone.
+        ValueError: a layer appears twice, its hidden size or device is another one than that of the
+            layer before, or its router does not score tokens one by one from x alone.
     """
     found = _layers(layers)
     for before, after in pairwise(found):
@@ -52,6 +52,12 @@ def link(layers: Iterable[nn.Module]) -> None:
                 f"link: layers must have one hidden_size, got {before.hidden_size} and "
                 f"{after.hidden_size}"
             )
+    experts = [cast(OffloadedExperts, layer.experts) for layer in found]
+    for first, second in pairwise(experts):
+        if first.device != second.device:
+            raise ValueError(
+                f"link: layers must be on one device, got {first.device} and {second.device}"
+            )
     for layer in found[1:]:
         router = declared_by_router(layer.router)
         if isinstance(router, ContextRouter) or router.chooses:
@@ -59,7 +65,6 @@ def link(layers: Iterable[nn.Module]) -> None:
                 "link: layers must have routers that score each token from x alone, "
                 f"got {type(router).__name__}"
             )
-    experts = [cast(OffloadedExperts, layer.experts) for layer in found]
     for part in experts:
         part._stream.ahead = part._stream.behind = part._stream.predict = None
         # Reads that two threads do at once would come in no order.

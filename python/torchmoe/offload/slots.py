@@ -136,7 +136,7 @@ class _CudaSlots(Slots):
         device: torch.device,
     ) -> None:
         super().__init__(store, matrices, num_slots, device)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._matrices: dict[str, Tensor] | None = None
         # The end of each slot's last use, by the stream that used it.
         self._uses: list[dict[torch.cuda.Stream, torch.cuda.Event]] = []

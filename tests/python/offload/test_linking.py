@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from streamed import AtOnce, slots_of
 from torchmoe.nn import CosineRouter, Experts, Gate, HashRouter, MoE, Router, SequenceRouter
-from torchmoe.offload import OffloadedExperts, link, offload
+from torchmoe.offload import OffloadedExperts, link, offload, write_store
+from torchmoe.offload.slots import SLOTS
 
 H, E, K = 8, 8, 2
 
@@ -300,6 +302,22 @@ def test_what_is_refused() -> None:
     wide.experts = offload(wide.experts, budget=1 << 30)
     with pytest.raises(ValueError, match=r"^link: layers must have one hidden_size, got 8 and 16$"):
         link([model.layers[0], wide])
+
+
+def test_layers_on_several_devices_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(SLOTS, "meta", SLOTS["cpu"])  # of another device, which is always there
+    path = tmp_path / "store.safetensors"
+    write_store(path, Experts(H, 12, E))
+    like = Experts(H, 12, E, device="meta").requires_grad_(False)
+    layers = [
+        MoE(H, None, E, K, experts=offload(like, budget=1 << 20, store=path, device=device))
+        for device in ("cpu", "cpu", "meta")
+    ]
+    link(layers[:2])
+    with pytest.raises(ValueError, match=r"^link: layers must be on one device, got cpu and meta$"):
+        link(layers)
 
 
 def test_a_router_that_reads_something_else_is_named() -> None:

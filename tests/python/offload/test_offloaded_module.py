@@ -300,6 +300,36 @@ def test_experts_that_were_never_in_memory(tmp_path: Path) -> None:
         offload(like, budget=1 << 30, store=tmp_path / "other")
 
 
+def test_where_experts_compute(tmp_path: Path) -> None:
+    path = tmp_path / "store.safetensors"
+    given = pair(store=path)
+    like = Experts(H, INNER, E, bias=True, device="meta").requires_grad_(False)
+    budget = slots_of(given.resident, 3)
+    for device in (None, "cpu", torch.device("cpu")):
+        experts = offload(like, budget=budget, store=path, device=device)
+        assert experts.device == given.offloaded.device == torch.device("cpu")
+        assert "device='cpu'" in repr(experts)
+    assert offload(Experts(4, 5, 3).requires_grad_(False), budget=1 << 20, device="cpu")
+    message = r"^offload: device must be the CPU or a CUDA device, got meta$"
+    with pytest.raises(ValueError, match=message):
+        offload(like, budget=budget, store=path, device="meta")
+    like.down_proj = nn.Parameter(torch.empty(E, H, INNER), requires_grad=False)
+    message = r"^offload: experts must be on the CPU, on one CUDA .* device, got cpu and meta$"
+    with pytest.raises(ValueError, match=message):
+        offload(like, budget=budget, store=path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a torch that has no CUDA device")
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    experts = Experts(4, 5, 3).requires_grad_(False)
+    for device in ("cuda", "cuda:7"):
+        message = f"^offload: device must be one that torch can use, got {device}$"
+        with pytest.raises(RuntimeError, match=message):
+            offload(experts, budget=1 << 20, store=tmp_path / "store", device=device)
+    assert not list(tmp_path.iterdir())
+    assert not experts.down_proj.is_meta
+
+
 def test_two_modules_read_one_store(tmp_path: Path) -> None:
     path = tmp_path / "store.safetensors"
     given = pair(store=path, num_slots=3)
