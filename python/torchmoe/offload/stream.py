@@ -43,20 +43,27 @@ class Rows(NamedTuple):
 
 
 class Sorted(NamedTuple):
-    """The slots of a call, sorted by the numbers that the experts had when it began.
-
-    All of it is tensors, since a checkpoint that runs the call again replaces saved tensors by
-    those of the second run, and nothing else.
-    """
+    """The slots of a call, sorted by the numbers that the experts had when it began."""
 
     plan: DispatchPlan
     """Over S + E numbers."""
-    rows: Tensor
-    """[R, 3] int64 on the CPU: the `Rows` of each expert that has some, in order."""
+    rows: list[Rows]
+    """Those of each expert that has some, in order."""
 
-    def by_expert(self) -> list[Rows]:
-        """The rows of each expert that has some, in order."""
-        return [Rows(*row) for row in self.rows.tolist()]
+    def saved(self) -> tuple[Tensor, ...]:
+        """All of it as tensors; the rows [R, 3] are on the CPU.
+
+        A checkpoint that runs the call again replaces saved tensors by those of the second run, and
+        nothing else.
+        """
+        rows = torch.tensor(self.rows, dtype=torch.int64, device="cpu").view(-1, 3)
+        return *self.plan, rows
+
+    @classmethod
+    def of_saved(cls, *saved: Tensor) -> Sorted:
+        """What has been saved."""
+        *plan, rows = saved
+        return cls(DispatchPlan(*plan), [Rows(*row) for row in rows.tolist()])
 
 
 class _Placed(NamedTuple):
@@ -119,7 +126,7 @@ class Stream:
         with residents.held(), _uncounted():
             residents.settle()
             order = self._sorted(indices)
-            plan, rows = order.plan, order.by_expert()
+            plan, rows = order
             slots = {row.expert: row.end - row.begin for row in rows}
             self._begin(slots, keeps_pre)
             turn = functools.partial(self._look_ahead, x, indices)
@@ -164,7 +171,7 @@ class Stream:
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and of the weights, as far as they are wanted."""
-        residents, plan, rows = self.residents, order.plan, order.by_expert()
+        residents, plan, rows = self.residents, *order
         of_x, of_weights = wanted
         mask = [of_x, of_weights, False, False, False, False]
         grad = grad.to(pre.dtype).contiguous()
@@ -227,11 +234,11 @@ class Stream:
         plan = DispatchPlan(*_ops.dispatch_plan.default(ids, num_slots + num_experts))
         bounds = pairwise(plan.expert_offsets.tolist())
         rows = [
-            (expert, begin, end)
+            Rows(expert, begin, end)
             for expert, (begin, end) in zip(keys.of_key, bounds, strict=True)
             if begin < end
         ]
-        return Sorted(plan, torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3))
+        return Sorted(plan, rows)
 
     def _begin(self, slots: dict[int, int], keeps_pre: bool = False) -> None:
         self.residents.begin(slots)
@@ -401,7 +408,7 @@ class _Forward(_Differentiated):
     ) -> tuple[Tensor, ...]:
         """The output, and what the backward pass needs."""
         y, pre, order = stream.forward(x, indices, weights, keeps_pre)
-        return y, pre, *order.plan, order.rows
+        return y, pre, *order.saved()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -438,7 +445,7 @@ class _Backward(_Differentiated):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Both, as far as they are wanted."""
         del x
-        order = Sorted(DispatchPlan(offsets, row_to_slot, slot_to_row), rows)
+        order = Sorted.of_saved(offsets, row_to_slot, slot_to_row, rows)
         return stream.backward(grad, weights, pre, order, wanted)
 
     @staticmethod
