@@ -13,7 +13,9 @@
 //     several processes                                      all_reduce          process_group
 //     other routers, router_input, ExpertList,               -                   yes
 //     expert communication
-//     replay, presets, monitoring, adapters, studies         -                   yes
+//     a routing cache                                        its ops             yes
+//     replay, presets, monitoring, adapters, studies,        -                   yes
+//     experts in a file
 //     checks of gradients and layers                         testing.h           torchmoe.testing
 //     state dicts: safetensors, torch.save, both ways        serialize/          torch's own
 #pragma once
