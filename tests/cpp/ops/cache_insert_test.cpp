@@ -11,7 +11,9 @@ using torchmoe::CacheUse;
 
 namespace {
 
-Tensor numbers(const std::vector<int64_t>& values) { return torch::tensor(values, torch::kLong); }
+Tensor numbers(const std::vector<int64_t>& values) {
+  return torch::tensor(values, torch::kLong);
+}
 
 /// Rows of the identity, each of which is its own signature.
 Tensor unit_rows(const Tensor& numbers) {
