@@ -267,7 +267,6 @@ class OffloadedExperts(ExpertsDeclaration, Part):
         self._residents = ResidentSet(self._file, memory, self.num_slots, policy, Loader())
         self._stream = Stream(self._residents, self._names, self.activation)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of each token's experts.
 
@@ -283,6 +282,12 @@ class OffloadedExperts(ExpertsDeclaration, Part):
             RuntimeError: a shape, dtype or device does not fit, or the store has changed.
             OSError: the store cannot be read.
         """
+        if not torch.compiler.is_compiling():  # `disable` would load a compiler
+            return self._run(x, indices, weights)
+        outside = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+        return cast(Tensor, outside(x, indices, weights))
+
+    def _run(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         return self._stream.run(*self._checked(x, indices, weights))
 
     def warm(self, usage: Tensor) -> None:
