@@ -62,7 +62,7 @@ def test_sets_every_argument_of_the_layer_that_routes() -> None:
     of_the_caller = {
         *("hidden_size", "intermediate_size", "num_experts", "activation", "bias"),
         *("router", "experts", "shared_experts", "device", "dtype"),
-        *("assistance", "process_group"),
+        *("assistance", "cache", "process_group"),
     }
     arguments = {f.name for f in dataclasses.fields(Preset)} - TEXTS
     expected = set(inspect.signature(MoE).parameters) - of_the_caller
