@@ -226,10 +226,11 @@ class RoutingCache:
             # The router may no longer take gate inputs like those of the entries.
             if self._table is not None and not self._table.takes(seen.gate_input):
                 self._table = None
-        self._drop_what_changed(live)
+        if not self._is_current(live):
+            self._drop_what_changed(live)
+            self._snapshot = live.snapshot()
         for seen in looked_up:
             self._remember(seen.gate_input, seen.counts, live)
-        self._snapshot = live.snapshot()
 
     @torch.no_grad()
     def second_look(self, routing: Routing, *, sample: int = 256) -> float:
@@ -348,7 +349,7 @@ class RoutingCache:
 
     def _drop_what_changed(self, live: LiveDecision) -> None:
         table = self._table
-        if table is None or self._is_current(live):
+        if table is None:
             return
         held = table.is_taken().nonzero().squeeze(1)
         ids, weights = live.of(table.keys[held].to(table.dtype))
