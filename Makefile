@@ -99,7 +99,7 @@ walkthrough: develop  ## Show one gate decision step by step, with every number 
 	$(BIN)/python examples/gating_walkthrough.py $(ARGS)
 
 offload-demo: develop  ## Stream experts from files with room for a part of them, a minute (ARGS="--help")
-	$(BIN)/python examples/offload_demo.py $(ARGS)
+	$(BIN)/python examples/offload_demo.py --figure $(ARGS)
 
 bench: develop  ## Time the layer against its peers and the dense bound (ARGS="--help")
 	$(BIN)/python -m benchmarks.moe_layer $(ARGS)
