@@ -49,7 +49,7 @@ from benchmarks.machine import machine as described
 from benchmarks.offload.prediction import Size
 from torchmoe.nn import Experts
 from torchmoe.offload import offload, write_store
-from torchmoe.offload.store import stored_sizes
+from torchmoe.offload.layout import stored_sizes
 
 OFFLOAD, MAPPED, RESIDENT = "offload", "mapped", "resident"
 CONTENDERS = (OFFLOAD, MAPPED, RESIDENT)

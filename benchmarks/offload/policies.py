@@ -36,7 +36,7 @@ from benchmarks.contenders import positive
 from benchmarks.machine import machine as described
 from torchmoe.nn import Experts, MoE
 from torchmoe.offload import OffloadedExperts, link, offload, write_store
-from torchmoe.offload.store import stored_sizes
+from torchmoe.offload.layout import stored_sizes
 from training import batches
 from training.corpus import Text
 from training.job import Job

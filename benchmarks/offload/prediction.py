@@ -39,7 +39,7 @@ from torchmoe.offload import (
     plan_offload,
     write_store,
 )
-from torchmoe.offload.store import stored_sizes
+from torchmoe.offload.layout import stored_sizes
 
 LAYERS = 3
 BUDGETS = (25, 50, 75, 100)  # percent of the experts' bytes

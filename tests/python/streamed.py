@@ -12,8 +12,8 @@ from torch import Tensor
 
 from torchmoe.nn import Experts
 from torchmoe.offload import OffloadedExperts, offload
+from torchmoe.offload.layout import stored_sizes
 from torchmoe.offload.slots import SLOTS
-from torchmoe.offload.store import stored_sizes
 
 
 def expert_bytes(experts: Experts) -> int:

@@ -9,7 +9,8 @@ a store reads and hashes all of it once. Import it by its name: `import torchmoe
 from torchmoe.offload.experts import OffloadedExperts, offload
 from torchmoe.offload.linking import link
 from torchmoe.offload.planning import Machine, OffloadPlan, measure_machine, plan_offload
-from torchmoe.offload.store import ExpertStore, write_store
+from torchmoe.offload.store import ExpertStore
+from torchmoe.offload.writing import write_store
 
 __all__ = [
     "ExpertStore",

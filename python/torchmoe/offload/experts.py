@@ -27,12 +27,15 @@ from torchmoe.nn import Experts
 from torchmoe.nn._part import Part
 from torchmoe.nn._sharding import refuse_sharded
 from torchmoe.nn.declarations import ExpertsDeclaration
+from torchmoe.offload.files import checked_path
+from torchmoe.offload.layout import stored_sizes
 from torchmoe.offload.loader import Loader
 from torchmoe.offload.policies import POLICIES, Trace
 from torchmoe.offload.resident import ResidentSet, in_order
 from torchmoe.offload.slots import SLOTS
-from torchmoe.offload.store import ExpertStore, checked_path, stored_sizes, write_store
+from torchmoe.offload.store import ExpertStore
 from torchmoe.offload.stream import Stream
+from torchmoe.offload.writing import write_store
 
 Path = str | os.PathLike[str]
 

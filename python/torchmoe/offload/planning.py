@@ -29,7 +29,9 @@ from torchmoe._checks import (
 )
 from torchmoe.nn import Experts
 from torchmoe.offload.experts import offload
-from torchmoe.offload.store import ExpertStore, stored_sizes, write_store
+from torchmoe.offload.layout import stored_sizes
+from torchmoe.offload.store import ExpertStore
+from torchmoe.offload.writing import write_store
 
 SAMPLE = 256 << 20  # bytes of experts that are measured: more than a processor's caches hold
 MOST = 256  # of them

@@ -18,7 +18,7 @@ from benchmarks.offload.paging import MAPPED, OFFLOAD, RESIDENT, HalfEvicted, Re
 from benchmarks.offload.prediction import Size
 from torchmoe.nn import Experts, MoE
 from torchmoe.offload import Machine, write_store
-from torchmoe.offload.store import stored_sizes
+from torchmoe.offload.layout import stored_sizes
 
 SIZE = Size(64, 48, 8, 2)
 

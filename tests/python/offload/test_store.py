@@ -26,8 +26,10 @@ from torch import Tensor
 
 from page_cache import cached_bytes
 from torchmoe.nn import Experts
-from torchmoe.offload import store as module
-from torchmoe.offload.store import ExpertStore, write_store
+from torchmoe.offload import files, writing
+from torchmoe.offload import store as reading
+from torchmoe.offload.store import ExpertStore
+from torchmoe.offload.writing import write_store
 
 H, INNER, E = 24, 20, 5
 
@@ -137,8 +139,8 @@ def test_strides_do_not_matter(tmp_path: Path, experts: Experts) -> None:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """An expert of many pieces, and much to write for the memory that may wait."""
-    monkeypatch.setattr(module, "CHUNK", mmap.PAGESIZE)
-    monkeypatch.setattr(module, "UNWRITTEN", 1000)
+    monkeypatch.setattr(files, "CHUNK", mmap.PAGESIZE)
+    monkeypatch.setattr(writing, "UNWRITTEN", 1000)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -182,7 +184,7 @@ def test_a_file_system_that_supports_nothing(
 
     monkeypatch.setattr(os, "posix_fadvise", unsupported)
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    monkeypatch.setattr(module.fcntl, "flock", unsupported)
+    monkeypatch.setattr(writing.fcntl, "flock", unsupported)
     fsync = os.fsync
 
     def fsync_of_files(number: int) -> None:
@@ -221,8 +223,8 @@ def cached(tmp_path: Path) -> Path:
 def test_the_page_cache_holds_no_more_than_the_window(
     cached: Path, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", 4 * mmap.PAGESIZE)
-    monkeypatch.setattr(module, "UNWRITTEN", 16 * mmap.PAGESIZE)
+    monkeypatch.setattr(files, "CHUNK", 4 * mmap.PAGESIZE)
+    monkeypatch.setattr(writing, "UNWRITTEN", 16 * mmap.PAGESIZE)
     experts = Experts(251, 131, 6).requires_grad_(False)
     seen: list[int] = []
 
@@ -240,7 +242,7 @@ def test_the_page_cache_holds_no_more_than_the_window(
         write_store(cached / "a", Experts(251, 131, 6, device="meta"), one_of(experts))
     else:
         write_store(cached / "a", experts)
-    assert 0 < max(seen) <= 2 * module.UNWRITTEN
+    assert 0 < max(seen) <= 2 * writing.UNWRITTEN
     assert cached_bytes(cached / "a") == 0
 
     seen.clear()
@@ -518,14 +520,14 @@ def test_a_file_that_has_changed_is_not_read(
 def test_a_file_that_changes_while_it_is_opened(
     path: Path, experts: Experts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sha256 = module._sha256
+    sha256 = reading.sha256_of
 
     def changing(*arguments: Any) -> str:
         found = sha256(*arguments)
         rewritten(path)
         return found
 
-    monkeypatch.setattr(module, "_sha256", changing)
+    monkeypatch.setattr(reading, "sha256_of", changing)
     with pytest.raises(RuntimeError, match="must stay as it was opened"):
         ExpertStore.open(path, experts)
 
@@ -820,7 +822,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from torchmoe.nn import Experts
-from torchmoe.offload import store
+from torchmoe.offload import write_store
 
 path, step = sys.argv[1:]
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -833,7 +835,7 @@ def expert(index):
 
 if step != "expert":
     setattr(os, step, kill)
-store.write_store(path, Experts({h}, {i}, {e}, bias=True, device="meta"), expert)
+write_store(path, Experts({h}, {i}, {e}, bias=True, device="meta"), expert)
 """
 
 
