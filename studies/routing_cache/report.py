@@ -457,18 +457,18 @@ def show_break_even(result: Result, found: Everything, costs: timing.Costs) -> N
         right = sum((case.multiplications > expected) == (case.ratio < 1) for case in cases)
         table.add_row(
             f"{rows}",
-            thousands(expected),
+            rounded(expected),
             over(expected, lookup),
-            thousands(seen),
+            rounded(seen),
             over(seen, lookup),
             f"{right} of {len(cases)}",
         )
     result.show(table)
 
 
-def thousands(value: float) -> str:
-    """A count of multiplications."""
-    return "none" if not math.isfinite(value) else f"{value / 1e3:.3g}k"
+def rounded(value: float) -> str:
+    """A count of multiplications, in three digits."""
+    return f"{float(f'{value:.3g}'):,.0f}" if math.isfinite(value) else "none"
 
 
 def over(value: float, lookup: float) -> str:

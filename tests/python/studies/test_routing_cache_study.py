@@ -291,8 +291,8 @@ def test_cells() -> None:
     assert report.cell([0.25, 0.75, math.nan], 0) == "50 ±318"  # 12.706 / sqrt(2) * 0.354
     assert report.cell([math.nan] * 2) == "n/a"
     assert report.cell([0.0012], 1, 1000, "+") == "+1.2"
-    assert report.thousands(math.inf) == report.over(math.nan, 3) == "none"
-    assert (report.thousands(12345.0), report.over(30.0, 4)) == ("12.3k", "7.5")
+    assert report.rounded(math.inf) == report.over(math.nan, 3) == "none"
+    assert (report.rounded(12345.0), report.over(30.0, 4)) == ("12,300", "7.5")
 
 
 def found_with(rates: dict[str, float]) -> queries.Found:
