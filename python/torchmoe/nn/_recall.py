@@ -94,10 +94,12 @@ class Recall:
             entry = entry.repeat_interleave(self._num_tokens // rows)
         if self._token_mask is not None:
             entry = entry.masked_fill(~self._token_mask, -1)
-        ids, weights = self._cache.ids_and_weights(entry)
+        ids = self._cache.ids_of(entry)
         if not self._skipped:
             return Recalled(entry, ids, None)
-        weights = _WithoutRouter.apply(weights, *self._reached)  # type: ignore[no-untyped-call]
+        weights = _WithoutRouter.apply(  # type: ignore[no-untyped-call]
+            self._cache.weights_of(entry), *self._reached
+        )
         return Recalled(entry, ids, weights)
 
     def details(self, recalled: Recalled) -> dict[str, Tensor]:

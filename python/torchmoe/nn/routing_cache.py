@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from torchmoe._checks import (
     check_choice,
     check_kind,
     check_number,
-    check_tensor,
 )
-from torchmoe._wide import wide_dtype
+from torchmoe.nn._entry_table import EntryTable, check_saved
 from torchmoe.nn._live_decision import LiveDecision, Snapshot
 from torchmoe.nn._recall import Recall, rows_of
 from torchmoe.nn.routing import Routing, routings_of
@@ -27,11 +26,7 @@ if TYPE_CHECKING:
     from torchmoe.nn.moe import MoE
 
 REUSES = ("ids", "weights")
-
-# Bits of a signature: keys that are not alike share one by chance once in 65,536 pairs.
-_BITS = 16
-# Each table is a further chance for a similar key to share one, and costs _BITS products a row.
-_MOST_TABLES = 16
+_COUNTS = ("hits", "lookups", "invalidated")
 
 
 class CachedRouting(NamedTuple):
@@ -162,7 +157,7 @@ class RoutingCache:
 
     def clear(self) -> None:
         """Forgets every entry, and sets the counts to 0."""
-        self._table: _Table | None = None
+        self._table: EntryTable | None = None
         self._snapshot: Snapshot | None = None
         self.hits = self.lookups = self.invalidated = 0
 
@@ -184,7 +179,7 @@ class RoutingCache:
             ValueError: it lacks an entry, or is that of a cache of another size.
         """
         check_kind("RoutingCache", "state_dict", state_dict, dict)
-        names = set(_COUNTS) | ({*_Table.names(), "dtype"} if "keys" in state_dict else set())
+        names = set(_COUNTS) | ({*EntryTable.names(), "dtype"} if "keys" in state_dict else set())
         if set(state_dict) != names:
             raise ValueError(
                 f"RoutingCache: state_dict must have {', '.join(sorted(names))}, "
@@ -192,11 +187,11 @@ class RoutingCache:
             )
         table = None
         if "keys" in state_dict:
-            tensors = {name: state_dict[name] for name in _Table.names()}
+            tensors = {name: state_dict[name] for name in EntryTable.names()}
             top_k = None if self._layer is None else self._layer.top_k
-            _check_saved(tensors, self.max_entries, top_k)
+            check_saved(tensors, self.max_entries, top_k)
             copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            table = _Table(dtype=state_dict["dtype"], **copies)
+            table = EntryTable(dtype=state_dict["dtype"], **copies)
         self.clear()
         self._table = table
         self.hits, self.lookups, self.invalidated = (state_dict[name] for name in _COUNTS)
@@ -329,15 +324,18 @@ class RoutingCache:
         """Whether nothing that decides has changed since the last update."""
         return self._snapshot is not None and self._snapshot.is_of(live)
 
-    def ids_and_weights(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of entries [N], each [N, K]; of entries that are none -1 and 0."""
+    def ids_of(self, entry: Tensor) -> Tensor:
+        """The experts [N, K] of entries [N], -1 where there is none."""
         if self._table is None:
-            shape = len(entry), self._bound().top_k
-            return entry.new_full(shape, -1), torch.zeros(shape, device=entry.device)
-        held = entry.clamp(min=0)
+            return entry.new_full((len(entry), self._bound().top_k), -1)
         missed = (entry < 0).unsqueeze(1)
-        ids, weights = self._table.ids[held], self._table.weights[held]
-        return ids.masked_fill(missed, -1), weights.masked_fill(missed, 0)
+        return self._table.ids[entry.clamp(min=0)].masked_fill(missed, -1)
+
+    def weights_of(self, entry: Tensor) -> Tensor:
+        """The weights [N, K] of entries [N], some of which were hit; 0 where there is none."""
+        table = cast(EntryTable, self._table)  # which a hit has
+        missed = (entry < 0).unsqueeze(1)
+        return table.weights[entry.clamp(min=0)].masked_fill(missed, 0)
 
     def _bound(self) -> MoE:
         if self._layer is None:
@@ -364,8 +362,8 @@ class RoutingCache:
             return
         table = self._table
         if table is None or not table.takes(gate_input):
-            table = self._table = _Table.like(
-                gate_input, self.max_entries, live.top_k, _num_tables(self.similarity)
+            table = self._table = EntryTable.like(
+                gate_input, self.max_entries, live.top_k, self.similarity
             )
         signatures = ops.cache_signatures(gate_input, table.planes, row_mask=counts)
         row, table.last_used, table.uses = ops.cache_insert(
@@ -406,106 +404,3 @@ class RoutingCache:
             if getattr(self, name) != usual
         )
         return f"RoutingCache({self.max_entries}{settings})"
-
-
-_COUNTS = ("hits", "lookups", "invalidated")
-
-
-class _Table:
-    """The tensors of the entries.
-
-    They are no buffers, which frameworks average, cast and broadcast: a key that has changed by
-    itself would find the ids of another one.
-    """
-
-    def __init__(self, *, dtype: torch.dtype, **tensors: Tensor) -> None:
-        self.dtype = dtype  # of the gate inputs; the keys' is wider
-        self.keys = tensors["keys"]  # [M, G]
-        self.key_signatures = tensors["key_signatures"]  # [M, L]
-        self.planes = tensors["planes"]  # [L, B, G]
-        self.last_used = tensors["last_used"]  # [M]
-        self.uses = tensors["uses"]  # [M]
-        self.ids = tensors["ids"]  # [M, K]
-        self.weights = tensors["weights"]  # [M, K]
-        self.sort()
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Of the tensors."""
-        return "keys", "key_signatures", "planes", "last_used", "uses", "ids", "weights"
-
-    @classmethod
-    def like(cls, gate_input: Tensor, size: int, top_k: int, num_tables: int) -> _Table:
-        """An empty table for such gate inputs."""
-        width, dtype = gate_input.shape[1], wide_dtype(gate_input.dtype)
-        # Of its own: that two layers have the same planes does no harm, and that a cache changes
-        # what the model draws would.
-        generator = torch.Generator().manual_seed(0)
-        whole = torch.zeros(size, dtype=torch.int64)
-        return cls(
-            dtype=gate_input.dtype,
-            keys=torch.zeros(size, width, dtype=dtype),
-            key_signatures=torch.full((size, num_tables), -1),
-            planes=torch.randn(num_tables, _BITS, width, generator=generator, dtype=dtype),
-            last_used=whole,
-            uses=whole.clone(),
-            ids=torch.full((size, top_k), -1),
-            weights=torch.zeros(size, top_k, dtype=dtype),
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By name, without the order, which follows from the signatures."""
-        return {name: getattr(self, name) for name in self.names()}
-
-    def sort(self) -> None:
-        """Puts the entries of each table in the order in which they are looked up."""
-        self.order = self.key_signatures.t().sort(stable=True).indices
-
-    def takes(self, gate_input: Tensor) -> bool:
-        """Whether the gate inputs are of the size and dtype of the entries'."""
-        return gate_input.shape[1:] == self.keys.shape[1:] and gate_input.dtype == self.dtype
-
-    def is_taken(self) -> Tensor:
-        """[M] bool."""
-        return self.key_signatures[:, 0] >= 0
-
-    @property
-    def entries(self) -> ops.CacheTable:
-        """What the ops look at."""
-        return ops.CacheTable(self.keys, self.key_signatures)
-
-
-def _check_saved(tensors: dict[str, Tensor], size: int, top_k: int | None) -> None:
-    """Raises unless tensors that were saved make a table of that size."""
-    for name, tensor in tensors.items():
-        check_tensor("RoutingCache", f'state_dict["{name}"]', tensor)
-    keys, ids, of_keys = tensors["keys"], tensors["ids"], tensors["key_signatures"]
-    width, dtype = keys.shape[-1:], keys.dtype
-    num_tables = of_keys.shape[-1:]
-    columns = ids.shape[-1:] if top_k is None else (top_k,)
-    whole = torch.int64
-    for name, shape, kind in (
-        ("keys", (size, *width), wide_dtype(dtype)),
-        ("key_signatures", (size, *num_tables), whole),
-        ("planes", (*num_tables, _BITS, *width), dtype),
-        ("last_used", (size,), whole),
-        ("uses", (size,), whole),
-        ("ids", (size, *columns), whole),
-        ("weights", (size, *columns), dtype),
-    ):
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != kind:
-            raise ValueError(
-                f'RoutingCache: state_dict["{name}"] must be {kind} of shape {list(shape)}, '
-                f"got {tensor.dtype} of shape {list(tensor.shape)}"
-            )
-
-
-def _num_tables(similarity: float) -> int:
-    """As many as let half of the gate inputs at that very cosine find the key, at least two.
-
-    One table finds it with probability (1 - angle / pi) ^ bits.
-    """
-    one = (1 - math.acos(similarity) / math.pi) ** _BITS
-    enough = 1 if one > 0.5 else math.ceil(math.log(0.5) / math.log1p(-one))
-    return min(max(2, enough), _MOST_TABLES)
