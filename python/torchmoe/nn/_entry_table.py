@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,9 @@ class EntryTable:
     itself would find the ids of another one.
     """
 
+    TENSORS = ("keys", "key_signatures", "planes", "last_used", "uses", "ids", "weights")
+    SAVED = (*TENSORS, "dtype")
+
     def __init__(self, *, dtype: torch.dtype, **tensors: Tensor) -> None:
         self.dtype = dtype  # of the gate inputs; the keys' is wider
         self.keys = tensors["keys"]  # [M, G]
@@ -34,11 +39,6 @@ class EntryTable:
         self.ids = tensors["ids"]  # [M, K]
         self.weights = tensors["weights"]  # [M, K]
         self.sort()
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Of the tensors."""
-        return "keys", "key_signatures", "planes", "last_used", "uses", "ids", "weights"
 
     @classmethod
     def like(cls, gate_input: Tensor, size: int, top_k: int, similarity: float) -> EntryTable:
@@ -62,7 +62,34 @@ class EntryTable:
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, without the order, which follows from the signatures."""
-        return {name: getattr(self, name) for name in self.names()}
+        return {name: getattr(self, name) for name in self.TENSORS}
+
+    def saved(self) -> dict[str, Any]:
+        """Copies under the names of SAVED."""
+        copies = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        return {**copies, "dtype": self.dtype}
+
+    @classmethod
+    def of_saved(cls, saved: Mapping[str, Any], size: int, top_k: int | None) -> EntryTable:
+        """The table that was saved, among other things.
+
+        Args:
+            saved: has all names of SAVED.
+            size: M.
+            top_k: K, or None if any will do.
+
+        Raises:
+            TypeError: what should be a tensor is none.
+            ValueError: a tensor has another shape or dtype than in a table of that size.
+        """
+        tensors = {name: saved[name] for name in cls.TENSORS}
+        _check_saved(tensors, size, top_k)
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        return cls(dtype=saved["dtype"], **copies)
+
+    def of(self, entry: Tensor, values: Tensor, missing: float) -> Tensor:
+        """The rows of values [M, K] that belong to entries [N]; `missing` where there is none."""
+        return values[entry.clamp(min=0)].masked_fill((entry < 0).unsqueeze(1), missing)
 
     def sort(self) -> None:
         """Puts the entries of each table in the order in which they are looked up."""
@@ -82,7 +109,7 @@ class EntryTable:
         return ops.CacheTable(self.keys, self.key_signatures)
 
 
-def check_saved(tensors: dict[str, Tensor], size: int, top_k: int | None) -> None:
+def _check_saved(tensors: dict[str, Tensor], size: int, top_k: int | None) -> None:
     """Raises unless tensors that were saved make a table of that size."""
     for name, tensor in tensors.items():
         check_tensor("RoutingCache", f'state_dict["{name}"]', tensor)

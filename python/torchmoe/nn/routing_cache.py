@@ -17,7 +17,7 @@ from torchmoe._checks import (
     check_kind,
     check_number,
 )
-from torchmoe.nn._entry_table import EntryTable, check_saved
+from torchmoe.nn._entry_table import EntryTable
 from torchmoe.nn._live_decision import LiveDecision, Snapshot
 from torchmoe.nn._recall import Recall, rows_of
 from torchmoe.nn.routing import Routing, routings_of
@@ -164,10 +164,7 @@ class RoutingCache:
     def state_dict(self) -> dict[str, Any]:
         """Copies of its tensors and counts, for `load_state_dict`."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _COUNTS}
-        if self._table is not None:
-            state |= {name: tensor.clone() for name, tensor in self._table.tensors().items()}
-            state["dtype"] = self._table.dtype
-        return state
+        return state if self._table is None else state | self._table.saved()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what `state_dict` of a cache with the same max_entries has returned.
@@ -179,19 +176,15 @@ class RoutingCache:
             ValueError: it lacks an entry, or is that of a cache of another size.
         """
         check_kind("RoutingCache", "state_dict", state_dict, dict)
-        names = set(_COUNTS) | ({*EntryTable.names(), "dtype"} if "keys" in state_dict else set())
+        has_table = "keys" in state_dict
+        names = {*_COUNTS, *(EntryTable.SAVED if has_table else ())}
         if set(state_dict) != names:
             raise ValueError(
                 f"RoutingCache: state_dict must have {', '.join(sorted(names))}, "
                 f"got {', '.join(sorted(map(str, state_dict)))}"
             )
-        table = None
-        if "keys" in state_dict:
-            tensors = {name: state_dict[name] for name in EntryTable.names()}
-            top_k = None if self._layer is None else self._layer.top_k
-            check_saved(tensors, self.max_entries, top_k)
-            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            table = EntryTable(dtype=state_dict["dtype"], **copies)
+        top_k = None if self._layer is None else self._layer.top_k
+        table = EntryTable.of_saved(state_dict, self.max_entries, top_k) if has_table else None
         self.clear()
         self._table = table
         self.hits, self.lookups, self.invalidated = (state_dict[name] for name in _COUNTS)
@@ -328,14 +321,12 @@ class RoutingCache:
         """The experts [N, K] of entries [N], -1 where there is none."""
         if self._table is None:
             return entry.new_full((len(entry), self._bound().top_k), -1)
-        missed = (entry < 0).unsqueeze(1)
-        return self._table.ids[entry.clamp(min=0)].masked_fill(missed, -1)
+        return self._table.of(entry, self._table.ids, missing=-1)
 
     def weights_of(self, entry: Tensor) -> Tensor:
         """The weights [N, K] of entries [N], some of which were hit; 0 where there is none."""
         table = cast(EntryTable, self._table)  # which a hit has
-        missed = (entry < 0).unsqueeze(1)
-        return table.weights[entry.clamp(min=0)].masked_fill(missed, 0)
+        return table.of(entry, table.weights, missing=0)
 
     def _bound(self) -> MoE:
         if self._layer is None:
