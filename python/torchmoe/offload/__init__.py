@@ -6,7 +6,8 @@ memory; `plan_offload` predicts how long a step takes, from what `measure_machin
 a store reads and hashes all of it once. Import it by its name: `import torchmoe.offload`.
 """
 
-from torchmoe.offload.experts import OffloadedExperts, offload
+from torchmoe.offload.entry import offload
+from torchmoe.offload.experts import OffloadedExperts
 from torchmoe.offload.linking import link
 from torchmoe.offload.planning import Machine, OffloadPlan, measure_machine, plan_offload
 from torchmoe.offload.store import ExpertStore

@@ -28,7 +28,7 @@ from torchmoe._checks import (
     shown,
 )
 from torchmoe.nn import Experts
-from torchmoe.offload.experts import offload
+from torchmoe.offload.entry import offload
 from torchmoe.offload.layout import stored_sizes
 from torchmoe.offload.store import ExpertStore
 from torchmoe.offload.writing import write_store
