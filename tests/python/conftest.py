@@ -17,7 +17,7 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = _CACHES.name
 # These assert on behalf of the test files, so that their failures must show values as theirs do.
 pytest.register_assert_rewrite(
     *("documents", "drawn", "gradient_harness", "lm_command_line", "lm_runs"),
-    *("op_case", "op_harness", "refused", "watched"),
+    *("op_case", "op_harness", "refused", "stored", "watched"),
 )
 
 
