@@ -45,6 +45,7 @@
 #include "ops/expert_mlp.h"
 #include "ops/gate_weights.h"
 #include "ops/grouped_linear.h"
+#include "ops/grouped_mlp.h"
 #include "ops/limit_capacity.h"
 #include "ops/load_balancing_loss.h"
 #include "ops/mean_over_tokens.h"

@@ -9,6 +9,7 @@
 #include "ops/expert_mlp.h"
 #include "ops/gate_weights.h"
 #include "ops/grouped_linear.h"
+#include "ops/grouped_mlp.h"
 #include "ops/load_balancing_loss.h"
 #include "ops/router_logits.h"
 #include "ops/router_z_loss.h"
@@ -70,16 +71,24 @@ struct Autocast {
                                const at::Tensor& indices,
                                const at::Tensor& weights,
                                const ExpertParameters& experts,
-                               std::string_view activation) {
+                               const ExpertActivation& activation) {
     const Below below;
     return torchmoe::expert_mlp(narrow(x), indices, wide(weights), narrow(experts), activation);
+  }
+
+  static at::Tensor grouped_mlp(const at::Tensor& rows,
+                                const ExpertParameters& experts,
+                                const at::Tensor& expert_offsets,
+                                const ExpertActivation& activation) {
+    const Below below;
+    return torchmoe::grouped_mlp(narrow(rows), narrow(experts), expert_offsets, activation);
   }
 
   static at::Tensor attach_dense_gradient(const at::Tensor& y,
                                           const at::Tensor& probs,
                                           const at::Tensor& x,
                                           const ExpertParameters& experts,
-                                          std::string_view activation) {
+                                          const ExpertActivation& activation) {
     const Below below;
     return torchmoe::attach_dense_gradient(y, wide(probs), narrow(x), narrow(experts), activation);
   }
@@ -102,6 +111,7 @@ struct Autocast {
     m.impl("gate_weights", &gate_weights);
     m.impl("grouped_linear", &grouped_linear);
     m.impl("expert_mlp", with_records<&expert_mlp>);
+    m.impl("grouped_mlp", with_records<&grouped_mlp>);
     m.impl("attach_dense_gradient", with_records<&attach_dense_gradient>);
     m.impl("load_balancing_loss", &load_balancing_loss);
     m.impl("router_z_loss", &router_z_loss);

@@ -25,13 +25,14 @@ namespace {
 at::Tensor output_of(const ExpertParameters& experts,
                      int64_t expert,
                      const at::Tensor& x,
-                     std::string_view activation) {
-  const auto dtype = accumulate_dtype(x.scalar_type());
+                     const ExpertActivation& activation) {
+  const auto stored = experts.w_in.scalar_type();
+  const auto dtype = accumulate_dtype(stored);
   const auto own = [&](const at::Tensor& all) { return all.select(0, expert).to(dtype); };
   const auto bias = [&](const std::optional<at::Tensor>& all) {
     return all ? std::optional(own(*all)) : std::nullopt;
   };
-  const auto pre = at::linear(x.to(dtype), own(experts.w_in), bias(experts.b_in));
+  const auto pre = at::linear(x.to(stored).to(dtype), own(experts.w_in), bias(experts.b_in));
   return at::linear(activate(pre, activation), own(experts.w_out), bias(experts.b_out));
 }
 
@@ -39,7 +40,7 @@ at::Tensor output_of(const ExpertParameters& experts,
 at::Tensor compose_dense_gradient(const at::Tensor& grad,
                                   const at::Tensor& x,
                                   const ExpertParameters& experts,
-                                  std::string_view activation) {
+                                  const ExpertActivation& activation) {
   variable_list columns;
   for (int64_t i = 0; i < experts.w_out.size(0); ++i) {
     columns.push_back(at::sum(output_of(experts, i, x, activation) * grad, 1));
@@ -51,7 +52,7 @@ at::Tensor compose_dense_gradient(const at::Tensor& grad,
 at::Tensor mixture_of(const at::Tensor& tangent,
                       const at::Tensor& x,
                       const ExpertParameters& experts,
-                      std::string_view activation) {
+                      const ExpertActivation& activation) {
   at::Tensor mixture;
   for (int64_t i = 0; i < experts.w_out.size(0); ++i) {
     add_term(mixture, tangent.select(1, i).unsqueeze(1) * output_of(experts, i, x, activation));
@@ -62,7 +63,7 @@ at::Tensor mixture_of(const at::Tensor& tangent,
 variable_list dense_gradient_gradients(const Arriving& arriving,
                                        const at::Tensor& x,
                                        const ExpertParameters& experts,
-                                       std::string_view activation,
+                                       const ExpertActivation& activation,
                                        at::ScalarType probs_dtype) {
   const auto& grad = arriving.grads[0];
   at::Tensor grad_probs;
@@ -76,7 +77,7 @@ at::Tensor attach_dense_gradient_autograd(const at::Tensor& y,
                                           const at::Tensor& probs,
                                           const at::Tensor& x,
                                           const ExpertParameters& experts,
-                                          std::string_view activation) {
+                                          const ExpertActivation& activation) {
   check_attach_dense_gradient(y, probs, x, experts, activation);
   const auto copy =
       below_autograd([&] { return attach_dense_gradient(y, probs, x, experts, activation); });
@@ -107,7 +108,7 @@ variable_list dense_gradient_second_gradients(const Arriving& arriving,
                                               const at::Tensor& grad,
                                               const at::Tensor& x,
                                               const ExpertParameters& experts,
-                                              std::string_view activation) {
+                                              const ExpertActivation& activation) {
   const auto backward = [&](const variable_list& given) {
     return variable_list{
         compose_dense_gradient(given[0], given[1], experts_from(given, 2), activation)};
@@ -118,7 +119,7 @@ variable_list dense_gradient_second_gradients(const Arriving& arriving,
 at::Tensor attach_dense_gradient_backward_autograd(const at::Tensor& grad,
                                                    const at::Tensor& x,
                                                    const ExpertParameters& experts,
-                                                   std::string_view activation) {
+                                                   const ExpertActivation& activation) {
   check_attach_dense_gradient_backward(grad, x, experts, activation);
   if (has_tangent(grad, x, experts)) {
     return compose_dense_gradient(grad, x, experts, activation);

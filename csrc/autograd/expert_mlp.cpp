@@ -9,6 +9,7 @@
 #include "autograd/node.h"
 #include "autograd/tangents.h"
 #include "autograd/vjp.h"
+#include "common/dtypes.h"
 #include "common/find_op.h"
 #include "ops/grouped_linear.h"
 #include "ops/permute.h"
@@ -26,13 +27,16 @@ at::Tensor compose_expert_mlp(const at::Tensor& x,
                               const at::Tensor& weights,
                               const ExpertParameters& experts,
                               const DispatchPlan& plan,
-                              std::string_view activation) {
+                              const ExpertActivation& activation) {
   const auto& offsets = plan.expert_offsets;
-  const auto rows = permute(x, plan);
+  const auto dtype = experts.w_in.scalar_type();
+  const bool is_mixed = x.scalar_type() != dtype;
+  const auto rows = permute(x.to(dtype), plan);
   const auto pre = grouped_linear(rows, experts.w_in, experts.b_in, offsets);
   const auto activated = activate(pre, activation);
   const auto out = grouped_linear(activated, experts.w_out, experts.b_out, offsets);
-  return unpermute(out, weights, plan);
+  return is_mixed ? unpermute(out, weights.to(accumulate_dtype(dtype)), plan).to(x.scalar_type())
+                  : unpermute(out, weights, plan);
 }
 
 /// The gradients of x, weights and the parameters, which are `inputs`, as far as `wanted` asks for
@@ -40,7 +44,7 @@ at::Tensor compose_expert_mlp(const at::Tensor& x,
 variable_list composed_expert_mlp_gradients(const at::Tensor& grad,
                                             const variable_list& inputs,
                                             const DispatchPlan& plan,
-                                            std::string_view activation,
+                                            const ExpertActivation& activation,
                                             const std::vector<bool>& wanted) {
   const auto op = [&](const variable_list& given) {
     return variable_list{
@@ -55,12 +59,12 @@ variable_list expert_mlp_gradients(const Arriving& arriving,
                                    const ExpertParameters& experts,
                                    const DispatchPlan& plan,
                                    const at::Tensor& pre,
-                                   std::string_view activation) {
+                                   const ExpertActivation& activation) {
   ExpertMlpMask mask{};
   std::copy(arriving.wanted.begin(), arriving.wanted.end(), mask.begin());
   const auto grads = std::apply(
       [](const auto&... grad) { return variable_list{grad...}; },
-      expert_mlp_backward(arriving.grads[0], x, weights, experts, plan, pre, activation, mask));
+      expert_mlp_backward(arriving.grads[0], x, weights, experts, plan, pre, mask, activation));
   variable_list result;
   for (size_t i = 0; i < grads.size(); ++i) {
     result.push_back(gradient_if(mask[i], grads[i]));
@@ -72,14 +76,14 @@ at::Tensor expert_mlp_autograd(const at::Tensor& x,
                                const at::Tensor& indices,
                                const at::Tensor& weights,
                                const ExpertParameters& experts,
-                               std::string_view activation) {
+                               const ExpertActivation& activation) {
   check_expert_mlp(x, indices, weights, experts, activation);
   const bool wanted = wants_gradient(x, weights, experts);
   if (!wanted && !has_tangent(x, weights, experts)) {
     return below_autograd([&] { return expert_mlp(x, indices, weights, experts, activation); });
   }
   const auto plan = dispatch_plan(indices, experts.w_in.sym_size(0));
-  return std::get<0>(expert_mlp_forward(x, weights, experts, plan, activation, wanted));
+  return std::get<0>(expert_mlp_forward(x, weights, experts, plan, wanted, activation));
 }
 
 /// Wide results are parts of a sum that the caller differentiates as a whole.
@@ -96,16 +100,16 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward_autograd(const at::Tensor&
                                                                const at::Tensor& weights,
                                                                const ExpertParameters& experts,
                                                                const DispatchPlan& plan,
-                                                               std::string_view activation,
                                                                bool save_pre,
+                                                               const ExpertActivation& activation,
                                                                bool wide) {
   check_expert_mlp_forward(x, weights, experts, plan, activation);
   check_derivative("_expert_mlp", wide, x, weights, experts);
   const auto below = [&](bool keep_pre) {
     return below_autograd(
-        [&] { return expert_mlp_forward(x, weights, experts, plan, activation, keep_pre, wide); });
+        [&] { return expert_mlp_forward(x, weights, experts, plan, keep_pre, activation, wide); });
   };
-  const auto no_rows = [&] { return x.new_empty_symint({0, experts.w_in.sym_size(1)}); };
+  const auto no_rows = [&] { return experts.w_in.new_empty_symint({0, experts.w_in.sym_size(1)}); };
   if (has_tangent(x, weights, experts)) {
     auto y = compose_expert_mlp(x, weights, experts, plan, activation);
     return {y, save_pre ? std::get<1>(below(true)) : no_rows()};
@@ -124,7 +128,7 @@ variable_list expert_mlp_second_gradients(const Arriving& arriving,
                                           const at::Tensor& weights,
                                           const ExpertParameters& experts,
                                           const DispatchPlan& plan,
-                                          std::string_view activation) {
+                                          const ExpertActivation& activation) {
   std::vector<bool> reached;
   for (const auto& second : arriving.grads) {
     reached.push_back(second.defined());
@@ -142,8 +146,8 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
                                                 const ExpertParameters& experts,
                                                 const DispatchPlan& plan,
                                                 const at::Tensor& pre,
-                                                std::string_view activation,
                                                 ExpertMlpMask output_mask,
+                                                const ExpertActivation& activation,
                                                 bool wide) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation);
   check_derivative("_expert_mlp_backward", wide, grad, x, weights, experts);
@@ -160,7 +164,7 @@ ExpertMlpGradients expert_mlp_backward_autograd(const at::Tensor& grad,
     return {grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
   }
   auto results = below_autograd([&] {
-    return expert_mlp_backward(grad, x, weights, experts, plan, pre, activation, output_mask, wide);
+    return expert_mlp_backward(grad, x, weights, experts, plan, pre, output_mask, activation, wide);
   });
   record_node<&expert_mlp_second_gradients>(
       "expert_mlp_backward",

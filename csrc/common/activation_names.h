@@ -9,9 +9,11 @@
   X(gelu, gelu, plain, "u Phi(u), Phi the normal distribution function") \
   X(gelu_tanh, gelu_tanh, plain, "gelu with a tanh in the place of erf") \
   X(relu, relu, plain, "max(u, 0)")                                      \
+  X(relu2, relu2, plain, "max(u, 0)^2")                                  \
   X(silu, silu, plain, "u / (1 + exp(-u))")                              \
   X(swiglu, silu, gated, "silu(gate) * up")                              \
   X(geglu, gelu, gated, "gelu(gate) * up")                               \
+  X(geglu_tanh, gelu_tanh, gated, "gelu_tanh(gate) * up")                \
   X(reglu, relu, gated, "relu(gate) * up")
 
 namespace torchmoe {
@@ -28,5 +30,21 @@ enum class ActivationKind { plain, gated };
 #define TORCHMOE_NONLINEARITY(name, f, kind, doc) TORCHMOE_IF_PLAIN_##kind(name, )
 enum class Nonlinearity { TORCHMOE_ACTIVATIONS(TORCHMOE_NONLINEARITY) };
 #undef TORCHMOE_NONLINEARITY
+
+/// What gated activations do besides f(gate) * up; every f is u times a factor s(u).
+///
+///     a = softcap(g, gate_softcap) * s(alpha * g) * (softcap(v, up_softcap) + up_offset)
+///     g = min(gate, limit),  v = up within [-limit, limit],  softcap(x, c) = c * tanh(x / c)
+///
+/// An infinite limit or cap changes nothing.
+struct Gating {
+  double alpha;
+  double limit;
+  double up_offset;
+  double gate_softcap;
+  double up_softcap;
+  bool is_plain;     // a = f(gate) * up
+  bool interleaved;  // gate and up alternate among the columns, instead of lying in two halves
+};
 
 }  // namespace torchmoe

@@ -14,6 +14,20 @@
 
 namespace torchmoe {
 
+/// How an op takes an argument: tensors by reference, words and numbers by value.
+template <typename T>
+using Taken =
+    std::conditional_t<std::is_convertible_v<std::remove_cvref_t<T>, std::optional<at::Tensor>>,
+                       T,
+                       std::remove_cvref_t<T>>;
+
+template <typename Fields>
+struct TakenFields;
+template <typename... Fields>
+struct TakenFields<std::tuple<Fields...>> {
+  using Type = std::tuple<Taken<Fields>...>;
+};
+
 /// What a schema has for an argument: itself, or the fields of the record, as a tuple.
 template <typename T>
 struct InSchema {
@@ -21,7 +35,8 @@ struct InSchema {
 };
 template <Record T>
 struct InSchema<T> {
-  using Type = decltype(std::declval<const std::remove_cvref_t<T>&>().fields());
+  using Type =
+      typename TakenFields<decltype(std::declval<const std::remove_cvref_t<T>&>().fields())>::Type;
 };
 
 /// A function's counterpart with every record spread out.

@@ -2,10 +2,10 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/activation.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
 #include "common/tensors.h"
-#include "common/vocabulary.h"
 #include "cpu/activation_block.h"
 #include "cpu/expert_matrices.h"
 #include "cpu/gemm/tasks.h"
@@ -30,7 +30,7 @@ struct Column {
 /// grad_probs of token t = <grad[t], expert(x[t])> for a block of tokens: with a = activation(w_in x +
 /// b_in) it is <grad w_out, a> + <grad, b_out>, so that the expert's output is never formed.
 template <typename T, typename Acc>
-void dot_with_outputs(Activation activation,
+void dot_with_outputs(const ChosenActivation& activation,
                       const cpu::ExpertMatrices<const T>& expert,
                       const cpu::Rows<T>& x,
                       const cpu::Rows<T>& grad,
@@ -46,19 +46,10 @@ void dot_with_outputs(Activation activation,
   target.columns = width;
   target.act = act.data();
   target.act_stride = width;
-  const auto matrix =
-      cpu::input_matrix(activation, expert.w_in, expert.b_in, /*column=*/0, width, hidden);
-  cpu::activated_product(activation, x, matrix, hidden, target, workspace);
+  const cpu::InputColumns<T> input{expert.w_in, expert.b_in, /*column=*/0, width};
+  cpu::activated_product(activation, x, input, hidden, target, workspace);
   Acc* grad_act = workspace.gate.get<Acc>(num_tokens * width);
-  const T* no_bias = nullptr;
-  cpu::product(cpu::Form::nn,
-               grad,
-               cpu::Rows<T>{expert.w_out, width},
-               {num_tokens, width, hidden},
-               no_bias,
-               grad_act,
-               width,
-               workspace);
+  cpu::times(grad, expert.w_out, {num_tokens, width, hidden}, grad_act, width, workspace);
   for (int64_t t = 0; t < num_tokens; ++t) {
     Acc sum = cpu::dot<Acc>(grad_act + t * width, act.data() + t * width, width);
     if (expert.b_out != nullptr) {
@@ -69,7 +60,7 @@ void dot_with_outputs(Activation activation,
 }
 
 template <typename T, typename Acc>
-void dot_with_every_output(Activation activation,
+void dot_with_every_output(const ChosenActivation& activation,
                            const cpu::ExpertMatrices<const T>& matrices,
                            const cpu::Rows<T>& x,
                            const cpu::Rows<T>& grad,
@@ -81,7 +72,7 @@ void dot_with_every_output(Activation activation,
   for (int64_t e = 0; e < num_experts; ++e) {
     const auto expert = cpu::of_expert(matrices, e, shape);
     for (int64_t begin = 0; begin < num_tokens; begin += kTokensPerTask) {
-      tasks.push_back([=, &shape](cpu::Workspace& workspace) {
+      tasks.push_back([=, &activation, &shape](cpu::Workspace& workspace) {
         dot_with_outputs(activation,
                          expert,
                          x.from(begin, 0),
@@ -99,17 +90,17 @@ void dot_with_every_output(Activation activation,
 at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                                  const at::Tensor& x,
                                                  const ExpertParameters& experts,
-                                                 std::string_view activation_name) {
-  check_attach_dense_gradient_backward(grad, x, experts, activation_name);
-  const auto activation = choose<Activation>("attach_dense_gradient", activation_name);
+                                                 const ExpertActivation& given_activation) {
+  check_attach_dense_gradient_backward(grad, x, experts, given_activation);
+  const auto activation = choose_activation("attach_dense_gradient", given_activation);
   const auto shape = cpu::shape_of(experts);
-  const auto grad_c = contiguous_as(grad, x.scalar_type());
-  const auto x_c = x.contiguous();
-  const auto experts_c = cpu::contiguous(experts);
+  const auto dtype = experts.w_in.scalar_type();
+  const auto grad_c = contiguous_as(grad, dtype);
+  const auto x_c = contiguous_as(x, dtype);
+  const auto experts_c = cpu::readable(experts);
   const int64_t num_experts = experts.w_out.size(0);
-  auto grad_probs =
-      at::empty({x.size(0), num_experts}, x.options().dtype(accumulate_dtype(x.scalar_type())));
-  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
+  auto grad_probs = at::empty({x.size(0), num_experts}, x.options().dtype(accumulate_dtype(dtype)));
+  with_float_type(dtype, [&]<typename scalar_t>() {
     dot_with_every_output(activation,
                           cpu::matrices_of<scalar_t>(experts_c),
                           cpu::Rows<scalar_t>{x_c.const_data_ptr<scalar_t>(), shape.hidden},

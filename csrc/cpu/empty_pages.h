@@ -12,11 +12,10 @@
 
 namespace torchmoe::cpu {
 
-/// at::empty, whose memory Linux may give in pages of 2 MB. The first touch of a page costs the
-/// kernel about a microsecond, whatever its size, and a step's gradients are memory that has not
-/// been touched yet.
-inline at::Tensor empty_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  auto tensor = at::empty(sizes, options);
+/// An uninitialised tensor, whose memory Linux may give in pages of 2 MB. The first touch of a page
+/// costs the kernel about a microsecond, whatever its size, and a step's gradients are memory that
+/// has not been touched yet.
+inline at::Tensor in_large_pages(at::Tensor tensor) {
 #ifdef __linux__
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   auto* data = static_cast<char*>(tensor.mutable_data_ptr());
@@ -31,11 +30,8 @@ inline at::Tensor empty_pages(at::IntArrayRef sizes, const at::TensorOptions& op
   return tensor;
 }
 
-/// The same for a result that is required, else an empty tensor of shape [0].
-inline at::Tensor empty_pages_if(bool wanted,
-                                 at::IntArrayRef sizes,
-                                 const at::TensorOptions& options) {
-  return wanted ? empty_pages(sizes, options) : at::empty({0}, options);
+inline at::Tensor empty_pages(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  return in_large_pages(at::empty(sizes, options));
 }
 
 }  // namespace torchmoe::cpu

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/matrices.h"
+#include "common/orientation.h"
 #include "common/tensors.h"
 #include "ops/expert_parameters.h"
 
@@ -22,29 +24,29 @@ inline ExpertShape shape_of(const ExpertParameters& experts) {
   return {experts.w_out.size(1), experts.w_out.size(2), experts.w_in.size(1)};
 }
 
-/// Those of all experts, one after the other, or of one of them.
+/// Those of all experts, or of one of them.
 template <typename T>
 struct ExpertMatrices {
-  T* w_in;
-  T* b_in;  // null: none
-  T* w_out;
-  T* b_out;
+  Matrices<T> w_in;
+  T* b_in = nullptr;  // null: none
+  Matrices<T> w_out;
+  T* b_out = nullptr;
 };
 
-/// Copies of those that are not contiguous.
-inline ExpertParameters contiguous(const ExpertParameters& experts) {
-  return {experts.w_in.contiguous(),
+/// As kernels read them, copied where they must be.
+inline ExpertParameters readable(const ExpertParameters& experts) {
+  return {oriented(experts.w_in),
           torchmoe::contiguous(experts.b_in),
-          experts.w_out.contiguous(),
+          oriented(experts.w_out),
           torchmoe::contiguous(experts.b_out)};
 }
 
-/// The numbers of contiguous parameters.
+/// The numbers of readable parameters.
 template <typename T>
 ExpertMatrices<const T> matrices_of(const ExpertParameters& experts) {
-  return {experts.w_in.const_data_ptr<T>(),
+  return {torchmoe::matrices_of<const T>(experts.w_in),
           data_or_null<T>(experts.b_in),
-          experts.w_out.const_data_ptr<T>(),
+          torchmoe::matrices_of<const T>(experts.w_out),
           data_or_null<T>(experts.b_out)};
 }
 
@@ -57,9 +59,9 @@ T* advance(T* data, int64_t offset) {
 /// Expert e's matrices.
 template <typename T>
 ExpertMatrices<T> of_expert(const ExpertMatrices<T>& all, int64_t e, const ExpertShape& shape) {
-  return {advance(all.w_in, e * shape.pre_width * shape.hidden),
+  return {all.w_in.of(e),
           advance(all.b_in, e * shape.pre_width),
-          advance(all.w_out, e * shape.hidden * shape.intermediate),
+          all.w_out.of(e),
           advance(all.b_out, e * shape.hidden)};
 }
 

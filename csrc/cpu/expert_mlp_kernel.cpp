@@ -14,9 +14,9 @@
 #include "common/activation.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
+#include "common/orientation.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
-#include "common/vocabulary.h"
 #include "cpu/activation_block.h"
 #include "cpu/empty_pages.h"
 #include "cpu/expert_matrices.h"
@@ -36,14 +36,20 @@ using cpu::advance;
 using cpu::ExpertMatrices;
 using Shape = cpu::ExpertShape;
 
-/// Adds up the tokens' rows and rounds to the result's dtype, T or that of sums.
+/// Adds up the tokens' rows and rounds to the result's dtype: T, that of sums or a caller's own.
 template <typename T, typename Acc = at::opmath_type<T>>
 void combine_into(
     at::Tensor& result, const PlanView& plan, const Acc* rows, const Acc* weights, int64_t width) {
   if (result.scalar_type() == c10::CppTypeToScalarType<T>::value) {
-    cpu::combine_rows(plan, rows, weights, result.mutable_data_ptr<T>(), width);
-  } else {
-    cpu::combine_rows(plan, rows, weights, result.mutable_data_ptr<Acc>(), width);
+    return cpu::combine_rows(plan, rows, weights, result.mutable_data_ptr<T>(), width);
+  }
+  constexpr auto kWide = c10::CppTypeToScalarType<Acc>::value;
+  auto sums = result.scalar_type() == kWide
+                  ? result
+                  : at::empty(result.sizes(), result.options().dtype(kWide));
+  cpu::combine_rows(plan, rows, weights, sums.template mutable_data_ptr<Acc>(), width);
+  if (!sums.is_same(result)) {
+    result.copy_(sums);
   }
 }
 
@@ -98,7 +104,7 @@ ExpertRows rows_of(const cpu::Offsets& offsets, int64_t e) {
 
 /// What every expert's tasks share. `beside` is how many experts are processed at the same time.
 struct Layer {
-  Activation activation;
+  ChosenActivation activation;
   Shape shape;
   int64_t beside;
 };
@@ -123,18 +129,18 @@ std::vector<cpu::Phase> forward_phases(const Layer& layer,
     phases[0].push_back([=](cpu::Workspace& own) {
       const int64_t row = block.rows.begin;
       const int64_t column = block.columns.begin;
-      T* pre_block = advance(pre, row * shape.pre_width + column);
+      const cpu::PreColumns columns(activation, column, shape.intermediate);
+      T* pre_row = advance(pre, row * shape.pre_width);
       cpu::ActivationBlock<T, Acc> target{};
       target.rows = block.rows.size();
       target.columns = block.columns.size();
-      target.pre_gate = pre_block;
-      target.pre_up = is_gated(activation) ? advance(pre_block, shape.intermediate) : nullptr;
+      target.pre_gate = advance(pre_row, columns.gate);
+      target.pre_up = activation.is_gated() ? advance(pre_row, columns.up) : nullptr;
       target.pre_stride = shape.pre_width;
       target.act = act + row * stride + column;
       target.act_stride = stride;
-      const auto matrix = cpu::input_matrix(
-          activation, matrices.w_in, matrices.b_in, column, shape.intermediate, shape.hidden);
-      cpu::activated_product(activation, tokens.from(row, 0), matrix, shape.hidden, target, own);
+      const cpu::InputColumns<T> input{matrices.w_in, matrices.b_in, column, shape.intermediate};
+      cpu::activated_product(activation, tokens.from(row, 0), input, shape.hidden, target, own);
     });
   }
   cpu::grouped_linear(phases[1],
@@ -152,22 +158,23 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      const at::Tensor& weights,
                                                      const ExpertParameters& experts,
                                                      const DispatchPlan& plan,
-                                                     std::string_view activation_name,
                                                      bool save_pre,
+                                                     const ExpertActivation& given_activation,
                                                      bool wide) {
-  check_expert_mlp_forward(x, weights, experts, plan, activation_name);
-  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  check_expert_mlp_forward(x, weights, experts, plan, given_activation);
+  const auto activation = choose_activation("expert_mlp", given_activation);
   const cpu::PlanReader plan_c(plan);
   const auto shape = cpu::shape_of(experts);
   const auto num_rows = plan.row_to_slot.size(0);
-  const auto options = x.options().dtype(accumulate_dtype(x.scalar_type()));
-  const auto x_c = x.contiguous();
-  const auto weights_acc = contiguous_as(weights, accumulate_dtype(x.scalar_type()));
-  const auto experts_c = cpu::contiguous(experts);
-  auto y = at::empty(x.sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
-  auto pre = cpu::empty_pages({save_pre ? num_rows : 0, shape.pre_width}, x.options());
+  const auto dtype = experts.w_in.scalar_type();
+  const auto options = x.options().dtype(accumulate_dtype(dtype));
+  const auto x_c = contiguous_as(x, dtype);
+  const auto weights_acc = contiguous_as(weights, accumulate_dtype(dtype));
+  const auto experts_c = cpu::readable(experts);
+  auto y = at::empty(x.sizes(), x.options().dtype(expert_mlp_result_dtype(x, experts, wide)));
+  auto pre = cpu::empty_pages({save_pre ? num_rows : 0, shape.pre_width}, x.options().dtype(dtype));
   const auto rows = cpu::empty_pages({num_rows, shape.hidden}, options);
-  with_float_type(x.scalar_type(), [&]<typename scalar_t>() {
+  with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const auto view = plan_c.view();
     const auto* weight_data = weights_acc.const_data_ptr<Acc>();
@@ -235,7 +242,7 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
   const auto grad = given.grad;
   const auto* weights = given.weights;
   const auto* pre = given.pre;
-  const bool gated = is_gated(activation);
+  const bool gated = activation.is_gated();
   const auto blocks = cpu::row_blocks(rows.offsets, shape.intermediate, beside);
   const int64_t num_dots = cpu::dots_of(shape.intermediate);
   const int64_t act_stride = shape.intermediate + kSpacing;
@@ -250,30 +257,24 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
       const int64_t column = block.columns.begin;
       const cpu::ProductSizes sizes{block.rows.size(), block.columns.size(), shape.hidden};
       Acc* grad_act = own.gate.get<Acc>(sizes.m * sizes.n);
-      const T* no_bias = nullptr;
-      cpu::product(cpu::Form::nn,
-                   grad.from(row, 0),
-                   cpu::Rows<T>{matrices.w_out + column, shape.intermediate},
-                   sizes,
-                   no_bias,
-                   grad_act,
-                   sizes.n,
-                   own);
-      const T* pre_gate = pre + row * shape.pre_width + column;
-      T* grad_gate = grad_pre + row * pre_stride + column;
+      cpu::times(grad.from(row, 0), matrices.w_out.from(0, column), sizes, grad_act, sizes.n, own);
+      const cpu::PreColumns columns(activation, column, shape.intermediate);
+      const T* pre_row = pre + row * shape.pre_width;
+      T* grad_pre_row = grad_pre + row * pre_stride;
       cpu::ActivationBackwardBlock<T, Acc> target{};
       target.rows = sizes.m;
       target.columns = sizes.n;
       target.grad_act = grad_act;
       target.grad_act_stride = sizes.n;
-      target.pre_gate = pre_gate;
-      target.pre_up = gated ? pre_gate + shape.intermediate : nullptr;
+      target.pre_gate = pre_row + columns.gate;
+      target.pre_up = gated ? pre_row + columns.up : nullptr;
       target.pre_stride = shape.pre_width;
+      target.step = columns.step;
       target.weights = weights + row;
       target.weighted_act = weighted_act + row * act_stride + column;
       target.act_stride = act_stride;
-      target.grad_gate = grad_gate;
-      target.grad_up = gated ? grad_gate + shape.intermediate : nullptr;
+      target.grad_gate = grad_pre_row + columns.gate;
+      target.grad_up = gated ? grad_pre_row + columns.up : nullptr;
       target.grad_pre_stride = pre_stride;
       target.dots = dots + row * num_dots + column / cpu::kDotColumns;
       target.dots_stride = num_dots;
@@ -294,7 +295,7 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
                                   pre_width,
                                   beside);
   }
-  if (gradients.matrices.w_in != nullptr) {
+  if (gradients.matrices.w_in.data != nullptr) {
     cpu::grouped_linear_grad_weight(tasks,
                                     rows.offsets,
                                     grad_pre_rows,
@@ -304,7 +305,7 @@ std::vector<cpu::Phase> backward_phases(const Layer& layer,
                                     pre_width,
                                     beside);
   }
-  if (gradients.matrices.w_out != nullptr) {
+  if (gradients.matrices.w_out.data != nullptr) {
     cpu::grouped_linear_grad_weight(tasks,
                                     rows.offsets,
                                     grad,
@@ -348,29 +349,28 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const ExpertParameters& experts,
                                               const DispatchPlan& plan,
                                               const at::Tensor& pre,
-                                              std::string_view activation_name,
                                               std::array<bool, 6> output_mask,
+                                              const ExpertActivation& given_activation,
                                               bool wide) {
-  check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation_name);
+  check_expert_mlp_backward(grad, x, weights, experts, plan, pre, given_activation);
   const ExpertMlpWanted wanted(output_mask);
-  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const auto activation = choose_activation("expert_mlp", given_activation);
   const cpu::PlanReader plan_c(plan);
   const auto shape = cpu::shape_of(experts);
   const auto num_experts = experts.w_in.size(0);
-  const auto dtype = x.scalar_type();
+  const auto dtype = experts.w_in.scalar_type();
   const auto options = x.options().dtype(accumulate_dtype(dtype));
   const auto grad_c = contiguous_as(grad, dtype);
-  const auto x_c = x.contiguous();
+  const auto x_c = contiguous_as(x, dtype);
   const auto weights_acc = contiguous_as(weights, accumulate_dtype(dtype));
-  const auto experts_c = cpu::contiguous(experts);
+  const auto experts_c = cpu::readable(experts);
   const auto pre_c = contiguous_as(pre, dtype);
-  auto grad_x =
-      empty_if(wanted.x, x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
+  auto grad_x = empty_if(
+      wanted.x, x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, experts, wide)));
   auto grad_weights = at::zeros(weights.sizes(), options);
-  auto grad_w_in = cpu::empty_pages_if(wanted.w_in, experts.w_in.sizes(), experts.w_in.options());
+  auto grad_w_in = cpu::in_large_pages(empty_oriented_if(wanted.w_in, experts.w_in));
   auto grad_b_in = empty_if(wanted.b_in, {num_experts, shape.pre_width}, experts.w_in.options());
-  auto grad_w_out =
-      cpu::empty_pages_if(wanted.w_out, experts.w_out.sizes(), experts.w_out.options());
+  auto grad_w_out = cpu::in_large_pages(empty_oriented_if(wanted.w_out, experts.w_out));
   auto grad_b_out = empty_if(wanted.b_out, {num_experts, shape.hidden}, experts.w_out.options());
   const auto rows =
       cpu::empty_pages({wanted.x ? plan.row_to_slot.size(0) : 0, shape.hidden}, options);
@@ -383,9 +383,12 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
     const auto view = plan_c.view();
     const RoutedRows<Acc> routed(view, weights_acc.const_data_ptr<Acc>());
     const auto matrices = cpu::matrices_of<scalar_t>(experts_c);
-    const ExpertMatrices<scalar_t> matrix_gradients{data_if(wanted.w_in, grad_w_in),
+    const auto matrices_if = [](bool one, const at::Tensor& tensor) {
+      return one ? matrices_of<scalar_t>(tensor) : Matrices<scalar_t>{};
+    };
+    const ExpertMatrices<scalar_t> matrix_gradients{matrices_if(wanted.w_in, grad_w_in),
                                                     data_if(wanted.b_in, grad_b_in),
-                                                    data_if(wanted.w_out, grad_w_out),
+                                                    matrices_if(wanted.w_out, grad_w_out),
                                                     data_if(wanted.b_out, grad_b_out)};
     const auto* x_data = x_c.const_data_ptr<scalar_t>();
     const auto* grad_data = grad_c.const_data_ptr<scalar_t>();

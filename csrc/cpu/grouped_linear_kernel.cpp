@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/orientation.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
 #include "cpu/empty_pages.h"
@@ -25,7 +26,7 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
                                  const at::Tensor& expert_offsets) {
   check_grouped_linear(rows, weight, bias, expert_offsets);
   const auto rows_c = rows.contiguous();
-  const auto weight_c = weight.contiguous();
+  const auto weight_c = oriented(weight);
   const auto bias_c = contiguous(bias);
   const auto offsets = cpu::read_offsets(expert_offsets, rows.size(0));
   const int64_t out_features = weight.size(1);
@@ -35,14 +36,14 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
     auto* result = out.mutable_data_ptr<scalar_t>();
     zero_unrouted(offsets, result, rows.size(0), out_features);
     cpu::Phase tasks;
-    cpu::grouped_linear(
-        tasks,
-        offsets,
-        cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
-        cpu::Linear<scalar_t>{weight_c.const_data_ptr<scalar_t>(), data_or_null<scalar_t>(bias_c)},
-        result,
-        in_features,
-        out_features);
+    cpu::grouped_linear(tasks,
+                        offsets,
+                        cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
+                        cpu::Linear<scalar_t>{matrices_of<const scalar_t>(weight_c),
+                                              data_or_null<scalar_t>(bias_c)},
+                        result,
+                        in_features,
+                        out_features);
     cpu::run(std::move(tasks), rows.size(0) * in_features * out_features);
   });
   return out;
@@ -58,12 +59,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
   const auto dtype = rows.scalar_type();
   const auto grad_c = contiguous_as(grad, dtype);
   const auto rows_c = rows.contiguous();
-  const auto weight_c = weight.contiguous();
+  const auto weight_c = oriented(weight);
   const auto offsets = cpu::read_offsets(expert_offsets, rows.size(0));
   const int64_t out_features = weight.size(1);
   const int64_t in_features = weight.size(2);
   auto grad_rows = empty_if(output_mask[0], rows.sym_sizes(), rows.options());
-  auto grad_weight = cpu::empty_pages_if(output_mask[1], weight.sizes(), rows.options());
+  auto grad_weight = cpu::in_large_pages(empty_oriented_if(output_mask[1], weight));
   auto grad_bias =
       empty_if(output_mask[2], {weight.sym_size(0), weight.sym_size(1)}, rows.options());
   with_float_type(dtype, [&]<typename scalar_t>() {
@@ -76,7 +77,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
       cpu::grouped_linear_grad_rows(tasks,
                                     offsets,
                                     g,
-                                    weight_c.const_data_ptr<scalar_t>(),
+                                    matrices_of<const scalar_t>(weight_c),
                                     result,
                                     in_features,
                                     out_features);
@@ -87,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
           offsets,
           g,
           cpu::Rows<scalar_t>{rows_c.const_data_ptr<scalar_t>(), in_features},
-          grad_weight.mutable_data_ptr<scalar_t>(),
+          matrices_of<scalar_t>(grad_weight),
           in_features,
           out_features);
     }

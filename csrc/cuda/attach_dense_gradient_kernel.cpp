@@ -5,10 +5,11 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/activation.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
+#include "common/orientation.h"
 #include "common/tensors.h"
-#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "cuda/expert_mlp_kernel.h"
 #include "cuda/gemm/grouped_product.h"
@@ -28,22 +29,23 @@ constexpr int64_t kBlockRows = 65536;
 at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                                  const at::Tensor& x,
                                                  const ExpertParameters& experts,
-                                                 std::string_view activation_name) {
-  check_attach_dense_gradient_backward(grad, x, experts, activation_name);
+                                                 const ExpertActivation& given_activation) {
+  check_attach_dense_gradient_backward(grad, x, experts, given_activation);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
-  const auto activation = choose<Activation>("attach_dense_gradient", activation_name);
+  const auto activation = choose_activation("attach_dense_gradient", given_activation);
   const int64_t num_tokens = x.size(0);
   const int64_t num_experts = experts.w_out.size(0);
   const int64_t hidden = experts.w_out.size(1);
   const int64_t intermediate = experts.w_out.size(2);
-  const auto dtype = x.scalar_type();
+  const auto dtype = experts.w_in.scalar_type();
   const auto acc = accumulate_dtype(dtype);
   const auto grad_c = contiguous_as(grad, dtype);
-  const auto x_c = x.contiguous();
-  const auto w_in_c = experts.w_in.contiguous();
+  const auto stored = x.options().dtype(dtype);
+  const auto x_c = contiguous_as(x, dtype);
+  const auto w_in_c = oriented(experts.w_in);
   const auto b_in_c = contiguous(experts.b_in);
-  const auto w_out_c = experts.w_out.contiguous();
+  const auto w_out_c = oriented(experts.w_out);
   const auto b_out_c = contiguous(experts.b_out);
   const auto int_options = x.options().dtype(at::kLong);
   const auto acc_options = x.options().dtype(acc);
@@ -55,7 +57,7 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
   const int64_t block_rows = block_tokens * num_experts;
   const auto every_expert = at::arange(num_experts, int_options);
   const auto tokens = at::empty({block_rows}, int_options);
-  const auto pre = at::empty({block_rows, experts.w_in.size(1)}, x.options());
+  const auto pre = at::empty({block_rows, experts.w_in.size(1)}, stored);
   with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const Acc* unweighted = nullptr;
@@ -79,7 +81,7 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                  tiles.map(),
                                  {.activation = activation,
                                   .x = {x_data, tokens.const_data_ptr<int64_t>()},
-                                  .w_in = w_in_c.const_data_ptr<scalar_t>(),
+                                  .w_in = matrices_of<const scalar_t>(w_in_c),
                                   .b_in = data_or_null<scalar_t>(b_in_c),
                                   .pre = pre.mutable_data_ptr<scalar_t>(),
                                   .act = nullptr,
@@ -89,7 +91,7 @@ at::Tensor attach_dense_gradient_backward_kernel(const at::Tensor& grad,
                                             tiles.map(),
                                             {.activation = activation,
                                              .grad = {grad_data, tokens.const_data_ptr<int64_t>()},
-                                             .w_out = w_out_c.const_data_ptr<scalar_t>(),
+                                             .w_out = matrices_of<const scalar_t>(w_out_c),
                                              .pre = pre.const_data_ptr<scalar_t>(),
                                              .row_weights = nullptr,
                                              .dots = dots.mutable_data_ptr<Acc>(),

@@ -6,11 +6,12 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/activation.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
+#include "common/orientation.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
-#include "common/vocabulary.h"
 #include "cuda/device.h"
 #include "cuda/gemm/grouped_product.h"
 #include "cuda/gemm/tile_map_tensors.h"
@@ -22,7 +23,7 @@ namespace torchmoe {
 
 namespace {
 
-/// Adds up the tokens' rows and rounds to the result's dtype, T or that of sums.
+/// Adds up the tokens' rows and rounds to the result's dtype: T, that of sums or a caller's own.
 template <typename T, typename Acc = at::opmath_type<T>>
 void combine_into(at::Tensor& result,
                   cuda::Stream stream,
@@ -31,9 +32,15 @@ void combine_into(at::Tensor& result,
                   const Acc* weights,
                   int64_t hidden) {
   if (result.scalar_type() == c10::CppTypeToScalarType<T>::value) {
-    cuda::combine_rows(stream, plan, rows, weights, result.mutable_data_ptr<T>(), hidden);
-  } else {
-    cuda::combine_rows(stream, plan, rows, weights, result.mutable_data_ptr<Acc>(), hidden);
+    return cuda::combine_rows(stream, plan, rows, weights, result.mutable_data_ptr<T>(), hidden);
+  }
+  constexpr auto kWide = c10::CppTypeToScalarType<Acc>::value;
+  auto sums = result.scalar_type() == kWide
+                  ? result
+                  : at::empty(result.sizes(), result.options().dtype(kWide));
+  cuda::combine_rows(stream, plan, rows, weights, sums.template mutable_data_ptr<Acc>(), hidden);
+  if (!sums.is_same(result)) {
+    result.copy_(sums);
   }
 }
 
@@ -41,29 +48,30 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
                                                      const at::Tensor& weights,
                                                      const ExpertParameters& experts,
                                                      const DispatchPlan& plan,
-                                                     std::string_view activation_name,
                                                      bool save_pre,
+                                                     const ExpertActivation& given_activation,
                                                      bool wide) {
-  check_expert_mlp_forward(x, weights, experts, plan, activation_name);
+  check_expert_mlp_forward(x, weights, experts, plan, given_activation);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
-  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const auto activation = choose_activation("expert_mlp", given_activation);
   const cuda::PlanTensors plan_c(plan);
   const auto num_rows = plan.row_to_slot.size(0);
   const auto hidden = experts.w_out.size(1);
   const auto intermediate = experts.w_out.size(2);
-  const auto dtype = x.scalar_type();
+  const auto dtype = experts.w_in.scalar_type();
   const auto acc = accumulate_dtype(dtype);
-  const auto x_c = x.contiguous();
+  const auto stored = x.options().dtype(dtype);
+  const auto x_c = contiguous_as(x, dtype);
   const auto weights_acc = contiguous_as(weights, acc);
-  const auto w_in_c = experts.w_in.contiguous();
+  const auto w_in_c = oriented(experts.w_in);
   const auto b_in_c = contiguous(experts.b_in);
-  const auto w_out_c = experts.w_out.contiguous();
+  const auto w_out_c = oriented(experts.w_out);
   const auto b_out_c = contiguous(experts.b_out);
   const auto tokens = at::empty({num_rows}, plan.row_to_slot.options());
-  auto y = at::empty(x.sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
-  auto pre = at::empty({save_pre ? num_rows : 0, experts.w_in.size(1)}, x.options());
-  auto act = at::empty({num_rows, intermediate}, x.options());
+  auto y = at::empty(x.sizes(), x.options().dtype(expert_mlp_result_dtype(x, experts, wide)));
+  auto pre = at::empty({save_pre ? num_rows : 0, experts.w_in.size(1)}, stored);
+  auto act = at::empty({num_rows, intermediate}, stored);
   auto rows = at::empty({num_rows, hidden}, x.options().dtype(acc));
   with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
@@ -82,7 +90,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
         tiles.map(),
         {.activation = activation,
          .x = {x_c.const_data_ptr<scalar_t>(), tokens.const_data_ptr<int64_t>()},
-         .w_in = w_in_c.const_data_ptr<scalar_t>(),
+         .w_in = matrices_of<const scalar_t>(w_in_c),
          .b_in = data_or_null<scalar_t>(b_in_c),
          .pre = pre_data,
          .act = act.mutable_data_ptr<scalar_t>(),
@@ -94,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_kernel(const at::Tensor& x,
     cuda::grouped_linear(stream,
                          tiles.map(),
                          cuda::SourceRows<scalar_t>{act.const_data_ptr<scalar_t>()},
-                         w_out_c.const_data_ptr<scalar_t>(),
+                         matrices_of<const scalar_t>(w_out_c),
                          data_or_null<scalar_t>(b_out_c),
                          rows.mutable_data_ptr<Acc>(),
                          intermediate,
@@ -111,41 +119,42 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                               const ExpertParameters& experts,
                                               const DispatchPlan& plan,
                                               const at::Tensor& pre,
-                                              std::string_view activation_name,
                                               std::array<bool, 6> output_mask,
+                                              const ExpertActivation& given_activation,
                                               bool wide) {
-  check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation_name);
+  check_expert_mlp_backward(grad, x, weights, experts, plan, pre, given_activation);
   const cuda::OnDevice device(x);
   const auto stream = device.stream();
   const ExpertMlpWanted wanted(output_mask);
   const bool want_pre = wanted.x || wanted.w_in || wanted.b_in;
-  const auto activation = choose<Activation>("expert_mlp", activation_name);
+  const auto activation = choose_activation("expert_mlp", given_activation);
   const cuda::PlanTensors plan_c(plan);
   const auto num_rows = plan.row_to_slot.size(0);
   const auto num_experts = experts.w_in.size(0);
   const auto hidden = experts.w_out.size(1);
   const auto intermediate = experts.w_out.size(2);
   const auto pre_width = experts.w_in.size(1);
-  const auto dtype = x.scalar_type();
+  const auto dtype = experts.w_in.scalar_type();
   const auto acc = accumulate_dtype(dtype);
   const auto grad_c = contiguous_as(grad, dtype);
-  const auto x_c = x.contiguous();
+  const auto stored = x.options().dtype(dtype);
+  const auto x_c = contiguous_as(x, dtype);
   const auto weights_acc = contiguous_as(weights, acc);
-  const auto w_in_c = experts.w_in.contiguous();
-  const auto w_out_c = experts.w_out.contiguous();
+  const auto w_in_c = oriented(experts.w_in);
+  const auto w_out_c = oriented(experts.w_out);
   const auto b_out_c = contiguous(experts.b_out);
   const auto pre_c = contiguous_as(pre, dtype);
   const auto tokens = at::empty({num_rows}, plan.row_to_slot.options());
   const auto row_weights = at::empty({num_rows}, x.options().dtype(acc));
-  auto grad_x =
-      empty_if(wanted.x, x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide)));
+  auto grad_x = empty_if(
+      wanted.x, x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, experts, wide)));
   auto grad_weights = empty_if(wanted.weights, weights.sym_sizes(), row_weights.options());
-  auto grad_w_in = empty_if(wanted.w_in, experts.w_in.sym_sizes(), x.options());
-  auto grad_b_in = empty_if(wanted.b_in, {num_experts, pre_width}, x.options());
-  auto grad_w_out = empty_if(wanted.w_out, experts.w_out.sym_sizes(), x.options());
-  auto grad_b_out = empty_if(wanted.b_out, {num_experts, hidden}, x.options());
-  auto weighted_act = empty_if(wanted.w_out, {num_rows, intermediate}, x.options());
-  auto grad_pre = empty_if(want_pre, {num_rows, pre_width}, x.options());
+  auto grad_w_in = empty_oriented_if(wanted.w_in, experts.w_in);
+  auto grad_b_in = empty_if(wanted.b_in, {num_experts, pre_width}, stored);
+  auto grad_w_out = empty_oriented_if(wanted.w_out, experts.w_out);
+  auto grad_b_out = empty_if(wanted.b_out, {num_experts, hidden}, stored);
+  auto weighted_act = empty_if(wanted.w_out, {num_rows, intermediate}, stored);
+  auto grad_pre = empty_if(want_pre, {num_rows, pre_width}, stored);
   with_float_type(dtype, [&]<typename scalar_t>() {
     using Acc = at::opmath_type<scalar_t>;
     const cuda::TileMapTensors tiles(stream,
@@ -174,7 +183,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                           map,
                                           {.activation = activation,
                                            .grad = grad_in,
-                                           .w_out = w_out_c.const_data_ptr<scalar_t>(),
+                                           .w_out = matrices_of<const scalar_t>(w_out_c),
                                            .pre = pre_c.const_data_ptr<scalar_t>(),
                                            .row_weights = row_weight_data,
                                            .dots = dots.mutable_data_ptr<Acc>(),
@@ -201,7 +210,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
                                        map,
                                        grad_in,
                                        cuda::SourceRows<scalar_t>{weighted_act_data},
-                                       grad_w_out.mutable_data_ptr<scalar_t>(),
+                                       matrices_of<scalar_t>(grad_w_out),
                                        intermediate,
                                        hidden);
     }
@@ -216,7 +225,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
           map,
           grad_pre_in,
           cuda::SourceRows<scalar_t>{x_c.const_data_ptr<scalar_t>(), token_data},
-          grad_w_in.mutable_data_ptr<scalar_t>(),
+          matrices_of<scalar_t>(grad_w_in),
           hidden,
           pre_width);
     }
@@ -230,7 +239,7 @@ ExpertMlpGradients expert_mlp_backward_kernel(const at::Tensor& grad,
       cuda::grouped_linear_grad_rows(stream,
                                      map,
                                      grad_pre_in,
-                                     w_in_c.const_data_ptr<scalar_t>(),
+                                     matrices_of<const scalar_t>(w_in_c),
                                      rows.mutable_data_ptr<Acc>(),
                                      hidden,
                                      pre_width);

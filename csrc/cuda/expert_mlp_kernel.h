@@ -20,12 +20,12 @@ void read_plan_rows(
 /// rounded. Rows that no expert owns are not touched.
 template <typename T>
 struct ProjectUp {
-  Activation activation;
-  SourceRows<T> x;  // [T, H] by the rows' tokens
-  const T* w_in;    // [E, P, H]
-  const T* b_in;    // [E, P]; null: none
-  T* pre;           // [N, P]; null: not kept
-  T* act;           // [N, I]; null: not wanted
+  ChosenActivation activation;
+  SourceRows<T> x;         // [T, H] by the rows' tokens
+  Matrices<const T> w_in;  // [E, P, H]
+  const T* b_in;           // [E, P]; null: none
+  T* pre;                  // [N, P]; null: not kept
+  T* act;                  // [N, I]; null: not wanted
   int64_t hidden;
   int64_t intermediate;
 };
@@ -40,9 +40,9 @@ int64_t dot_parts(int64_t intermediate);
 /// activation(pre). Rows that no expert owns are not touched.
 template <typename T>
 struct ProjectDownBackward {
-  Activation activation;
+  ChosenActivation activation;
   SourceRows<T> grad;                     // [T, H] by the rows' tokens
-  const T* w_out;                         // [E, H, I]
+  Matrices<const T> w_out;                // [E, H, I]
   const T* pre;                           // [N, P]
   const at::opmath_type<T>* row_weights;  // [N]; null: 1
   at::opmath_type<T>* dots;               // [N, parts], <dA', a>

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "common/dtypes.h"
+#include "common/orientation.h"
 #include "common/output_mask.h"
 #include "common/tensors.h"
 #include "cuda/device.h"
@@ -21,7 +22,7 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
   const cuda::OnDevice device(rows);
   const auto dtype = rows.scalar_type();
   const auto rows_c = rows.contiguous();
-  const auto weight_c = weight.contiguous();
+  const auto weight_c = oriented(weight);
   const auto bias_c = contiguous_as(bias, dtype);
   auto out = at::empty({rows.size(0), weight.size(1)}, rows.options());
   with_float_type(dtype, [&]<typename scalar_t>() {
@@ -33,7 +34,7 @@ at::Tensor grouped_linear_kernel(const at::Tensor& rows,
     cuda::grouped_linear(device.stream(),
                          tiles.map(),
                          cuda::SourceRows<scalar_t>{rows_c.const_data_ptr<scalar_t>()},
-                         weight_c.const_data_ptr<scalar_t>(),
+                         matrices_of<const scalar_t>(weight_c),
                          data_or_null<scalar_t>(bias_c),
                          out.mutable_data_ptr<scalar_t>(),
                          weight.size(2),
@@ -55,11 +56,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
   const auto dtype = rows.scalar_type();
   const auto grad_c = contiguous_as(grad, dtype);
   const auto rows_c = rows.contiguous();
-  const auto weight_c = weight.contiguous();
+  const auto weight_c = oriented(weight);
   const int64_t out_features = weight.size(1);
   const int64_t in_features = weight.size(2);
   auto grad_rows = empty_if(output_mask[0], rows.sym_sizes(), rows.options());
-  auto grad_weight = empty_if(output_mask[1], weight.sym_sizes(), rows.options());
+  auto grad_weight = empty_oriented_if(output_mask[1], weight);
   auto grad_bias =
       empty_if(output_mask[2], {weight.sym_size(0), weight.sym_size(1)}, rows.options());
   with_float_type(dtype, [&]<typename scalar_t>() {
@@ -75,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
       cuda::grouped_linear_grad_rows(device.stream(),
                                      tiles.map(),
                                      grad_in,
-                                     weight_c.const_data_ptr<scalar_t>(),
+                                     matrices_of<const scalar_t>(weight_c),
                                      grad_rows.mutable_data_ptr<scalar_t>(),
                                      in_features,
                                      out_features);
@@ -87,7 +88,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_kernel(
                                        tiles.map(),
                                        grad_in,
                                        rows_in,
-                                       grad_weight.mutable_data_ptr<scalar_t>(),
+                                       matrices_of<scalar_t>(grad_weight),
                                        in_features,
                                        out_features);
     }

@@ -14,7 +14,7 @@ at::Tensor attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
                                  const ExpertParameters& experts,
-                                 std::string_view activation) {
+                                 const ExpertActivation& activation) {
   static const auto op =
       find_op<decltype(attach_dense_gradient)>("torchmoe::attach_dense_gradient");
   return call(op, y, probs, x, experts, activation);
@@ -23,7 +23,7 @@ at::Tensor attach_dense_gradient(const at::Tensor& y,
 at::Tensor attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
                                           const ExpertParameters& experts,
-                                          std::string_view activation) {
+                                          const ExpertActivation& activation) {
   static const auto op = find_op<decltype(attach_dense_gradient_backward)>(
       "torchmoe::_attach_dense_gradient_backward");
   return call(op, grad, x, experts, activation);
@@ -47,9 +47,9 @@ void check_attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
                                  const ExpertParameters& experts,
-                                 std::string_view activation) {
+                                 const ExpertActivation& activation) {
   constexpr auto op = "attach_dense_gradient";
-  check_expert_parameters(op, x, experts, activation);
+  check_expert_parameters(op, "x", x, experts, activation);
   check_like_x(op, "y", y, x);
   check_shape(
       op, "probs", probs, {x.sym_size(0), experts.w_out.sym_size(0)}, "[num_tokens, num_experts]");
@@ -60,9 +60,9 @@ void check_attach_dense_gradient(const at::Tensor& y,
 void check_attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
                                           const ExpertParameters& experts,
-                                          std::string_view activation) {
+                                          const ExpertActivation& activation) {
   constexpr auto op = "_attach_dense_gradient_backward";
-  check_expert_parameters(op, x, experts, activation);
+  check_expert_parameters(op, "x", x, experts, activation);
   check_like_x(op, "grad", grad, x);
 }
 
@@ -72,7 +72,7 @@ at::Tensor attach_dense_gradient_composite(const at::Tensor& y,
                                            const at::Tensor& probs,
                                            const at::Tensor& x,
                                            const ExpertParameters& experts,
-                                           std::string_view activation) {
+                                           const ExpertActivation& activation) {
   check_attach_dense_gradient(y, probs, x, experts, activation);
   return at::clone(y);
 }
@@ -80,10 +80,10 @@ at::Tensor attach_dense_gradient_composite(const at::Tensor& y,
 at::Tensor attach_dense_gradient_backward_meta(const at::Tensor& grad,
                                                const at::Tensor& x,
                                                const ExpertParameters& experts,
-                                               std::string_view activation) {
+                                               const ExpertActivation& activation) {
   check_attach_dense_gradient_backward(grad, x, experts, activation);
   return at::empty_symint({x.sym_size(0), experts.w_out.sym_size(0)},
-                          x.options().dtype(accumulate_dtype(x.scalar_type())));
+                          x.options().dtype(accumulate_dtype(experts.w_in.scalar_type())));
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ namespace torchmoe {
 /// pass is DenseMixer's (https://openreview.net/forum?id=4HGIIekCx3). x and the experts' weights
 /// get no gradient here.
 ///
-/// y [T, H] and probs [T, E] floating; x [T, H] of the experts' dtype -> [T, H] in y's dtype.
+/// y [T, H], probs [T, E] and x [T, H] floating -> [T, H] in y's dtype. x is converted to the experts'.
 /// Differentiable in y and probs; the gradient of probs is differentiable in everything that it is
 /// computed from, to any order. Saves its inputs. Backward takes 2 T E H (P + I) FLOPs and, with A
 /// = activation(w_in x + b_in), forms <dL/dy w_out, A> + <dL/dy, b_out> in blocks of tokens, never
@@ -27,22 +27,22 @@ at::Tensor attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
                                  const ExpertParameters& experts,
-                                 std::string_view activation);
+                                 const ExpertActivation& activation);
 
-/// The gradient of probs for `grad` [T, H]: [T, E], float32 (float64 for float64 x).
+/// The gradient of probs for `grad` [T, H]: [T, E], float32 (float64 for experts of float64).
 at::Tensor attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
                                           const ExpertParameters& experts,
-                                          std::string_view activation);
+                                          const ExpertActivation& activation);
 
 void check_attach_dense_gradient(const at::Tensor& y,
                                  const at::Tensor& probs,
                                  const at::Tensor& x,
                                  const ExpertParameters& experts,
-                                 std::string_view activation);
+                                 const ExpertActivation& activation);
 void check_attach_dense_gradient_backward(const at::Tensor& grad,
                                           const at::Tensor& x,
                                           const ExpertParameters& experts,
-                                          std::string_view activation);
+                                          const ExpertActivation& activation);
 
 }  // namespace torchmoe

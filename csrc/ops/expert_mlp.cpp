@@ -6,6 +6,7 @@
 #include "common/checks.h"
 #include "common/dtypes.h"
 #include "common/find_op.h"
+#include "common/orientation.h"
 #include "common/output_mask.h"
 #include "ops/unpermute.h"
 
@@ -15,7 +16,7 @@ at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
                       const ExpertParameters& experts,
-                      std::string_view activation) {
+                      const ExpertActivation& activation) {
   static const auto op = find_op<decltype(expert_mlp)>("torchmoe::expert_mlp");
   return call(op, x, indices, weights, experts, activation);
 }
@@ -24,11 +25,11 @@ std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
                                                       const at::Tensor& weights,
                                                       const ExpertParameters& experts,
                                                       const DispatchPlan& plan,
-                                                      std::string_view activation,
                                                       bool save_pre,
+                                                      const ExpertActivation& activation,
                                                       bool wide) {
   static const auto op = find_op<decltype(expert_mlp_forward)>("torchmoe::_expert_mlp");
-  return call(op, x, weights, experts, plan, activation, save_pre, wide);
+  return call(op, x, weights, experts, plan, save_pre, activation, wide);
 }
 
 ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
@@ -37,15 +38,17 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const ExpertParameters& experts,
                                        const DispatchPlan& plan,
                                        const at::Tensor& pre,
-                                       std::string_view activation,
                                        std::array<bool, 6> output_mask,
+                                       const ExpertActivation& activation,
                                        bool wide) {
   static const auto op = find_op<decltype(expert_mlp_backward)>("torchmoe::_expert_mlp_backward");
-  return call(op, grad, x, weights, experts, plan, pre, activation, output_mask, wide);
+  return call(op, grad, x, weights, experts, plan, pre, output_mask, activation, wide);
 }
 
-at::ScalarType expert_mlp_result_dtype(const at::Tensor& x, bool wide) {
-  return wide ? accumulate_dtype(x.scalar_type()) : x.scalar_type();
+at::ScalarType expert_mlp_result_dtype(const at::Tensor& x,
+                                       const ExpertParameters& experts,
+                                       bool wide) {
+  return wide ? accumulate_dtype(experts.w_in.scalar_type()) : x.scalar_type();
 }
 
 namespace {
@@ -56,9 +59,9 @@ void check_tokens_and_slots(const at::Tensor& x,
                             const at::Tensor& slots,
                             const at::Tensor& weights,
                             const ExpertParameters& experts,
-                            std::string_view activation) {
+                            const ExpertActivation& activation) {
   constexpr auto op = "expert_mlp";
-  check_expert_parameters(op, x, experts, activation);
+  check_expert_parameters(op, "x", x, experts, activation);
   check_dim(op, slots_name, slots, 2, "[num_tokens, top_k]");
   check_shape(op, slots_name, slots, {x.sym_size(0), slots.sym_size(1)}, "[num_tokens, top_k]");
   check_dtype(op, slots_name, slots, at::kLong);
@@ -84,7 +87,7 @@ void check_expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
                       const ExpertParameters& experts,
-                      std::string_view activation) {
+                      const ExpertActivation& activation) {
   check_tokens_and_slots(x, "indices", indices, weights, experts, activation);
 }
 
@@ -92,7 +95,7 @@ void check_expert_mlp_forward(const at::Tensor& x,
                               const at::Tensor& weights,
                               const ExpertParameters& experts,
                               const DispatchPlan& plan,
-                              std::string_view activation) {
+                              const ExpertActivation& activation) {
   check_tokens_and_slots(x, "slot_to_row", plan.slot_to_row, weights, experts, activation);
   check_plan_of_experts("expert_mlp", x, experts, plan);
 }
@@ -103,7 +106,7 @@ void check_expert_mlp_backward(const at::Tensor& grad,
                                const ExpertParameters& experts,
                                const DispatchPlan& plan,
                                const at::Tensor& pre,
-                               std::string_view activation) {
+                               const ExpertActivation& activation) {
   constexpr auto op = "_expert_mlp_backward";
   check_tokens_and_slots(x, "slot_to_row", plan.slot_to_row, weights, experts, activation);
   check_shape(op, "grad", grad, {x.sym_size(0), x.sym_size(1)}, "[num_tokens, hidden_size]");
@@ -114,7 +117,7 @@ void check_expert_mlp_backward(const at::Tensor& grad,
       pre,
       {plan.slot_to_row.sym_size(0) * plan.slot_to_row.sym_size(1), experts.w_in.sym_size(1)},
       "[num_rows, rows of w_in]");
-  check_same_dtype(op, "pre", pre, "x", x);
+  check_same_dtype(op, "pre", pre, "w_in", experts.w_in);
   check_same_device(op, "pre", pre, "x", x);
   check_plan_of_experts(op, x, experts, plan);
 }
@@ -126,23 +129,24 @@ at::Tensor expert_mlp_composite(const at::Tensor& x,
                                 const at::Tensor& indices,
                                 const at::Tensor& weights,
                                 const ExpertParameters& experts,
-                                std::string_view activation) {
+                                const ExpertActivation& activation) {
   check_expert_mlp(x, indices, weights, experts, activation);
   const auto plan = dispatch_plan(indices, experts.w_in.sym_size(0));
-  return std::get<0>(expert_mlp_forward(x, weights, experts, plan, activation, /*save_pre=*/false));
+  return std::get<0>(expert_mlp_forward(x, weights, experts, plan, /*save_pre=*/false, activation));
 }
 
 std::tuple<at::Tensor, at::Tensor> expert_mlp_meta(const at::Tensor& x,
                                                    const at::Tensor& weights,
                                                    const ExpertParameters& experts,
                                                    const DispatchPlan& plan,
-                                                   std::string_view activation,
                                                    bool save_pre,
+                                                   const ExpertActivation& activation,
                                                    bool wide) {
   check_expert_mlp_forward(x, weights, experts, plan, activation);
   const auto saved_rows = save_pre ? plan.row_to_slot.sym_size(0) : c10::SymInt(0);
-  return {at::empty_symint(x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, wide))),
-          at::empty_symint({saved_rows, experts.w_in.sym_size(1)}, x.options())};
+  return {
+      at::empty_symint(x.sym_sizes(), x.options().dtype(expert_mlp_result_dtype(x, experts, wide))),
+      at::empty_symint({saved_rows, experts.w_in.sym_size(1)}, experts.w_in.options())};
 }
 
 ExpertMlpGradients expert_mlp_backward_meta(const at::Tensor& grad,
@@ -151,19 +155,19 @@ ExpertMlpGradients expert_mlp_backward_meta(const at::Tensor& grad,
                                             const ExpertParameters& experts,
                                             const DispatchPlan& plan,
                                             const at::Tensor& pre,
-                                            std::string_view activation,
                                             std::array<bool, 6> output_mask,
+                                            const ExpertActivation& activation,
                                             bool wide) {
   check_expert_mlp_backward(grad, x, weights, experts, plan, pre, activation);
   const ExpertMlpWanted wanted(output_mask);
   const auto& w_in = experts.w_in;
   const auto& w_out = experts.w_out;
-  const auto result = x.options().dtype(expert_mlp_result_dtype(x, wide));
+  const auto result = x.options().dtype(expert_mlp_result_dtype(x, experts, wide));
   return {empty_if(wanted.x, x.sym_sizes(), result),
           empty_if(wanted.weights, weights.sym_sizes(), weights.options()),
-          empty_if(wanted.w_in, w_in.sym_sizes(), w_in.options()),
+          empty_oriented_if(wanted.w_in, w_in),
           empty_if(wanted.b_in, {w_in.sym_size(0), w_in.sym_size(1)}, w_in.options()),
-          empty_if(wanted.w_out, w_out.sym_sizes(), w_out.options()),
+          empty_oriented_if(wanted.w_out, w_out),
           empty_if(wanted.b_out, {w_out.sym_size(0), w_out.sym_size(1)}, w_out.options())};
 }
 

@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "dispatch_plan.h"
+#include "expert_activation.h"
 #include "expert_parameters.h"
 
 namespace torchmoe {
@@ -17,11 +18,15 @@ namespace torchmoe {
 ///     y[t] = sum over routed slots j of weights[t, j] * (w_out[i] a + b_out[i]),  i = indices[t, j]
 ///     a    = activation(w_in[i] x[t] + b_in[i])
 ///
-/// and a = f(gate) * up for the gated activations.
+/// and a = f(gate) * up for the gated activations, or what ExpertActivation makes of that.
 ///
-/// x [T, H] of the experts' dtype; indices [T, K] int64, an id outside [0, E) is not routed;
-/// weights [T, K] float32, float64 or that dtype -> y [T, H] in x's dtype. A token that names an
-/// expert twice gets both slots.
+/// x [T, H]; indices [T, K] int64, an id outside [0, E) is not routed; weights [T, K] float32,
+/// float64 or x's dtype -> y [T, H] in x's dtype. A token that names an expert twice gets both
+/// slots. The experts compute in their own dtype: x of another one is converted to it, and y and
+/// x's gradient are rounded once, from their sums to x's.
+///
+/// w_in and w_out are read in place where their rows or their columns are contiguous, as those of a
+/// transposed [E, in, out] are, and their gradients lie in memory as they do.
 ///
 /// Differentiable to any order, in reverse and in forward mode, in x, weights, w_in, b_in, w_out
 /// and b_out. Saves x, the pre-activation [N, P], weights and integers, and nothing of size [N, H]:
@@ -32,20 +37,20 @@ at::Tensor expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
                       const ExpertParameters& experts,
-                      std::string_view activation);
+                      const ExpertActivation& activation);
 
 /// y and, with save_pre, the pre-activation [N, P] in row order (rows past expert_offsets[E] are
 /// 0), else [0, P].
 ///
-/// With `wide` y is what x's dtype would be rounded from, in the dtype of sums: float32, or float64
-/// for float64. A token whose slots are computed in several calls is then added up and rounded as
+/// With `wide` y is what would be rounded to x's dtype, in the dtype of sums: float32, or float64
+/// for experts of float64. A token whose slots are computed in several calls is then added up and rounded as
 /// in one call. It has no derivative, so that inputs that require a gradient are refused.
 std::tuple<at::Tensor, at::Tensor> expert_mlp_forward(const at::Tensor& x,
                                                       const at::Tensor& weights,
                                                       const ExpertParameters& experts,
                                                       const DispatchPlan& plan,
-                                                      std::string_view activation,
                                                       bool save_pre,
+                                                      const ExpertActivation& activation,
                                                       bool wide = false);
 
 using ExpertMlpGradients =
@@ -75,30 +80,32 @@ ExpertMlpGradients expert_mlp_backward(const at::Tensor& grad,
                                        const ExpertParameters& experts,
                                        const DispatchPlan& plan,
                                        const at::Tensor& pre,
-                                       std::string_view activation,
                                        std::array<bool, 6> output_mask,
+                                       const ExpertActivation& activation,
                                        bool wide = false);
 
 /// The dtype of y and of x's gradient.
-at::ScalarType expert_mlp_result_dtype(const at::Tensor& x, bool wide);
+at::ScalarType expert_mlp_result_dtype(const at::Tensor& x,
+                                       const ExpertParameters& experts,
+                                       bool wide);
 
 void check_expert_mlp(const at::Tensor& x,
                       const at::Tensor& indices,
                       const at::Tensor& weights,
                       const ExpertParameters& experts,
-                      std::string_view activation);
+                      const ExpertActivation& activation);
 /// The private parts: with a plan over as many experts as there are parameters.
 void check_expert_mlp_forward(const at::Tensor& x,
                               const at::Tensor& weights,
                               const ExpertParameters& experts,
                               const DispatchPlan& plan,
-                              std::string_view activation);
+                              const ExpertActivation& activation);
 void check_expert_mlp_backward(const at::Tensor& grad,
                                const at::Tensor& x,
                                const at::Tensor& weights,
                                const ExpertParameters& experts,
                                const DispatchPlan& plan,
                                const at::Tensor& pre,
-                               std::string_view activation);
+                               const ExpertActivation& activation);
 
 }  // namespace torchmoe

@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/find_op.h"
+#include "common/orientation.h"
 #include "common/output_mask.h"
 #include "ops/dispatch_plan.h"
 
@@ -82,7 +83,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> grouped_linear_backward_meta(
     std::array<bool, 3> output_mask) {
   check_grouped_linear_backward(grad, rows, weight, expert_offsets);
   return {empty_if(output_mask[0], rows.sym_sizes(), rows.options()),
-          empty_if(output_mask[1], weight.sym_sizes(), weight.options()),
+          empty_oriented_if(output_mask[1], weight),
           empty_if(output_mask[2], {weight.sym_size(0), weight.sym_size(1)}, weight.options())};
 }
 

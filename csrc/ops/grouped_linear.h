@@ -17,7 +17,8 @@ namespace torchmoe {
 /// rows [N, I], weight [E, O, I], bias [E, O], of one floating dtype; expert_offsets [E + 1] int64,
 /// ascending within [0, N]
 /// -> [N, O] in that dtype. Differentiable in rows, weight and bias, to any order; the weight's
-/// gradient is dense, 0 for an idle expert.
+/// gradient is dense, 0 for an idle expert. The weight is read in place where its rows or
+/// its columns are contiguous, and its gradient lies in memory as it does.
 at::Tensor grouped_linear(const at::Tensor& rows,
                           const at::Tensor& weight,
                           const std::optional<at::Tensor>& bias,

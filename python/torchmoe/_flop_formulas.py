@@ -88,8 +88,8 @@ def _expert_mlp_backward(
     row_to_slot: _Shape,
     slot_to_row: _Shape,
     pre: _Shape,
-    activation: str,
     output_mask: Sequence[bool],
+    activation: str,
     **_: object,
 ) -> int:
     want_x, _want_weights, want_w_in, _want_b_in, want_w_out, _want_b_out = output_mask

@@ -23,8 +23,10 @@ from torch import Tensor
 from torchmoe._checks import (
     check_at_least,
     check_finite,
+    check_flag,
     check_integer,
     check_number,
+    check_positive,
     check_tensor,
     shown,
 )
@@ -150,6 +152,7 @@ _FITS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int, torch.SymInt), "an int"),
     "SymInt": ((int, torch.SymInt), "an int"),
     "float": ((int, float, torch.SymFloat), "a number"),
+    "bool": ((bool,), "True or False"),
 }
 
 
@@ -482,6 +485,28 @@ def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
 
 
 @_listing_words
+def _shaped(
+    op: str,
+    alpha: float,
+    limit: float | None,
+    up_offset: float,
+    gate_softcap: float | None,
+    up_softcap: float | None,
+    interleaved: bool,
+) -> dict[str, object]:
+    """What a gated activation does besides f(gate) * up, checked."""
+    bounds = {"limit": limit, "gate_softcap": gate_softcap, "up_softcap": up_softcap}
+    return {
+        "alpha": check_positive(op, "alpha", alpha),
+        "up_offset": check_finite(op, "up_offset", up_offset),
+        "interleaved": check_flag(op, "interleaved", interleaved),
+        **{
+            name: None if bound is None else check_positive(op, name, bound)
+            for name, bound in bounds.items()
+        },
+    }
+
+
 def expert_mlp(
     x: Tensor,
     indices: Tensor,
@@ -491,19 +516,39 @@ def expert_mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    *,
+    alpha: float = 1,
+    limit: float | None = None,
+    up_offset: float = 0,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """Gather, W_in, activation, W_out and the weighted sum in one op.
 
     y[t] = sum over routed slots j of weights[t, j] * expert_{indices[t, j]}(x[t]).
 
-    Layouts are those of Hugging Face Transformers v5, so its checkpoints fit without a copy. The
-    activations are plain, f(up):
+    The activations are plain, f(up):
 
     {plain activation}
 
     or gated, f(gate) * up (Shazeer, arXiv 2002.05202):
 
     {gated activation}
+
+    With f(u) = u * s(u), a gated one may be shaped further:
+
+        a = softcap(g, gate_softcap) * s(alpha * g) * (softcap(v, up_softcap) + up_offset)
+        g = min(gate, limit),  v = up within [-limit, limit],  softcap(x, c) = c * tanh(x / c)
+
+    gpt-oss (arXiv 2508.10925) has swiglu with alpha=1.702, limit=7, up_offset=1 and
+    interleaved=True. The gradient at a bound is that inside of it, as torch.clamp's is.
+
+    w_in and w_out are read where they lie if their rows or their columns are contiguous: pass
+    w.transpose(1, 2) for matrices stored as [E, in, out]. Their gradients lie in memory as they do.
+
+    The experts compute in the dtype of their parameters. x of another dtype is converted to it;
+    y and the gradient of x are rounded once, from their sums to the dtype of x.
 
     Differentiable in x, weights and the four parameters. The backward pass keeps x, the
     pre-activation, the weights and integers, nothing of size [N, H]. Tangents and derivatives of
@@ -518,23 +563,85 @@ def expert_mlp(
         x: [T, H] floating.
         indices: [T, K] int64.
         weights: [T, K], float32, float64 or the dtype of x.
-        w_in: [E, I, H]; for gated activations [E, 2 * I, H], the gate's rows first. It has the
-            dtype of x, as do the parameters that follow.
+        w_in: [E, I, H] floating; for gated activations [E, 2 * I, H], the gates' rows first. The
+            parameters that follow have its dtype.
         b_in: [E, I] or [E, 2 * I], or None.
         w_out: [E, H, I].
         b_out: [E, H], or None.
         activation: a name from above.
+        alpha: above 0; what follows is of gated activations alone.
+        limit: above 0, or None for no limit.
+        up_offset: added to the value.
+        gate_softcap: above 0, or None for no softcap.
+        up_softcap: above 0, or None for no softcap.
+        interleaved: whether gates and values alternate among the rows of w_in and b_in, a gate
+            first, instead of the gates coming first.
 
     Returns:
         y [T, H] in the dtype of x; 0 for a token without a routed slot.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: an unknown activation, or a setting out of its range or of a plain activation.
         RuntimeError: a shape, dtype or device does not fit.
     """
+    shaped = _shaped("expert_mlp", alpha, limit, up_offset, gate_softcap, up_softcap, interleaved)
+    parameters = (w_in, b_in, w_out, b_out)
     return cast(
         Tensor,
-        _call(_ops.expert_mlp.default, x, indices, weights, w_in, b_in, w_out, b_out, activation),
+        _call(_ops.expert_mlp.default, x, indices, weights, *parameters, activation, **shaped),
+    )
+
+
+def grouped_mlp(
+    rows: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    expert_offsets: Tensor,
+    activation: str,
+    *,
+    alpha: float = 1,
+    limit: float | None = None,
+    up_offset: float = 0,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Each expert's network on its own rows, which are sorted by expert already.
+
+    out[r] = w_out[e] activation(w_in[e] rows[r] + b_in[e]) + b_out[e] for
+    expert_offsets[e] <= r < expert_offsets[e + 1]: `expert_mlp` without dispatch, weights and
+    combine. Rows from expert_offsets[E] on come out zero. Derivatives, dtypes, the orientation of
+    the matrices and autocast are as there.
+
+    Args:
+        rows: [N, H] floating.
+        w_in: as in `expert_mlp`, as are the parameters that follow.
+        b_in: [E, I] or [E, 2 * I], or None.
+        w_out: [E, H, I].
+        b_out: [E, H], or None.
+        expert_offsets: [E + 1] int64, ascending from 0 to at most N.
+        activation: a name from `expert_mlp`, as are the settings that follow.
+        alpha: above 0.
+        limit: above 0, or None for no limit.
+        up_offset: added to the value.
+        gate_softcap: above 0, or None for no softcap.
+        up_softcap: above 0, or None for no softcap.
+        interleaved: whether gates and values alternate.
+
+    Returns:
+        [N, H] in the dtype of rows.
+
+    Raises:
+        ValueError: an unknown activation, or a setting out of its range or of a plain activation.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    shaped = _shaped("grouped_mlp", alpha, limit, up_offset, gate_softcap, up_softcap, interleaved)
+    parameters = (w_in, b_in, w_out, b_out)
+    return cast(
+        Tensor,
+        _call(_ops.grouped_mlp.default, rows, *parameters, expert_offsets, activation, **shaped),
     )
 
 
@@ -644,6 +751,13 @@ def attach_dense_gradient(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    *,
+    alpha: float = 1,
+    limit: float | None = None,
+    up_offset: float = 0,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """A copy of y whose backward pass gives probs the gradient of the dense mixture.
 
@@ -666,20 +780,27 @@ def attach_dense_gradient(
         b_in: [E, I] or [E, 2 * I], or None.
         w_out: [E, H, I].
         b_out: [E, H], or None.
-        activation: a name from `expert_mlp`.
+        activation: a name from `expert_mlp`, as are the settings that follow.
+        alpha: above 0.
+        limit: above 0, or None for no limit.
+        up_offset: added to the value.
+        gate_softcap: above 0, or None for no softcap.
+        up_softcap: above 0, or None for no softcap.
+        interleaved: whether gates and values alternate.
 
     Returns:
         y's values, in a new tensor.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: an unknown activation, or a setting out of its range or of a plain activation.
         RuntimeError: a shape, dtype or device does not fit.
     """
+    op = "attach_dense_gradient"
+    shaped = _shaped(op, alpha, limit, up_offset, gate_softcap, up_softcap, interleaved)
+    parameters = (w_in, b_in, w_out, b_out)
     return cast(
         Tensor,
-        _call(
-            _ops.attach_dense_gradient.default, y, probs, x, w_in, b_in, w_out, b_out, activation
-        ),
+        _call(_ops.attach_dense_gradient.default, y, probs, x, *parameters, activation, **shaped),
     )
 
 

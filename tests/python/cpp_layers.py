@@ -171,6 +171,10 @@ def _router(settings: dict[str, Any]) -> nn.Module:
     return Router(HIDDEN, EXPERTS, **settings)
 
 
+# A square, made of squares again after every step, leaves float16 behind.
+BOUNDED = tuple(name for name in ops.ACTIVATIONS if name != "relu2")
+
+
 def drawn_settings(seed: int) -> dict[str, Any]:
     """Settings at random; not all of them are compatible."""
     draw = random.Random(seed)
@@ -230,7 +234,7 @@ def drawn_settings(seed: int) -> dict[str, Any]:
         **SETTINGS,
         "intermediate_size": among(20, 7),
         "top_k": among(1, 2, 2, 3, 6),
-        "activation": among(*ops.ACTIVATIONS),
+        "activation": among(*BOUNDED),
         "bias": often(True, False),
         "score_function": among("softmax", "sigmoid"),
         "normalize": among(None, None, "none", "topk", "uniform"),
@@ -247,7 +251,7 @@ def drawn_settings(seed: int) -> dict[str, Any]:
         "shared_experts": rarely(
             {
                 "intermediate_size": 10,
-                "activation": among(*ops.ACTIVATIONS),
+                "activation": among(*BOUNDED),
                 "bias": often(True, False),
             }
         ),

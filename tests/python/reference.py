@@ -303,12 +303,35 @@ PLAIN = _activations("plain")
 GATED = _activations("gated")
 
 
-def activate(pre: Tensor, activation: str) -> Tensor:
-    """A(pre) of one row; gated ones take act(first half) * second half."""
+def _softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def activate(
+    pre: Tensor,
+    activation: str,
+    *,
+    alpha: float = 1,
+    limit: float | None = None,
+    up_offset: float = 0,
+    gate_softcap: float | None = None,
+    up_softcap: float | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """A(pre) of one row; gated ones take act(gate) * up, or what the settings make of it."""
     if activation in PLAIN:
         return PLAIN[activation](pre)
-    gate, up = pre.chunk(2)
-    return GATED[activation](gate) * up
+    gate, up = (pre[::2], pre[1::2]) if interleaved else pre.chunk(2)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if gate_softcap is None:
+        activated = GATED[activation](alpha * gate) / alpha
+    else:
+        # f(u) = u s(u), and s changes no more so far out.
+        inner = (alpha * gate).clamp(-300, 300)
+        factor = GATED[activation](inner) / inner
+        activated = _softcap(gate, gate_softcap) * factor
+    return activated * (_softcap(up, up_softcap) + up_offset)
 
 
 def expert_mlp(
@@ -320,6 +343,7 @@ def expert_mlp(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    **shaped: Any,
 ) -> Tensor:
     """y_t = sum over routed slots of w * (W_out A(W_in x + b_in) + b_out)."""
     num_tokens, hidden = x.shape
@@ -333,7 +357,7 @@ def expert_mlp(
             pre = w_ins[expert] @ xs[token]
             if b_in is not None:
                 pre = pre + b_in[expert].double()
-            out = w_outs[expert] @ activate(pre, activation)
+            out = w_outs[expert] @ activate(pre, activation, **shaped)
             if b_out is not None:
                 out = out + b_out[expert].double()
             y = y + weights[token, j].double() * out
@@ -350,13 +374,14 @@ def attach_dense_gradient(
     w_out: Tensor,
     b_out: Tensor | None,
     activation: str,
+    **shaped: Any,
 ) -> Tensor:
     """y + sum over all experts of (p_i - the same value as a constant) * E_i(x)."""
     result = y.double()
     for i in range(w_out.size(0)):
         everyone = torch.full((x.size(0), 1), i)
         ones = torch.ones(everyone.shape, dtype=torch.float64)
-        output = expert_mlp(x, everyone, ones, w_in, b_in, w_out, b_out, activation)
+        output = expert_mlp(x, everyone, ones, w_in, b_in, w_out, b_out, activation, **shaped)
         p = probs[:, i : i + 1].double()
         result = result + (p - p.detach()) * output.detach()
     return result

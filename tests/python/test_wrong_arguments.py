@@ -42,9 +42,13 @@ PLAN = ops.dispatch_plan(IDS, E)
 X = torch.randn(T, H)
 WEIGHTS = torch.rand(T, K)
 NAMES = {"score_function": "softmax", "normalize": "topk", "estimator": "exact"}
-MLP = {"w_in": torch.randn(E, INNER, H), "b_in": None, "w_out": torch.randn(E, H, INNER),
-       "b_out": None, "activation": "gelu"}  # fmt: skip
-OF_MLP = dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), "tensor") | {"activation": "name"}
+MLP = {"w_in": torch.randn(E, 2 * INNER, H), "b_in": None, "w_out": torch.randn(E, H, INNER),
+       "b_out": None, "activation": "geglu"}  # fmt: skip
+OF_MLP = (
+    dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), "tensor")
+    | {"activation": "name", "interleaved": "flag"}
+    | dict.fromkeys(("alpha", "limit", "up_offset", "gate_softcap", "up_softcap"), "number")
+)
 MASKED = {"token_mask": "tensor"}
 ENTRIES = ops.CacheTable(torch.randn(E, H), torch.zeros(E, 1, dtype=torch.int64))
 LOOKED_UP = {"x": X, "signatures": torch.zeros(T, 1, dtype=torch.int64), "table": ENTRIES,
@@ -309,12 +313,21 @@ CASES = [
         "expert_mlp",
         {"x": X, "indices": IDS, "weights": WEIGHTS} | MLP,
         {"x": "tensor", "indices": "tensor", "weights": "tensor"} | OF_MLP,
+        takes={"up_offset": ("-1",)},
+    ),
+    Case(
+        ops.grouped_mlp,
+        "grouped_mlp",
+        {"rows": X, "expert_offsets": PLAN.expert_offsets} | MLP,
+        {"rows": "tensor", "expert_offsets": "tensor"} | OF_MLP,
+        takes={"up_offset": ("-1",)},
     ),
     Case(
         ops.attach_dense_gradient,
         "attach_dense_gradient",
         {"y": X, "probs": LOGITS, "x": X} | MLP,
         {"y": "tensor", "probs": "tensor", "x": "tensor"} | OF_MLP,
+        takes={"up_offset": ("-1",)},
     ),
     Case(
         ops.load_balancing_loss,

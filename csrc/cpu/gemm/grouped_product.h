@@ -1,6 +1,6 @@
 // Products of rows sorted by expert with each expert's own matrix, as tasks.
 //
-// weight is [E, out, in], bias [E, out] or null. Rows past offsets.back() are neither read nor
+// weight is [E, out, in] in either orientation, bias [E, out] or null. Rows past offsets.back() are neither read nor
 // written. `beside` is as in blocks.h. Out is the type of the result; sums are formed in float32, or
 // float64 for float64.
 #pragma once
@@ -11,6 +11,7 @@
 
 #include "cpu/elements.h"
 #include "cpu/gemm/blocks.h"
+#include "cpu/gemm/matrices.h"
 #include "cpu/gemm/product.h"
 #include "cpu/gemm/tasks.h"
 
@@ -19,7 +20,7 @@ namespace torchmoe::cpu {
 /// Every expert's matrix and bias; null: none.
 template <typename W>
 struct Linear {
-  const W* weight;
+  Matrices<const W> weight;
   const W* bias;
 };
 
@@ -36,15 +37,15 @@ void grouped_linear(Phase& tasks,
   for (const auto& block : row_blocks(offsets, out_features, beside)) {
     const ProductSizes sizes{block.rows.size(), block.columns.size(), in_features};
     tasks.push_back([=](Workspace& workspace) {
-      const int64_t first = block.expert * out_features + block.columns.begin;
-      product(Form::nt,
-              rows.from(block.rows.begin, 0),
-              Rows<W>{linear.weight + first * in_features, in_features},
-              sizes,
-              linear.bias == nullptr ? nullptr : linear.bias + first,
-              out + block.rows.begin * out_features + block.columns.begin,
-              out_features,
-              workspace);
+      const int64_t first = block.columns.begin;
+      times_transposed(
+          rows.from(block.rows.begin, 0),
+          linear.weight.of(block.expert).from(first, 0),
+          sizes,
+          linear.bias == nullptr ? nullptr : linear.bias + block.expert * out_features + first,
+          out + block.rows.begin * out_features + first,
+          out_features,
+          workspace);
     });
   }
 }
@@ -54,7 +55,7 @@ template <typename G, typename W, typename Out>
 void grouped_linear_grad_rows(Phase& tasks,
                               const Offsets& offsets,
                               const Rows<G>& grad,
-                              const W* weight,
+                              const Matrices<const W>& weight,
                               Out* grad_rows,
                               int64_t in_features,
                               int64_t out_features,
@@ -62,44 +63,45 @@ void grouped_linear_grad_rows(Phase& tasks,
   for (const auto& block : row_blocks(offsets, in_features, beside)) {
     const ProductSizes sizes{block.rows.size(), block.columns.size(), out_features};
     tasks.push_back([=](Workspace& workspace) {
-      const W* matrix = weight + block.expert * out_features * in_features;
-      product(Form::nn,
-              grad.from(block.rows.begin, 0),
-              Rows<W>{matrix + block.columns.begin, in_features},
-              sizes,
-              /*bias=*/nullptr,
-              grad_rows + block.rows.begin * in_features + block.columns.begin,
-              in_features,
-              workspace);
+      times(grad.from(block.rows.begin, 0),
+            weight.of(block.expert).from(0, block.columns.begin),
+            sizes,
+            grad_rows + block.rows.begin * in_features + block.columns.begin,
+            in_features,
+            workspace);
     });
   }
 }
 
 /// grad_weight[e] = sum over expert e's rows of grad[r]^T rows[r], 0 for an idle expert: [E, out,
-/// in].
-template <typename G, typename A, typename Out>
+/// in]. In either orientation the rows in memory are those of a product.
+template <typename T, typename Out>
 void grouped_linear_grad_weight(Phase& tasks,
                                 const Offsets& offsets,
-                                const Rows<G>& grad,
-                                const Rows<A>& rows,
-                                Out* grad_weight,
+                                const Rows<T>& grad,
+                                const Rows<T>& rows,
+                                const Matrices<Out>& grad_weight,
                                 int64_t in_features,
                                 int64_t out_features,
                                 int64_t beside = 1) {
+  if (grad_weight.transposed) {
+    return grouped_linear_grad_weight(
+        tasks, offsets, rows, grad, grad_weight.transpose(), out_features, in_features, beside);
+  }
   const auto num_experts = static_cast<int64_t>(offsets.size()) - 1;
   for (const auto& block : matrix_blocks(num_experts, out_features, in_features, beside)) {
     const int64_t first = offsets[block.expert];
     const ProductSizes sizes{
         block.rows.size(), block.columns.size(), offsets[block.expert + 1] - first};
     tasks.push_back([=](Workspace& workspace) {
-      const int64_t row = block.expert * out_features + block.rows.begin;
+      const auto to = grad_weight.of(block.expert).from(block.rows.begin, block.columns.begin);
       product(Form::tn,
               grad.from(first, block.rows.begin),
               rows.from(first, block.columns.begin),
               sizes,
               /*bias=*/nullptr,
-              grad_weight + row * in_features + block.columns.begin,
-              in_features,
+              to.data,
+              to.stride,
               workspace);
     });
   }

@@ -67,14 +67,17 @@ struct ProductCall {
 };
 
 /// A block of the pre-activation's product becomes the pre-activation and the activation. What is
-/// stored is of one type, pre_gate's, whether that is wanted or not; sums of it are float32.
+/// stored is of one type, pre_gate's, whether that is wanted or not; sums of it are float32. A gated
+/// activation has both of its biases or neither, and so with pre.
 struct ActivateCall {
   Nonlinearity f;
+  Gating gating;  // of a gated activation
   int64_t rows;
   int64_t columns;
   const float* gate;  // [rows, columns], the product without the bias
   const float* up;    // the same of a gated activation, else null
   int64_t stride;     // of gate and up
+  int64_t step;       // between columns of gate, up, the biases and pre; 2 where they alternate
   Numbers gate_bias;  // [columns], data null: none
   Numbers up_bias;
   MutableNumbers pre_gate;  // [rows, columns], data null: not wanted
@@ -95,6 +98,7 @@ constexpr int64_t dots_of(int64_t columns) {
 /// A block of dA' = dL/dy w_out goes backward through the activation. What is stored is of one type.
 struct ActivateBackwardCall {
   Nonlinearity f;
+  Gating gating;
   int64_t rows;
   int64_t columns;
   const float* grad_act;  // [rows, columns] = dA'
@@ -102,6 +106,7 @@ struct ActivateBackwardCall {
   Numbers pre_gate;  // [rows, columns]
   Numbers pre_up;    // the same of a gated activation, else data null
   int64_t pre_stride;
+  int64_t step;                 // between columns of pre and its gradient
   const float* weights;         // [rows], each row's combine weight
   MutableNumbers weighted_act;  // [rows, columns] = weight * a
   int64_t act_stride;

@@ -50,7 +50,7 @@ struct WeightProduct {
   const int64_t* grad_sources;
   const T* rows;
   const int64_t* row_sources;
-  T* grad_weight;
+  Matrices<T> grad_weight;  // whose rows are contiguous
   int64_t in_features;
   int64_t out_features;
   bool grad_aligned;
@@ -75,14 +75,14 @@ struct WeightProduct {
               out_features,
               {begin, end, grad_sources},
               in_expert / in_tiles() * Engine<T>::kRows,
-              out_features,
-              grad_aligned};
+              out_features};
+    tile.a.aligned = grad_aligned;
     tile.b = {rows,
               in_features,
               {begin, end, row_sources},
               in_expert % in_tiles() * Engine<T>::kColumns,
-              in_features,
-              rows_aligned};
+              in_features};
+    tile.b.aligned = rows_aligned;
     return true;
   }
 
@@ -91,7 +91,7 @@ struct WeightProduct {
       const int64_t row = tile.a.first_column + r;
       const int64_t column = tile.b.first_column + c;
       if (row < out_features && column < in_features) {
-        T* to = grad_weight + (tile.expert * out_features + row) * in_features + column;
+        T* to = grad_weight.of(tile.expert).from(row, column).data;
         write_group(to, read_sums<Engine<T>>(sums, r, c), in_features - column, result_aligned);
       }
     });
@@ -161,12 +161,12 @@ template <typename T, typename Out>
 void grouped_linear(Stream stream,
                     const TileMap& map,
                     const SourceRows<T>& rows,
-                    const T* weight,
+                    const Matrices<const T>& weight,
                     const T* bias,
                     Out* out,
                     int64_t in_features,
                     int64_t out_features) {
-  run_rows_product<Contiguous::depth>(
+  run_rows_product<Columns::single>(
       stream,
       map,
       rows.data,
@@ -181,16 +181,16 @@ template <typename T, typename Out>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,
                               const SourceRows<T>& grad,
-                              const T* weight,
+                              const Matrices<const T>& weight,
                               Out* grad_rows,
                               int64_t in_features,
                               int64_t out_features) {
-  run_rows_product<Contiguous::side>(
+  run_rows_product<Columns::single>(
       stream,
       map,
       grad.data,
       grad.sources,
-      weight,
+      weight.transpose(),
       out_features,
       in_features,
       StoreRows<T, Out>{grad_rows, nullptr, in_features, allows_vectors(grad_rows, in_features)});
@@ -201,9 +201,13 @@ void grouped_linear_grad_weight(Stream stream,
                                 const TileMap& map,
                                 const SourceRows<T>& grad,
                                 const SourceRows<T>& rows,
-                                T* grad_weight,
+                                const Matrices<T>& grad_weight,
                                 int64_t in_features,
                                 int64_t out_features) {
+  if (grad_weight.transposed) {
+    return grouped_linear_grad_weight(
+        stream, map, rows, grad, grad_weight.transpose(), out_features, in_features);
+  }
   run_product(stream,
               WeightProduct<T>{map,
                                grad.data,
@@ -215,7 +219,7 @@ void grouped_linear_grad_weight(Stream stream,
                                out_features,
                                allows_vectors(grad.data, out_features),
                                allows_vectors(rows.data, in_features),
-                               allows_vectors(grad_weight, in_features)});
+                               allows_vectors(grad_weight)});
 }
 
 template <typename T>
@@ -252,18 +256,34 @@ void zero_unrouted_rows(Stream stream, const TileMap& map, T* rows, int64_t widt
 }
 
 // NOLINTBEGIN(bugprone-macro-parentheses): a type cannot stand in parentheses.
-#define TORCHMOE_INSTANTIATE_ROWS(T, Out)                                                        \
-  template void grouped_linear(                                                                  \
-      Stream, const TileMap&, const SourceRows<T>&, const T*, const T*, Out*, int64_t, int64_t); \
-  template void grouped_linear_grad_rows(                                                        \
-      Stream, const TileMap&, const SourceRows<T>&, const T*, Out*, int64_t, int64_t);
-#define TORCHMOE_INSTANTIATE(T, ...)                                                             \
-  TORCHMOE_INSTANTIATE_ROWS(T, T)                                                                \
-  template int64_t product_tile_rows<T>();                                                       \
-  template void grouped_linear_grad_weight(                                                      \
-      Stream, const TileMap&, const SourceRows<T>&, const SourceRows<T>&, T*, int64_t, int64_t); \
-  template void grouped_linear_grad_bias(                                                        \
-      Stream, const TileMap&, const SourceRows<T>&, const at::opmath_type<T>*, T*, int64_t);     \
+#define TORCHMOE_INSTANTIATE_ROWS(T, Out)                          \
+  template void grouped_linear(Stream,                             \
+                               const TileMap&,                     \
+                               const SourceRows<T>&,               \
+                               const Matrices<const T>&,           \
+                               const T*,                           \
+                               Out*,                               \
+                               int64_t,                            \
+                               int64_t);                           \
+  template void grouped_linear_grad_rows(Stream,                   \
+                                         const TileMap&,           \
+                                         const SourceRows<T>&,     \
+                                         const Matrices<const T>&, \
+                                         Out*,                     \
+                                         int64_t,                  \
+                                         int64_t);
+#define TORCHMOE_INSTANTIATE(T, ...)                                                         \
+  TORCHMOE_INSTANTIATE_ROWS(T, T)                                                            \
+  template int64_t product_tile_rows<T>();                                                   \
+  template void grouped_linear_grad_weight(Stream,                                           \
+                                           const TileMap&,                                   \
+                                           const SourceRows<T>&,                             \
+                                           const SourceRows<T>&,                             \
+                                           const Matrices<T>&,                               \
+                                           int64_t,                                          \
+                                           int64_t);                                         \
+  template void grouped_linear_grad_bias(                                                    \
+      Stream, const TileMap&, const SourceRows<T>&, const at::opmath_type<T>*, T*, int64_t); \
   template void zero_unrouted_rows(Stream, const TileMap&, T*, int64_t);
 #define TORCHMOE_INSTANTIATE_WIDE(T, ...) TORCHMOE_INSTANTIATE_ROWS(T, at::opmath_type<T>)
 TORCHMOE_FLOAT_TYPES(TORCHMOE_INSTANTIATE)

@@ -6,6 +6,7 @@
 
 #include <ATen/OpMathType.h>
 
+#include "common/matrices.h"
 #include "cuda/gemm/tile_map.h"
 
 namespace torchmoe::cuda {
@@ -23,12 +24,12 @@ template <typename T>
 int64_t product_tile_rows();
 
 /// out[r] = rows[source of r] weight[e]^T + bias[e] for expert e's rows; rows of no expert are not
-/// touched: rows [., in], weight [E, out, in], bias [E, out] or null, out [N, out].
+/// touched: rows [., in], weight [E, out, in] in either orientation, bias [E, out] or null, out [N, out].
 template <typename T, typename Out>
 void grouped_linear(Stream stream,
                     const TileMap& map,
                     const SourceRows<T>& rows,
-                    const T* weight,
+                    const Matrices<const T>& weight,
                     const T* bias,
                     Out* out,
                     int64_t in_features,
@@ -40,7 +41,7 @@ template <typename T, typename Out>
 void grouped_linear_grad_rows(Stream stream,
                               const TileMap& map,
                               const SourceRows<T>& grad,
-                              const T* weight,
+                              const Matrices<const T>& weight,
                               Out* grad_rows,
                               int64_t in_features,
                               int64_t out_features);
@@ -52,7 +53,7 @@ void grouped_linear_grad_weight(Stream stream,
                                 const TileMap& map,
                                 const SourceRows<T>& grad,
                                 const SourceRows<T>& rows,
-                                T* grad_weight,
+                                const Matrices<T>& grad_weight,
                                 int64_t in_features,
                                 int64_t out_features);
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/matrices.h"
 #include "cuda/vectors.h"
 
 namespace torchmoe::cuda {
@@ -42,8 +43,17 @@ struct Operand {
   Lines lines;
   int64_t first_column = 0;
   int64_t num_columns = 0;
+  /// Columns of the tile from `half` on are those `second` further on: the same where the halves of
+  /// w_in lie along the lines.
+  int64_t half = INT64_MAX;
+  int64_t second = 0;
   /// Whether 16 bytes from every eighth (for 16-bit types) column on may be read at once.
   bool aligned = false;
+
+  /// The column of the tile's column i.
+  TORCHMOE_HOST_DEVICE int64_t column(int64_t i) const {
+    return first_column + (i >= half ? i - half + second : i);
+  }
 };
 
 /// Whether an operand of these rows may be `aligned`.
@@ -51,6 +61,13 @@ template <typename T>
 bool allows_vectors(const T* data, int64_t width) {
   return reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0 &&
          width * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
+}
+
+/// The same of every expert's matrix.
+template <typename T>
+bool allows_vectors(const Matrices<T>& matrices) {
+  return allows_vectors(matrices.data, matrices.stride) &&
+         allows_vectors(matrices.data, matrices.expert_stride);
 }
 
 }  // namespace torchmoe::cuda

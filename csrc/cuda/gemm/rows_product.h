@@ -102,8 +102,12 @@ __device__ void add_bias(Vector<Acc, kGroupSize>& group, const T* bias, int64_t 
   }
 }
 
+/// How the columns of a result are put into tiles: each by itself, or two that belong together, which
+/// lie half of the width or one column apart.
+enum class Columns { single, halves, neighbours };
+
 /// result[r, n] = sum over depth of rows[source of r, depth] b[e][n, depth] for expert e's rows.
-template <typename T, Contiguous b_contiguous_, typename Finish_>
+template <typename T, Contiguous b_contiguous_, Columns columns, typename Finish_>
 struct RowsProduct {
   using Value = T;
   using Finish = Finish_;
@@ -118,22 +122,24 @@ struct RowsProduct {
   };
 
   TileMap map;
-  const T* rows;           // [., depth]
-  const int64_t* sources;  // [N], null: every row is in its place
-  const T* matrices;       // [E, width, depth], or [E, depth, width] where b is contiguous along n
+  const T* rows;               // [., depth]
+  const int64_t* sources;      // [N], null: every row is in its place
+  Matrices<const T> matrices;  // [E, width, depth]
   int64_t depth;
   int64_t width;
   bool rows_aligned;
   bool matrices_aligned;
-  /// Result columns in a tile: fewer than the engine's where a tile has two halves, the columns and
-  /// those `width / 2` further on.
-  int64_t tile_columns;
-  bool halves;
   Finish finish;
 
-  __host__ __device__ int64_t result_columns() const { return halves ? width / 2 : width; }
+  /// Columns of what is made of the result: one for two that belong together.
+  __host__ __device__ int64_t result_columns() const {
+    return columns == Columns::single ? width : width / 2;
+  }
+  __host__ __device__ int64_t tile_columns() const {
+    return columns == Columns::single ? Engine<T>::kColumns : Engine<T>::kColumns / 2;
+  }
   __host__ __device__ int64_t column_tiles() const {
-    return (result_columns() + tile_columns - 1) / tile_columns;
+    return (result_columns() + tile_columns() - 1) / tile_columns();
   }
   int64_t num_blocks() const { return map.num_tiles * column_tiles(); }
 
@@ -144,21 +150,31 @@ struct RowsProduct {
       return false;
     }
     const int64_t column_tile = block % column_tiles();
-    const int64_t first_column = column_tile * tile_columns;
+    const int64_t first_column = column_tile * tile_columns();
     tile.result = {expert, begin, map.end({expert, begin}), first_column, column_tile};
     tile.depth = depth;
-    tile.a = {rows, depth, {begin, tile.result.end, sources}, 0, depth, rows_aligned};
+    tile.a = {rows, depth, {begin, tile.result.end, sources}, 0, depth};
+    tile.a.aligned = rows_aligned;
+    constexpr bool halves = columns == Columns::halves;
+    const int64_t first = columns == Columns::neighbours ? 2 * first_column : first_column;
+    tile.b.data = matrices.of(expert).data;
+    tile.b.row_stride = matrices.stride;
+    tile.b.aligned = matrices_aligned;
     if constexpr (b_contiguous == Contiguous::depth) {
-      const int64_t first = expert * width;
-      Lines lines{first + first_column, first + result_columns(), nullptr};
-      if (halves) {
-        lines.half = tile_columns;
-        lines.second = width / 2;
+      tile.b.lines = {first, halves ? width / 2 : width, nullptr};
+      tile.b.num_columns = depth;
+      if constexpr (halves) {
+        tile.b.lines.half = tile_columns();
+        tile.b.lines.second = width / 2;
       }
-      tile.b = {matrices, depth, lines, 0, depth, matrices_aligned};
     } else {
-      const Lines lines{expert * depth, (expert + 1) * depth, nullptr};
-      tile.b = {matrices, width, lines, first_column, width, matrices_aligned};
+      tile.b.lines = {0, depth, nullptr};
+      tile.b.first_column = first;
+      tile.b.num_columns = width;
+      if constexpr (halves) {
+        tile.b.half = tile_columns();
+        tile.b.second = width / 2;
+      }
     }
     return true;
   }
@@ -178,9 +194,11 @@ __global__ void __launch_bounds__(Engine<typename Product::Value>::kThreads,
     return;
   }
   Engine<typename Product::Value> engine(shared_memory());
-  product(tile,
-          engine.template multiply<Product::a_contiguous, Product::b_contiguous>(
-              tile.a, tile.b, tile.depth));
+  auto* sums = engine.template multiply<Product::a_contiguous, Product::b_contiguous>(
+      tile.a, tile.b, tile.depth);
+  // Found again: kept meanwhile, it would take registers that the product needs.
+  product.locate(blockIdx.x, tile);
+  product(tile, sums);
 }
 
 template <typename Product>
@@ -194,29 +212,38 @@ void run_product(Stream stream, const Product& product) {
          product);
 }
 
-/// The common case: one column of the result for each column of a tile.
-template <Contiguous b_contiguous, typename T, typename Finish>
+/// The product of rows with every expert's matrix, [E, width, depth] in either orientation.
+template <Columns columns, typename T, typename Finish>
 void run_rows_product(Stream stream,
                       const TileMap& map,
                       const T* rows,
                       const int64_t* sources,
-                      const T* matrices,
+                      const Matrices<const T>& matrices,
                       int64_t depth,
                       int64_t width,
                       const Finish& finish) {
-  run_product(stream,
-              RowsProduct<T, b_contiguous, Finish>{
-                  map,
-                  rows,
-                  sources,
-                  matrices,
-                  depth,
-                  width,
-                  allows_vectors(rows, depth),
-                  allows_vectors(matrices, b_contiguous == Contiguous::depth ? depth : width),
-                  Engine<T>::kColumns,
-                  /*halves=*/false,
-                  finish});
+  // Lines must end with a vector, and so must halves that lie along them.
+  const int64_t line = !matrices.transposed         ? depth
+                       : columns == Columns::halves ? width / 2
+                                                    : width;
+  const bool aligned = allows_vectors(matrices) && allows_vectors(matrices.data, line);
+  const auto run = [&]<Contiguous b_contiguous>() {
+    run_product(stream,
+                RowsProduct<T, b_contiguous, columns, Finish>{map,
+                                                              rows,
+                                                              sources,
+                                                              matrices,
+                                                              depth,
+                                                              width,
+                                                              allows_vectors(rows, depth),
+                                                              aligned,
+                                                              finish});
+  };
+  if (matrices.transposed) {
+    run.template operator()<Contiguous::side>();
+  } else {
+    run.template operator()<Contiguous::depth>();
+  }
 }
 
 }  // namespace torchmoe::cuda

@@ -80,7 +80,7 @@ class SimpleEngine {
       const int line = i / line_size;
       const int place = i % line_size;
       const int64_t row = operand.lines.row((along_depth ? 0 : depth_begin) + line);
-      const int64_t column = (along_depth ? depth_begin : operand.first_column) + place;
+      const int64_t column = along_depth ? depth_begin + place : operand.column(place);
       const bool there = row >= 0 && column < operand.num_columns;
       const int depth = along_depth ? place : line;
       const int side = along_depth ? line : place;

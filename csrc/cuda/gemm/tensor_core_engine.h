@@ -95,13 +95,13 @@ class TensorCoreEngine {
     constexpr int groups = kRows * kDepth / kGroup;
     constexpr bool along_depth = contiguous == Contiguous::depth;
     const int64_t first_line = along_depth ? 0 : depth_begin;
-    const int64_t first_column = along_depth ? depth_begin : operand.first_column;
 #pragma unroll
     for (int i = static_cast<int>(threadIdx.x); i < groups; i += kThreads) {
       const int line = i / groups_per_line;
       const int group = i % groups_per_line;
       const int64_t row = operand.lines.row(first_line + line);
-      const int64_t column = first_column + group * kGroup;
+      const int64_t column =
+          along_depth ? depth_begin + group * kGroup : operand.column(group * kGroup);
       T* to = group_at<contiguous>(box, line, group);
       const T* from = operand.data + row * operand.row_stride + column;
       if (operand.aligned) {

@@ -136,14 +136,15 @@ class Stream:
                 with self._matrices(placed, 0, residents.num_slots) as matrices:
                     y, pre = _ops._expert_mlp.default(
                         x, weights, *matrices, plan.row_to_slot, plan.slot_to_row,
-                        self.activation, keeps_pre,
+                        keeps_pre, self.activation,
                     )  # fmt: skip
                 return y, pre, order
-            wide = wide_dtype(x.dtype)
+            wide = wide_dtype(residents.memory.matrices[self.names[0]].dtype)
             num_rows, top_k = plan.row_to_slot.numel(), indices.shape[1]
             outputs = x.new_empty(num_rows, x.shape[1], dtype=wide)
             width = residents.memory.matrices[self.names[0]].shape[1]
-            pre = x.new_empty(num_rows if keeps_pre else 0, width)
+            stored = residents.memory.matrices[self.names[0]].dtype
+            pre = x.new_empty(num_rows if keeps_pre else 0, width, dtype=stored)
 
             def run(group: list[_Placed]) -> None:
                 local = _Local(group, plan)
@@ -151,7 +152,7 @@ class Stream:
                 of_tokens = x[local.slots // top_k]
                 with self._matrices(group, local.first, local.last) as matrices:
                     y, of_group = _ops._expert_mlp.default(
-                        of_tokens, ones, *matrices, *local.identity, self.activation, keeps_pre,
+                        of_tokens, ones, *matrices, *local.identity, keeps_pre, self.activation,
                         wide=True,
                     )  # fmt: skip
                 outputs[local.rows] = y
@@ -174,7 +175,7 @@ class Stream:
         residents, plan, rows = self.residents, *order
         of_x, of_weights = wanted
         mask = [of_x, of_weights, False, False, False, False]
-        grad = grad.to(pre.dtype).contiguous()
+        grad = grad.contiguous()
         with residents.held():
             residents.settle()
             self._begin({row.expert: row.end - row.begin for row in rows})
@@ -186,10 +187,10 @@ class Stream:
                 with self._matrices(placed, 0, residents.num_slots) as matrices:
                     grads = _ops._expert_mlp_backward.default(
                         grad, grad, weights, *matrices, plan.row_to_slot, plan.slot_to_row, pre,
-                        self.activation, mask,
+                        mask, self.activation,
                     )  # fmt: skip
                 return grads[0] if of_x else None, grads[1] if of_weights else None
-            wide = wide_dtype(grad.dtype)
+            wide = wide_dtype(pre.dtype)
             num_rows, top_k = plan.row_to_slot.numel(), weights.shape[1]
             grad_rows = grad.new_empty(num_rows if of_x else 0, grad.shape[1], dtype=wide)
             grad_weights = weights.new_zeros(weights.numel())
@@ -202,7 +203,7 @@ class Stream:
                 with self._matrices(group, local.first, local.last) as matrices:
                     grads = _ops._expert_mlp_backward.default(
                         of_group, of_group, weights_of_group, *matrices, *local.identity,
-                        pre_of_group, self.activation, mask, wide=True,
+                        pre_of_group, mask, self.activation, wide=True,
                     )  # fmt: skip
                 if of_x:
                     grad_rows[local.rows] = grads[0]

@@ -2,15 +2,15 @@
 #include <string>
 #include <vector>
 
-#include "common/vocabulary.h"
 #include "cpu/activation_block.h"
 #include "cpu/matrices.h"
+#include "ops/expert_activation.h"
 #include "reference.h"
 #include "simd/memory.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
 using namespace torchmoe::cpu;   // NOLINT(google-build-using-namespace): what they are about
-using torchmoe::Activation;
+using torchmoe::ChosenActivation;
 
 namespace {
 
@@ -19,9 +19,9 @@ constexpr at::ScalarType type_of = c10::CppTypeToScalarType<T>::value;
 
 /// Both directions of a block in T with arithmetic in Acc, all results in one tensor.
 template <typename T, typename Acc>
-Tensor block_results(Activation activation, const Tensor& us) {
+Tensor block_results(const ChosenActivation& activation, const Tensor& us) {
   const int64_t rows = us.size(0), columns = us.size(1);
-  const bool gated = is_gated(activation);
+  const bool gated = activation.is_gated();
   const auto acc = type_of<Acc>, type = type_of<T>;
   const Tensor gate = us.to(acc), up = wave(us.sizes(), 1, 3, acc);
   const Tensor gate_bias = wave({columns}, 2, 1, type), up_bias = wave({columns}, 3, 1, type);
@@ -36,6 +36,7 @@ Tensor block_results(Activation activation, const Tensor& us) {
                           gate.const_data_ptr<Acc>(),
                           gated ? up.const_data_ptr<Acc>() : nullptr,
                           columns,
+                          /*step=*/1,
                           gate_bias.const_data_ptr<T>(),
                           gated ? up_bias.const_data_ptr<T>() : nullptr,
                           pre_gate.data(),
@@ -51,6 +52,7 @@ Tensor block_results(Activation activation, const Tensor& us) {
                                    pre_gate.data(),
                                    gated ? pre_up.data() : nullptr,
                                    columns,
+                                   /*step=*/1,
                                    weights.const_data_ptr<Acc>(),
                                    weighted.data(),
                                    columns,
@@ -79,8 +81,10 @@ Tensor torch_results(const std::string& activation, const Tensor& us, at::Scalar
   const auto apply = [&](const Tensor& gate, const Tensor& up) {
     const Tensor value = activation == "relu" || activation == "reglu"    ? gate.relu()
                          : activation == "silu" || activation == "swiglu" ? torch::silu(gate)
-                         : activation == "gelu_tanh" ? torch::gelu(gate, "tanh")
-                                                     : torch::gelu(gate);
+                         : activation == "relu2"                          ? gate.relu().square()
+                         : activation == "gelu_tanh" || activation == "geglu_tanh"
+                             ? torch::gelu(gate, "tanh")
+                             : torch::gelu(gate);
     return gated ? value * up : value;
   };
   const Tensor gate = us + stored(wave({columns}, 2)),
@@ -106,7 +110,7 @@ TEST_CASE("activation: a block of every type", "[cpu][activation]") {
   const Tensor us = wave({5, 37}, 0, 4);
   for (const auto& name : torchmoe::reference::activations()) {
     INFO(name);
-    const Activation activation = torchmoe::choose<Activation>("test", name);
+    const auto activation = torchmoe::choose_activation("test", name);
     CHECK(difference(block_results<double, double>(activation, us),
                      torch_results(name, us, torch::kDouble),
                      37) == "");

@@ -152,5 +152,5 @@ TEST_CASE("attach_dense_gradient: errors", "[attach_dense_gradient]") {
   CHECK_THROWS_WITH(with(&Layer::probs, l.probs.to(torch::kLong)),
                     contains("attach_dense_gradient: probs must be float32"));
   CHECK_THROWS_WITH(with(&Layer::w_in, l.w_in.to(torch::kFloat)),
-                    contains("attach_dense_gradient: x must have the dtype of w_in"));
+                    contains("attach_dense_gradient: w_out must have the dtype of w_in"));
 }

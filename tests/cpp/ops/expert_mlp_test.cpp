@@ -184,7 +184,7 @@ TEST_CASE("expert_mlp: in two calls, added up wide and rounded once", "[expert_m
     for (const bool first : {true, false}) {
       const auto plan = torchmoe::dispatch_plan(slots.masked_fill(slots.lt(2).ne(first), -1), 4);
       const auto [y, pre] = torchmoe::expert_mlp_forward(
-          x, ones, experts, plan, "swiglu", /*save_pre=*/true, /*wide=*/true);
+          x, ones, experts, plan, /*save_pre=*/true, "swiglu", /*wide=*/true);
       CHECK(y.scalar_type() == wide);
       rows += y;
       grad_rows +=
@@ -194,8 +194,8 @@ TEST_CASE("expert_mlp: in two calls, added up wide and rounded once", "[expert_m
                                                     experts,
                                                     plan,
                                                     pre,
-                                                    "swiglu",
                                                     {true, false, false, false, false, false},
+                                                    "swiglu",
                                                     /*wide=*/true));
     }
     const auto plan = torchmoe::dispatch_plan(indices, 4);
@@ -204,7 +204,7 @@ TEST_CASE("expert_mlp: in two calls, added up wide and rounded once", "[expert_m
       return torchmoe::unpermute(of_slots, weights, in_slot_order).to(dtype);
     };
     const auto [y, pre] =
-        torchmoe::expert_mlp_forward(l.x, l.weights, experts, plan, "swiglu", /*save_pre=*/true);
+        torchmoe::expert_mlp_forward(l.x, l.weights, experts, plan, /*save_pre=*/true, "swiglu");
     CHECK(torch::equal(add(rows, l.weights.to(wide)), y));
     const auto whole = torchmoe::expert_mlp_backward(grad,
                                                      l.x,
@@ -212,8 +212,8 @@ TEST_CASE("expert_mlp: in two calls, added up wide and rounded once", "[expert_m
                                                      experts,
                                                      plan,
                                                      pre,
-                                                     "swiglu",
-                                                     {true, false, false, false, false, false});
+                                                     {true, false, false, false, false, false},
+                                                     "swiglu");
     CHECK(torch::equal(add(grad_rows, torch::ones_like(l.weights).to(wide)), std::get<0>(whole)));
   }
 }
@@ -283,11 +283,11 @@ TEST_CASE("expert_mlp: errors", "[expert_mlp]") {
                     contains("expert_mlp: w_in must be [num_experts, 2 * intermediate_size, ") &&
                         contains("got shape [4, 2, 3]"));
   CHECK_THROWS_WITH(with(&Layer::w_in, l.w_in.to(torch::kDouble)),
-                    contains("expert_mlp: x must have the dtype of w_in"));
+                    contains("expert_mlp: w_out must have the dtype of w_in"));
   CHECK_THROWS_WITH(with(&Layer::b_in, torch::zeros({4, 3})),
                     contains("expert_mlp: b_in must be [") && contains("got shape [4, 3]"));
   CHECK_THROWS_WITH(with(&Layer::b_in, l.b_in.to(torch::kDouble)),
-                    contains("expert_mlp: b_in must have the dtype of x"));
+                    contains("expert_mlp: b_in must have the dtype of w_in"));
   CHECK_THROWS_WITH(with(&Layer::w_out, torch::zeros({4, 2})),
                     contains("expert_mlp: w_out must be [") && contains("got shape [4, 2]"));
   CHECK_THROWS_WITH(with(&Layer::w_out, torch::zeros({4, 5, 2})),
@@ -295,5 +295,5 @@ TEST_CASE("expert_mlp: errors", "[expert_mlp]") {
   CHECK_THROWS_WITH(with(&Layer::b_out, torch::zeros({4, 2})),
                     contains("expert_mlp: b_out must be [") && contains("got shape [4, 2]"));
   CHECK_THROWS_WITH(with(&Layer::b_out, l.b_out.to(torch::kDouble)),
-                    contains("expert_mlp: b_out must have the dtype of x"));
+                    contains("expert_mlp: b_out must have the dtype of w_in"));
 }

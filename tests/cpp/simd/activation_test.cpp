@@ -14,6 +14,7 @@
 #include "simd/memory.h"
 
 using namespace torchmoe::test;  // NOLINT(google-build-using-namespace): the tests' own words
+using torchmoe::Gating;
 using torchmoe::Nonlinearity;
 using torchmoe::cpu::dots_of;
 using torchmoe::cpu::Element;
@@ -28,9 +29,15 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr double kSecondOrder = 1.001;
+constexpr Gating kPlain{1, kInf, 0, kInf, kInf, /*is_plain=*/true, /*interleaved=*/false};
+// Numbers that float32 has.
+constexpr Gating kShaped{1.5, 2.5, 1, kInf, kInf, /*is_plain=*/false, /*interleaved=*/false};
+constexpr Gating kSoft{1, kInf, 0, 4, 25, /*is_plain=*/false, /*interleaved=*/false};
+constexpr Gating kAll{0.75, 8, -0.5, 3, 2.5, /*is_plain=*/false, /*interleaved=*/false};
 
 const std::vector<std::pair<Nonlinearity, const char*>> kNonlinearities = {
     {Nonlinearity::relu, "relu"},
+    {Nonlinearity::relu2, "relu2"},
     {Nonlinearity::silu, "silu"},
     {Nonlinearity::gelu, "gelu"},
     {Nonlinearity::gelu_tanh, "gelu_tanh"}};
@@ -159,6 +166,18 @@ Bounded stored(Bounded x) {
   return {x.value, x.error * (1 + kStored) + kStored * std::fabs(x.value) + RoundingOf<T>::kLeast};
 }
 
+/// Gates and values as columns that alternate.
+Matrix alternating(const Matrix& gates, const Matrix& ups) {
+  Matrix result(gates.rows(), 2 * gates.columns());
+  for (int64_t i = 0; i < gates.rows(); ++i) {
+    for (int64_t j = 0; j < gates.columns(); ++j) {
+      result(i, 2 * j) = gates(i, j);
+      result(i, 2 * j + 1) = ups(i, j);
+    }
+  }
+  return result;
+}
+
 /// The matrix with so many columns of NaN before it.
 Matrix padded(const Matrix& matrix, int64_t gap) {
   Matrix result(matrix.rows(), gap + matrix.columns(), kNaN);
@@ -176,10 +195,8 @@ float float_at(const Stored& stored, int64_t i, int64_t j) {
 struct Forward {
   Nonlinearity f;
   bool is_gated;
-  bool has_gate_bias;
-  bool has_up_bias;
-  bool wants_pre_gate;
-  bool wants_pre_up;
+  bool has_biases;
+  bool wants_pre;
   int64_t gap;
 };
 
@@ -197,15 +214,17 @@ std::string check_forward(const Simd& simd, const Forward& given, const Matrix& 
   const Numbers no_bias{nullptr, element_of<T>()};
   const MutableNumbers no_pre{nullptr, element_of<T>()};
   simd.activate({given.f,
+                 kPlain,
                  rows,
                  columns,
                  gates,
                  given.is_gated ? ups : nullptr,
                  columns + gap,
-                 given.has_gate_bias ? gate_bias.numbers() : no_bias,
-                 given.has_up_bias ? up_bias.numbers() : no_bias,
-                 given.wants_pre_gate ? numbers(pre_gate.data()) : no_pre,
-                 given.wants_pre_up ? numbers(pre_up.data()) : no_pre,
+                 /*step=*/1,
+                 given.has_biases ? gate_bias.numbers() : no_bias,
+                 given.has_biases && given.is_gated ? up_bias.numbers() : no_bias,
+                 given.wants_pre ? numbers(pre_gate.data()) : no_pre,
+                 given.wants_pre && given.is_gated ? numbers(pre_up.data()) : no_pre,
                  columns + gap,
                  numbers(act.data()),
                  columns + gap + 1});
@@ -218,12 +237,12 @@ std::string check_forward(const Simd& simd, const Forward& given, const Matrix& 
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       const int64_t i = r * (columns + gap) + c;
-      const float u = given.has_gate_bias ? gates[i] + static_cast<float>(of_gate[c]) : gates[i];
-      const float v = given.has_up_bias ? ups[i] + static_cast<float>(of_up[c]) : ups[i];
-      if (given.wants_pre_gate) {
+      const float u = given.has_biases ? gates[i] + static_cast<float>(of_gate[c]) : gates[i];
+      const float v = given.has_biases ? ups[i] + static_cast<float>(of_up[c]) : ups[i];
+      if (given.wants_pre) {
         wrong.check_bits("pre_gate", pre_gate.at(r, c), static_cast<T>(u), u);
       }
-      if (given.is_gated && given.wants_pre_up) {
+      if (given.is_gated && given.wants_pre) {
         wrong.check_bits("pre_up", pre_up.at(r, c), static_cast<T>(v), u);
       }
       Bounded expected = expected_activation(given.f, u).value;
@@ -252,6 +271,7 @@ std::string check_backward(
   const Numbers gates = pre_gate.last(rows, columns).numbers;
   const Numbers ups = pre_up.last(rows, columns).numbers;
   simd.activate_backward({f,
+                          kPlain,
                           rows,
                           columns,
                           grads,
@@ -259,6 +279,7 @@ std::string check_backward(
                           gates,
                           is_gated ? ups : Numbers{nullptr, ups.type},
                           stride,
+                          /*step=*/1,
                           static_cast<const float*>(weights.numbers().data),
                           numbers(weighted_act.data()),
                           stride + 1,
@@ -306,6 +327,99 @@ std::string check_backward(
   return wrong.text();
 }
 
+/// Both directions of gates `us` with values, under `gating`, side by side or alternating.
+template <typename T>
+std::string check_gated(
+    const Simd& simd, Nonlinearity f, Gating gating, bool interleaved, const Matrix& us) {
+  const int64_t rows = us.rows(), columns = us.columns();
+  const int64_t step = interleaved ? 2 : 1, width = step * columns;
+  gating.interleaved = interleaved;
+  const Matrix values = wave_matrix(rows, columns, 1, 3);
+  const Matrix gate_bias = wave_matrix(1, columns, 2), up_bias = wave_matrix(1, columns, 3);
+  const auto laid_out = [&](const Matrix& gates, const Matrix& ups, Element type) {
+    const Matrix alternate = alternating(gates, ups);
+    return std::pair{Stored(interleaved ? alternate : gates, type),
+                     Stored(interleaved ? alternate : ups, type)};
+  };
+  const auto [gate, up] = laid_out(us, values, Element::float32);
+  const auto [of_gate, of_up] = laid_out(gate_bias, up_bias, element_of<T>());
+  const auto second = [&](Numbers first, Numbers other, int64_t bytes) {
+    return interleaved ? Numbers{static_cast<const char*>(first.data) + bytes, first.type} : other;
+  };
+  const Written<T> pre(rows, 2 * columns, 2 * columns), act(rows, columns, columns);
+  const Written<T> grad_pre(rows, 2 * columns, 2 * columns), weighted(rows, columns, columns);
+  const Written<float> dots(rows, dots_of(columns), dots_of(columns));
+  const int64_t up_place = interleaved ? 1 : columns;
+  simd.activate({f,
+                 gating,
+                 rows,
+                 columns,
+                 static_cast<const float*>(gate.numbers().data),
+                 static_cast<const float*>(second(gate.numbers(), up.numbers(), 4).data),
+                 width,
+                 step,
+                 of_gate.numbers(),
+                 second(of_gate.numbers(), of_up.numbers(), sizeof(T)),
+                 numbers(pre.data()),
+                 numbers(pre.data() + up_place),
+                 2 * columns,
+                 numbers(act.data()),
+                 columns});
+  const Stored grads(wave_matrix(rows, columns, 4), Element::float32);
+  const Stored weights(wave_matrix(1, rows, 5), Element::float32);
+  const auto pre_numbers = [&](int64_t place) {
+    const auto [data, type] = numbers(pre.data() + place);
+    return Numbers{data, type};
+  };
+  simd.activate_backward({f,
+                          gating,
+                          rows,
+                          columns,
+                          static_cast<const float*>(grads.numbers().data),
+                          columns,
+                          pre_numbers(0),
+                          pre_numbers(up_place),
+                          2 * columns,
+                          step,
+                          static_cast<const float*>(weights.numbers().data),
+                          numbers(weighted.data()),
+                          columns,
+                          numbers(grad_pre.data()),
+                          numbers(grad_pre.data() + up_place),
+                          2 * columns,
+                          dots.data(),
+                          dots_of(columns)});
+  CHECK(act.is_only_matrix_written());
+  CHECK(pre.is_only_matrix_written());
+  CHECK(grad_pre.is_only_matrix_written());
+  CHECK(weighted.is_only_matrix_written());
+  Wrong wrong;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double weight = float_at(weights, 0, r);
+    for (int64_t c = 0; c < columns; ++c) {
+      const auto bias = [&](const Stored& of, int64_t place) {
+        return static_cast<float>(static_cast<const T*>(of.numbers().data)[place]);
+      };
+      const float u =
+          static_cast<float>(us(r, c)) + (interleaved ? bias(of_gate, 2 * c) : bias(of_gate, c));
+      const float v = static_cast<float>(values(r, c)) +
+                      (interleaved ? bias(of_gate, 2 * c + 1) : bias(of_up, c));
+      const int64_t gate_place = step * c, value_place = step * c + up_place;
+      wrong.check_bits("pre_gate", pre.at(r, gate_place), static_cast<T>(u), u);
+      wrong.check_bits("pre_up", pre.at(r, value_place), static_cast<T>(v), u);
+      wrong.check("act", act.at(r, c), stored<T>(expected_gated(f, gating, u, v).value), u);
+      const auto back = expected_gated(
+          f, gating, static_cast<float>(static_cast<T>(u)), static_cast<float>(static_cast<T>(v)));
+      const double grad = weight * float_at(grads, r, c);
+      wrong.check(
+          "grad_gate", grad_pre.at(r, gate_place), stored<T>(times(back.by_gate, grad, 2)), u);
+      wrong.check("grad_up", grad_pre.at(r, value_place), stored<T>(times(back.by_up, grad, 2)), u);
+      wrong.check("weighted", weighted.at(r, c), stored<T>(times(back.value, weight, 1)), u);
+    }
+  }
+  return wrong.text();
+}
+
 /// `numbers` in rows of `columns`, the last row filled up with the first element.
 Matrix in_rows(const std::vector<float>& numbers, int64_t columns) {
   const auto count = static_cast<int64_t>(numbers.size());
@@ -339,7 +453,7 @@ TEST_CASE("activate: values", "[activation]") {
     for (const bool is_gated : {false, true}) {
       for (const auto& [name, functions] : instruction_sets()) {
         INFO(name << " " << f_name << (is_gated ? " gated" : ""));
-        const Forward call{f, is_gated, false, false, true, is_gated, 0};
+        const Forward call{f, is_gated, false, true, 0};
         CHECK(check_forward<float>(*functions, call, us) == "");
         CHECK(check_forward<BFloat16>(*functions, call, us) == "");
         CHECK(check_forward<Float16>(*functions, call, us) == "");
@@ -353,18 +467,9 @@ TEST_CASE("activate: sizes, biases and what is wanted", "[activation]") {
     for (const auto& [name, functions] : instruction_sets()) {
       for (const int64_t columns : {0, 1, 7, 8, 9, 15, 16, 17, 31, 33}) {
         const Matrix us = wave_matrix(columns == 17 ? 0 : 3, columns, 0, 6);
-        for (int choice = 0; choice < 32; ++choice) {
-          const bool is_gated = (choice & 1) != 0;
-          const Forward call{f,
-                             is_gated,
-                             (choice & 2) != 0,
-                             is_gated && (choice & 4) != 0,
-                             (choice & 8) != 0,
-                             is_gated && (choice & 16) != 0,
-                             choice % 3};
-          if (!is_gated && (choice & (4 | 16)) != 0) {
-            continue;  // a plain activation has no up
-          }
+        for (int choice = 0; choice < 8; ++choice) {
+          const Forward call{
+              f, (choice & 1) != 0, (choice & 2) != 0, (choice & 4) != 0, choice % 3};
           INFO(name << " " << f_name << " " << columns << " columns, choice " << choice);
           CHECK(check_forward<float>(*functions, call, us) == "");
           CHECK(check_forward<BFloat16>(*functions, call, us) == "");
@@ -408,6 +513,54 @@ TEST_CASE("activate_backward: sizes", "[activation]") {
   }
 }
 
+TEST_CASE("activation: what gated ones do besides f(gate) * up", "[activation]") {
+  const Matrix us = in_rows(sweep(), 101);
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const auto& gating : {kPlain, kShaped, kSoft, kAll}) {
+      for (const bool interleaved : {false, true}) {
+        for (const auto& [name, functions] : instruction_sets()) {
+          INFO(name << " " << f_name << ", alpha " << gating.alpha << ", softcap "
+                    << gating.gate_softcap << (interleaved ? ", interleaved" : ""));
+          CHECK(check_gated<float>(*functions, f, gating, interleaved, us) == "");
+          CHECK(check_gated<BFloat16>(*functions, f, gating, interleaved, us) == "");
+          CHECK(check_gated<Float16>(*functions, f, gating, interleaved, us) == "");
+          for (const int64_t columns : {0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33}) {
+            const Matrix few = wave_matrix(3, columns, 0, 6);
+            CHECK(check_gated<float>(*functions, f, gating, interleaved, few) == "");
+            CHECK(check_gated<BFloat16>(*functions, f, gating, interleaved, few) == "");
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("activation: the formula of gated ones is the scalar one", "[activation]") {
+  for (const auto& [f, f_name] : kNonlinearities) {
+    for (const auto& gating : {kPlain, kShaped, kSoft, kAll}) {
+      INFO(f_name << ", alpha " << gating.alpha << ", softcap " << gating.gate_softcap);
+      double worst = 0;
+      for (const float u : sweep()) {
+        for (const double v : {-30.0, -1.5, 0.0, 0.3, 2.0, 30.0}) {
+          torchmoe::GatedValue<double> scalar{};
+          const auto run = [&](auto gate) { scalar = gate.with_slopes(gating, double{u}, v); };
+          if (gating.is_plain) {
+            torchmoe::with_gate<torchmoe::PlainGate>(f, run);
+          }
+          torchmoe::with_gate<torchmoe::ShapedGate>(f, run);
+          const ExpectedGated expected = expected_gated(f, gating, u, v);
+          const double size = std::max(1.0, std::fabs(double{u})), scale = 30 * size * size * size;
+          worst = std::max({worst,
+                            std::fabs(scalar.value - expected.value.value) / scale,
+                            std::fabs(scalar.by_gate - expected.by_gate.value) / scale,
+                            std::fabs(scalar.by_up - expected.by_up.value) / scale});
+        }
+      }
+      CHECK(worst <= 4 * std::numeric_limits<double>::epsilon());
+    }
+  }
+}
+
 TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[activation]") {
   const Stored us(in_rows(specials(), 1), Element::float32);
   const int64_t rows = us.values().rows();
@@ -419,8 +572,9 @@ TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[activ
           dots(rows, 1, 1), pre(rows, 1, 1);
       const MutableNumbers pre_gate = numbers(pre.data());
       functions->activate(
-          {f, rows, 1, u, nullptr, 1, {}, {}, pre_gate, {}, 1, numbers(act.data()), 1});
+          {f, kPlain, rows, 1, u, nullptr, 1, 1, {}, {}, pre_gate, {}, 1, numbers(act.data()), 1});
       functions->activate_backward({f,
+                                    kPlain,
                                     rows,
                                     1,
                                     ones.data(),
@@ -428,6 +582,7 @@ TEST_CASE("activation: inf, NaN and overflow as in the scalar formulas", "[activ
                                     numbers(u),
                                     Numbers{},
                                     1,
+                                    /*step=*/1,
                                     ones.data(),
                                     numbers(weighted_act.data()),
                                     1,
@@ -473,6 +628,7 @@ TEST_CASE("activation: NaN stays with its row", "[activation]") {
         const Written<float> act(3, kColumns, kColumns), gate(3, kColumns, kColumns),
             of_up(3, kColumns, kColumns), dots(3, 1, 1);
         functions->activate_backward({f,
+                                      kPlain,
                                       3,
                                       kColumns,
                                       ones.data(),
@@ -480,6 +636,7 @@ TEST_CASE("activation: NaN stays with its row", "[activation]") {
                                       gates.numbers(),
                                       up.numbers(),
                                       kColumns,
+                                      /*step=*/1,
                                       ones.data(),
                                       numbers(act.data()),
                                       kColumns,

@@ -24,6 +24,19 @@ struct Bounded {
   double error;
 };
 
+inline Bounded sum_of(Bounded a, Bounded b) {
+  const double value = a.value + b.value;
+  return {value, a.error + b.error + kUnit * std::fabs(value)};
+}
+
+inline Bounded product_of(Bounded a, Bounded b) {
+  const double value = a.value * b.value;
+  return {value,
+          std::fabs(a.value) * b.error + std::fabs(b.value) * a.error + a.error * b.error +
+              kUnit * std::fabs(value) + kLeast};
+}
+
+/// A function's value and slope.
 struct ExpectedActivation {
   Bounded value;
   Bounded slope;
@@ -36,20 +49,20 @@ inline double sigmoid_error(double s, double rest, double relative) {
   return s * rest * relative + 2 * s * std::min(rest, kUnit) + (s < 0x1.01p-128 ? s : kLeast);
 }
 
-inline ExpectedActivation expected_relu(double u) {
-  return {{u < 0 ? 0 : u, 0}, {u > 0 ? 1.0 : 0.0, 0}};
+/// The factors s of f(u) = u s(u).
+inline ExpectedActivation factor_of_relu(double u) {
+  return {{u > 0 ? 1.0 : 0.0, 0}, {0, 0}};
 }
 
-inline ExpectedActivation expected_silu(double u) {
-  const double s = torchmoe::sigmoid(u), rest = torchmoe::sigmoid(-u), size = std::fabs(u);
+inline ExpectedActivation factor_of_relu2(double u) {
+  return {{u > 0 ? u : 0, 0}, {u > 0 ? 1.0 : 0.0, 0}};
+}
+
+inline ExpectedActivation factor_of_silu(double u) {
+  const double s = torchmoe::sigmoid(u), rest = torchmoe::sigmoid(-u);
   const double s_error = sigmoid_error(s, rest, 4 * kUnit);
-  const double value = u * s;
-  const double inner = 1 + u * rest;  // 1 - s, the product and the sum round
-  const double inner_error =
-      size * (s_error + kUnit * rest) + kUnit * size * rest + kUnit * std::fabs(inner);
-  const double slope = s * inner;
-  return {{value, size * s_error + kUnit * std::fabs(value)},
-          {slope, s * inner_error + std::fabs(inner) * s_error + kUnit * std::fabs(slope)}};
+  const Bounded factor{s, s_error};
+  return {factor, product_of(factor, {rest, s_error + kUnit * rest})};
 }
 
 /// The relative error of P(X > |u|) = exp(-u^2 / 2) s q(s), in u: 4 of exp and u^2 / 2 of its
@@ -60,7 +73,7 @@ inline double beyond_error(double u) {
   return (u * u / 2 + 4 + 2.4 * 2.5 + 3 + 0.7 + 2) * kUnit;
 }
 
-inline ExpectedActivation expected_gelu(double u) {
+inline ExpectedActivation factor_of_gelu(double u) {
   constexpr double kInverseSqrt2 = 0.70710678118654752440;
   constexpr double kInverseSqrt2Pi = 0.39894228040143267794;
   const double size = std::fabs(u);
@@ -68,45 +81,101 @@ inline ExpectedActivation expected_gelu(double u) {
   const double density = std::exp(-u * u / 2);
   const double flushed = density < 2 * kLeastNormal ? kLeastNormal : 0;
   const double below_error = beyond * beyond_error(u) + flushed + (u < 0 ? 0 : kUnit * below);
-  const double value = u * below;
-  const double term = density == 0 ? 0 : u * kInverseSqrt2Pi * density;
-  // A constant and two products.
-  const double term_error =
-      std::fabs(term) * (u * u / 2 + 4 + 3) * kUnit + (size < 100 ? size * flushed : 0);
-  const double slope = below + term;
-  return {{value, size * below_error + kUnit * std::fabs(value)},
-          {slope, below_error + term_error + kUnit * std::fabs(slope)}};
+  // A constant and a product.
+  return {{below, below_error},
+          {kInverseSqrt2Pi * density,
+           kInverseSqrt2Pi * density * (u * u / 2 + 4 + 2) * kUnit + (size < 100 ? flushed : 0)}};
 }
 
-inline ExpectedActivation expected_gelu_tanh(double u) {
+inline ExpectedActivation factor_of_gelu_tanh(double u) {
   constexpr double kTwoSqrt2OverPi = 1.59576912160573071176;
-  const double size = std::fabs(u);
   const double twice = kTwoSqrt2OverPi * (u + 0.044715 * u * u * u);
   const double s = torchmoe::sigmoid(twice), rest = torchmoe::sigmoid(-twice);
   // Two constants, three products and a sum, all of the same sign, in the argument.
   const double s_error = sigmoid_error(s, rest, (4 + 6 * std::fabs(twice)) * kUnit);
-  const double value = u * s;
   const double inner = kTwoSqrt2OverPi * (1 + 3 * 0.044715 * u * u);  // off by 6: as the argument
-  const double term = rest == 0 ? 0 : u * s * rest * inner;
-  const double term_error = size * inner * (s * (s_error + kUnit * rest) + rest * s_error) +
-                            std::fabs(term) * (6 + 3) * kUnit;
-  const double slope = s + term;
-  return {{value, size * s_error + kUnit * std::fabs(value)},
-          {slope, s_error + term_error + kUnit * std::fabs(slope)}};
+  const double slope = rest == 0 ? 0 : s * rest * inner;
+  return {
+      {s, s_error},
+      {slope, inner * (s * (s_error + kUnit * rest) + rest * s_error) + slope * (6 + 2) * kUnit}};
 }
 
-/// f(u) and f'(u), small ones too, where the formulas of common/activation.h lose all digits.
-inline ExpectedActivation expected_activation(Nonlinearity f, double u) {
+/// Small ones too, where the formulas of common/activation.h lose all digits.
+inline ExpectedActivation expected_factor(Nonlinearity f, double u) {
   switch (f) {
     case Nonlinearity::relu:
-      return expected_relu(u);
+      return factor_of_relu(u);
+    case Nonlinearity::relu2:
+      return factor_of_relu2(u);
     case Nonlinearity::silu:
-      return expected_silu(u);
+      return factor_of_silu(u);
     case Nonlinearity::gelu:
-      return expected_gelu(u);
+      return factor_of_gelu(u);
     default:
-      return expected_gelu_tanh(u);
+      return factor_of_gelu_tanh(u);
   }
+}
+
+/// f(u) = u s(u) and f'(u) = s(u) + u s'(u).
+inline ExpectedActivation expected_activation(Nonlinearity f, double u) {
+  const auto [s, slope] = expected_factor(f, u);
+  const Bounded given{u, 0};
+  if (f == Nonlinearity::relu) {
+    return {{u < 0 ? 0 : u, 0}, s};
+  }
+  if (f == Nonlinearity::relu2) {
+    return {product_of(s, s), {2 * s.value, 0}};
+  }
+  const double term = slope.value == 0 ? 0 : u * slope.value;
+  return {product_of(given, s),
+          sum_of(s, {term, std::fabs(u) * slope.error + kUnit * std::fabs(term)})};
+}
+
+/// c tanh(z) and 1 - tanh(z)^2 for z = x / c, which is off by 2 (a reciprocal and a product). tanh is
+/// off by that, 3 of the polynomial's last steps, whose terms are at most a seventh of z, 1 of its
+/// fit and what follows, or by exp's 4, its argument's 2 |2 z| and 3 steps, as parts of what is
+/// 1 - tanh(z).
+inline ExpectedActivation expected_softcap(double x, double c) {
+  if (std::isinf(c)) {
+    return {{x, 0}, {1, 0}};
+  }
+  const double z = x / c, value = c * std::tanh(z);
+  const double cosine = std::cosh(std::min(std::fabs(z), 300.0)), slope = 1 / (cosine * cosine);
+  const double size = std::fabs(z);
+  const double far = (4 + 4 * size + 5) * kUnit;
+  return {{value, 8 * kUnit * std::fabs(value) + kLeast},
+          {slope, (size < 0.7 ? 8 * kUnit : slope * far) + kLeast}};
+}
+
+/// A gated activation and its slopes by gate and up, step by step as Gating says.
+struct ExpectedGated {
+  Bounded value;
+  Bounded by_gate;
+  Bounded by_up;
+};
+
+inline ExpectedGated expected_gated(Nonlinearity f,
+                                    const torchmoe::Gating& gating,
+                                    double gate,
+                                    double up) {
+  constexpr double kSteepest = 1.3;  // |s''| of every f here is below that
+  const bool gate_cut = gate > gating.limit, up_cut = std::fabs(up) > gating.limit;
+  const double g = std::min(gate, gating.limit);
+  const double v = std::clamp(up, -gating.limit, gating.limit);
+  const double alpha = gating.alpha, inner = alpha * g;
+  auto [s, s_slope] = expected_factor(f, inner);
+  s.error += kUnit * std::fabs(inner * s_slope.value);
+  s_slope.error += kUnit * std::fabs(inner) * kSteepest;
+  const auto [linear, linear_slope] = expected_softcap(g, gating.gate_softcap);
+  const auto [bent, bent_slope] = expected_softcap(v, gating.up_softcap);
+  const Bounded of_gate = product_of(linear, s);
+  const Bounded of_up = sum_of(bent, {gating.up_offset, 0});
+  const Bounded slope =
+      sum_of(product_of(linear_slope, s), product_of(linear, product_of({alpha, 0}, s_slope)));
+  const Bounded none{0, 0};
+  return {product_of(of_gate, of_up),
+          gate_cut ? none : product_of(slope, of_up),
+          up_cut ? none : product_of(of_gate, bent_slope)};
 }
 
 }  // namespace torchmoe::test

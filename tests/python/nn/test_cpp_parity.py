@@ -231,10 +231,14 @@ def test_random_layers_give_the_same_bits(batch: int, tmp_path: Path) -> None:
 
 
 def test_many_tokens_on_more_threads_give_the_same_bits(tmp_path: Path) -> None:
+    # A torch.nn.Linear as router has torch's product, which does depend on the threads.
+    drawn = {seed: drawn_settings(seed) for seed in range(35)}
     requests = [
-        request_of(drawn_settings(seed), seed, FLOATS[seed % len(FLOATS)], length=700)
-        for seed in range(30)
+        request_of(settings, seed, FLOATS[seed % len(FLOATS)], length=700)
+        for seed, settings in drawn.items()
+        if not (settings["router"] or {}).get("linear")
     ]
+    assert len(requests) >= 25
     expected = [run_python(request) for request in requests]
     actual = run_cpp(requests, tmp_path, threads=2)
     assert not [

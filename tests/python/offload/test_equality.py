@@ -58,6 +58,22 @@ def test_types_of_weights(own: torch.dtype, dtype: torch.dtype, num_slots: int) 
 
 
 @pytest.mark.parametrize("num_slots", [2, 8])
+@pytest.mark.parametrize(
+    ("tokens", "own"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_tokens_of_another_type(tokens: torch.dtype, own: torch.dtype, num_slots: int) -> None:
+    given = pair(num_slots=num_slots, dtype=own)
+    call = drawn(given.resident, 30, 2, weights=torch.float32)
+    assert_same(given, call._replace(x=call.x.to(tokens), grad=call.grad.to(tokens)))
+
+
+@pytest.mark.parametrize("num_slots", [2, 8])
 def test_nothing_is_routed(num_slots: int) -> None:
     given = pair(num_slots=num_slots)
     for ids in (torch.full((5, 2), -1), torch.full((5, 2), 8), torch.empty(0, 2, dtype=torch.int64),

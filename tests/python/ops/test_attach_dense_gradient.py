@@ -13,13 +13,16 @@ from op_case import Autocast, ErrorCase, Inputs, OpCase, altered, call, leaves, 
 from situations import EXPERT_WEIGHTS, SITUATIONS, Situation, expert_weights, normal
 
 
-def make(s: Situation, dtype: torch.dtype, activation: str, bias: bool) -> Inputs:
+def make(
+    s: Situation, dtype: torch.dtype, activation: str, bias: bool, **shaped: float | bool
+) -> Inputs:
     return {
         "x": normal(s.T, s.H, dtype=dtype),
         "y": normal(s.T, s.H, dtype=dtype),
         "probs": normal(s.T, s.E, dtype=wide_dtype(dtype)).softmax(-1),
         **expert_weights(s, dtype, activation, bias),
         "activation": activation,
+        **shaped,
     }
 
 
@@ -33,7 +36,9 @@ class TestAttachDenseGradient(DifferentiableOpTests):
         name="attach_dense_gradient",
         schema=(
             "attach_dense_gradient(Tensor y, Tensor probs, Tensor x, Tensor w_in, Tensor? b_in, "
-            "Tensor w_out, Tensor? b_out, str activation) -> Tensor"
+            "Tensor w_out, Tensor? b_out, str activation, *, float alpha=1., float? limit=None, "
+            "float up_offset=0., float? gate_softcap=None, float? up_softcap=None, "
+            "bool interleaved=False) -> Tensor"
         ),
         make=make,
         reference=reference.attach_dense_gradient,
@@ -50,6 +55,13 @@ class TestAttachDenseGradient(DifferentiableOpTests):
         variants=(
             {"activation": "swiglu", "bias": True},
             {"activation": "gelu", "bias": False},
+            {
+                "activation": "swiglu",
+                "bias": True,
+                "interleaved": True,
+                "alpha": 1.5,
+                "up_offset": 1.0,
+            },
         ),
         differentiable=("probs",),
         is_derivative=lambda inputs: False,
@@ -66,7 +78,7 @@ class TestAttachDenseGradient(DifferentiableOpTests):
             ErrorCase("x", altered("x", lambda x: x[0]), r"\[5\]"),
             ErrorCase("x", altered("x", lambda x: x.int()), "Int"),
             ErrorCase("w_in", altered("w_in", lambda w: w[:, 1:]), r"\[4, 5, 5\]"),
-            ErrorCase("x", altered("w_in", lambda w: w.double()), "Float"),
+            ErrorCase("w_out", altered("w_in", lambda w: w.double()), "Float"),
             ErrorCase("b_in", altered("b_in", lambda b: b[:, 1:]), r"\[4, 5\]"),
             ErrorCase("w_out", altered("w_out", lambda w: w[0]), r"\[5, 3\]"),
             ErrorCase("b_out", altered("b_out", lambda b: b.double()), "Double"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from op_case import (
     altered,
     assert_close,
     call,
+    cotangents,
     leaves,
     run,
     tolerance,
@@ -25,14 +28,45 @@ from op_case import (
 )
 from situations import EXPERT_WEIGHTS, SITUATIONS, Situation, expert_weights, normal
 
+# Settings of gated activations as models have them, and all at once; none has a bend where rounding
+# a pre-activation to 16 bits could carry it to the other side.
+SMOOTH: Inputs = {"alpha": 0.75, "up_offset": -0.5, "gate_softcap": 3.0, "up_softcap": 2.5}
+GPT_OSS: Inputs = {"alpha": 1.702, "limit": 1.0, "up_offset": 1.0, "interleaved": True}
+SHAPED = (
+    {"limit": 0.8},
+    {"gate_softcap": 4.0, "up_softcap": 25.0},
+    {"interleaved": True},
+    GPT_OSS,
+    SMOOTH,
+    SMOOTH | {"limit": 1.2, "interleaved": True},
+)
 
-def make(s: Situation, dtype: torch.dtype, activation: str, bias: bool) -> Inputs:
+
+def in_columns(matrices: Tensor) -> Tensor:
+    """[E, out, in] that lies in memory as [E, in, out]."""
+    return matrices.mT.contiguous().mT
+
+
+def make(
+    s: Situation,
+    dtype: torch.dtype,
+    activation: str,
+    bias: bool,
+    *,
+    transposed: bool = False,
+    **shaped: float | bool,
+) -> Inputs:
+    parameters = expert_weights(s, dtype, activation, bias)
+    if transposed:
+        for name in ("w_in", "w_out"):
+            parameters[name] = in_columns(parameters[name])
     return {
         "x": normal(s.T, s.H, dtype=dtype),
         "indices": s.indices(),
         "weights": normal(s.T, s.K, dtype=wide_dtype(dtype)),
-        **expert_weights(s, dtype, activation, bias),
+        **parameters,
         "activation": activation,
+        **shaped,
     }
 
 
@@ -64,12 +98,29 @@ def poison(inputs: Inputs) -> Inputs:
     }
 
 
+def _spread(tensor: Tensor) -> Tensor:
+    """The same numbers, no two of them next to each other."""
+    wide = tensor.new_zeros(*tensor.shape, 2)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """The same numbers within a larger tensor."""
+    larger = tensor.new_zeros([size + 3 for size in tensor.shape])
+    inside = larger[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    inside.copy_(tensor)
+    return inside
+
+
 class TestExpertMlp(DifferentiableOpTests):
     case = OpCase(
         name="expert_mlp",
         schema=(
             "expert_mlp(Tensor x, Tensor indices, Tensor weights, Tensor w_in, Tensor? b_in, "
-            "Tensor w_out, Tensor? b_out, str activation) -> Tensor"
+            "Tensor w_out, Tensor? b_out, str activation, *, float alpha=1., float? limit=None, "
+            "float up_offset=0., float? gate_softcap=None, float? up_softcap=None, "
+            "bool interleaved=False) -> Tensor"
         ),
         make=make,
         reference=reference.expert_mlp,
@@ -77,6 +128,13 @@ class TestExpertMlp(DifferentiableOpTests):
         variants=(
             {"activation": "swiglu", "bias": True},
             {"activation": "gelu", "bias": False},
+            {
+                "activation": "swiglu",
+                "bias": True,
+                "transposed": True,
+                "interleaved": True,
+                **SMOOTH,
+            },
         ),
         differentiable=("x", "weights", *EXPERT_WEIGHTS),
         asked_as=("dispatch_plan", "_expert_mlp"),
@@ -101,7 +159,7 @@ class TestExpertMlp(DifferentiableOpTests):
             ErrorCase("w_in", altered("w_in", lambda w: w[:, 1:]), r"\[4, 5, 5\]"),
             ErrorCase("w_in", altered("w_in", lambda w: w[:, :3]), r"\[4, 3, 5\]"),
             ErrorCase("w_in", altered("w_in", lambda w: w[1:]), r"\[3, 6, 5\]"),
-            ErrorCase("x", altered("w_in", lambda w: w.double()), "Float"),
+            ErrorCase("w_out", altered("w_in", lambda w: w.double()), "Float"),
             ErrorCase("b_in", altered("b_in", lambda b: b[:, 1:]), r"\[4, 5\]"),
             ErrorCase("b_in", altered("b_in", lambda b: b.double()), "Double"),
             ErrorCase("w_out", altered("w_out", lambda w: w[0]), r"\[5, 3\]"),
@@ -110,6 +168,15 @@ class TestExpertMlp(DifferentiableOpTests):
             ErrorCase("b_out", altered("b_out", lambda b: b[:, 1:]), r"\[4, 4\]"),
             ErrorCase("b_out", altered("b_out", lambda b: b.double()), "Double"),
             ErrorCase("activation", altered("activation", lambda a: "mish"), '"mish"', ValueError),
+            ErrorCase("alpha", lambda given: given | {"alpha": 0.0}, "0", ValueError),
+            ErrorCase("alpha", lambda given: given | {"alpha": math.inf}, "inf", ValueError),
+            ErrorCase("limit", lambda given: given | {"limit": -1.0}, "-1", ValueError),
+            ErrorCase("limit", lambda given: given | {"limit": math.nan}, "nan", ValueError),
+            ErrorCase(
+                "up_offset", lambda given: given | {"up_offset": math.nan}, "nan", ValueError
+            ),
+            ErrorCase("gate_softcap", lambda given: given | {"gate_softcap": 0.0}, "0", ValueError),
+            ErrorCase("up_softcap", lambda given: given | {"up_softcap": -2.0}, "-2", ValueError),
         ),
     )
 
@@ -137,6 +204,161 @@ class TestExpertMlp(DifferentiableOpTests):
         variant = {"activation": activation, "bias": True}
         self.test_gradients_are_the_reference(SITUATIONS["dropped"], torch.float32, variant)
         self.test_forward_is_the_reference(SITUATIONS["dropped"], torch.float32, variant)
+
+    @pytest.mark.usefixtures("one_thread")
+    @pytest.mark.parametrize("shaped", SHAPED, ids=lambda shaped: "-".join(shaped))
+    @pytest.mark.parametrize("activation", torchmoe.ops.GATED_ACTIVATIONS)
+    def test_what_gated_ones_do_besides(self, activation: str, shaped: Inputs) -> None:
+        """Against the reference and against differences; both orders and directions."""
+        for dtype in (torch.float64, torch.float32):
+            variant = {"activation": activation, "bias": True, **shaped}
+            self.test_forward_is_the_reference(SITUATIONS["dropped"], dtype, variant)
+            self.test_gradients_are_the_reference(SITUATIONS["dropped"], dtype, variant)
+        inputs = make(SITUATIONS["dropped"], torch.float64, activation, bias=True, **shaped)
+        names = self.case.names(inputs)
+        inputs = leaves(inputs, names)
+        function, values = self._of(inputs, names), [inputs[n] for n in names]
+        assert torch.autograd.gradcheck(
+            function, values, check_forward_ad=True, fast_mode=True, **GRADCHECK
+        )
+        assert torch.autograd.gradgradcheck(
+            function, values, check_fwd_over_rev=True, fast_mode=True, **GRADCHECK
+        )
+
+    @pytest.mark.parametrize(
+        "setting",
+        [{"alpha": 2.0}, {"limit": 1.0}, {"up_offset": 1.0}, {"gate_softcap": 1.0},
+         {"up_softcap": 1.0}, {"interleaved": True}],
+        ids=lambda setting: next(iter(setting)),
+    )  # fmt: skip
+    def test_a_plain_activation_has_no_settings(self, setting: Inputs) -> None:
+        inputs = make(SITUATIONS["plain"], torch.float32, "silu", bias=True, **setting)
+        with pytest.raises(
+            ValueError, match=r'expert_mlp: activation must be a gated one .*"silu"'
+        ):
+            self.case(inputs)
+
+    @pytest.mark.parametrize("interleaved", [False, True])
+    @pytest.mark.parametrize(
+        ("hidden", "inner", "tokens"),
+        [(24, 40, 300), (16, 16, 40), (1, 8, 9), (8, 1, 9), (1, 1, 3), (33, 17, 70), (64, 300, 5)],
+    )
+    def test_either_orientation_gives_the_same_bits(
+        self, dtype: torch.dtype, hidden: int, inner: int, tokens: int, interleaved: bool
+    ) -> None:
+        """Square and narrow ones too: the strides say what the shape does not."""
+        situation = Situation("oriented", T=tokens, H=hidden, I=inner, E=3, K=2)
+        rows = make(situation, dtype, "swiglu", bias=True, interleaved=interleaved)
+        columns = rows | {name: in_columns(rows[name]) for name in ("w_in", "w_out")}
+        names = self.case.names(rows)
+        (y,), grads = run(self.case, rows, names)
+        leaf = leaves(columns, names)
+        for name in ("w_in", "w_out"):  # a leaf that lies as a model's parameter does
+            leaf[name] = columns[name].mT.contiguous().detach().requires_grad_()
+        given = leaf | {name: leaf[name].mT for name in ("w_in", "w_out")}
+        (other,) = self.case(given)
+        assert torch.equal(other, y)
+        torch.autograd.backward(other, cotangents((other,))[0])
+        for name, grad in zip(names, grads, strict=True):
+            found = leaf[name].grad
+            assert found is not None
+            if name in ("w_in", "w_out"):
+                assert found.is_contiguous()
+                found = found.mT
+            assert torch.equal(found, grad), name
+
+    def test_a_gradient_lies_as_its_matrix_does(self) -> None:
+        inputs = make(SITUATIONS["plain"], torch.float32, "swiglu", bias=True, transposed=True)
+        op, given = private(inputs)[3]
+        assert op == "_expert_mlp_backward"
+        _, _, grad_w_in, _, grad_w_out, _ = call(op, given)
+        assert grad_w_in.stride() == inputs["w_in"].stride()
+        assert grad_w_out.stride() == inputs["w_out"].stride()
+
+    def test_matrices_that_are_neither_are_copied(self) -> None:
+        inputs = make(SITUATIONS["dropped"], torch.float64, "swiglu", bias=True)
+        spread = {name: _spread(inputs[name]) for name in EXPERT_WEIGHTS}
+        part = {name: _part(inputs[name]) for name in EXPERT_WEIGHTS}
+        names = self.case.names(inputs)
+        expected = run(self.case, inputs, names)
+        for other in (spread, part):
+            (y,), grads = run(self.case, inputs | other, names)
+            assert torch.equal(y, expected[0][0])
+            assert all(torch.equal(g, e) for g, e in zip(grads, expected[1], strict=True))
+
+    @pytest.mark.parametrize(
+        "experts", [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    )
+    @pytest.mark.parametrize(
+        "tokens", [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+    )
+    def test_tokens_of_another_type(self, tokens: torch.dtype, experts: torch.dtype) -> None:
+        """As if they had the experts' type, the sums rounded to their own instead."""
+        inputs = make(SITUATIONS["dropped"], experts, "swiglu", bias=True)
+        inputs["weights"] = inputs["weights"].to(torch.float64)
+        wide = wide_dtype(experts)
+        mixed = inputs | {"x": inputs["x"].to(tokens)}
+        same = inputs | {"x": mixed["x"].to(experts)}
+        given = dict(private(same))
+        y, _ = call("_expert_mlp", given["_expert_mlp"])
+        assert y.dtype == wide
+        (actual,), grads = run(self.case, mixed, self.case.names(mixed))
+        assert actual.dtype == tokens
+        assert torch.equal(actual, y.to(tokens))
+        for name, grad in zip(self.case.names(mixed), grads, strict=True):
+            assert grad.dtype == mixed[name].dtype
+        backward = given["_expert_mlp_backward"] | {"grad": cotangents((actual,))[0].to(experts)}
+        expected = call("_expert_mlp_backward", backward)
+        assert torch.equal(grads[0], expected[0].to(tokens))
+        assert all(torch.equal(g, e) for g, e in zip(grads[1:], expected[1:], strict=True))
+
+    @pytest.mark.usefixtures("one_thread")
+    @pytest.mark.parametrize(
+        ("tokens", "experts"), [(torch.float64, torch.float32), (torch.float32, torch.float64)]
+    )
+    def test_derivatives_for_tokens_of_another_type(
+        self, tokens: torch.dtype, experts: torch.dtype
+    ) -> None:
+        """Tangents and second gradients, against those of tokens of the experts' type."""
+        inputs = make(SITUATIONS["dropped"], experts, "swiglu", bias=True)
+        inputs["weights"] = inputs["weights"].double()
+        x = inputs["x"].to(torch.float32)
+        tangent = normal(*x.shape, dtype=torch.float32)
+
+        def derivatives(dtype: torch.dtype) -> list[Tensor]:
+            def op(x: Tensor) -> Tensor:
+                return self.case(inputs | {"x": x})[0]
+
+            value, along = torch.func.jvp(op, (x.to(dtype),), (tangent.to(dtype),))
+            leaf = x.to(dtype).requires_grad_()
+            (first,) = torch.autograd.grad(op(leaf).square().sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), leaf)
+            return [value, along, first.detach(), second]
+
+        for actual, expected in zip(derivatives(tokens), derivatives(experts), strict=True):
+            assert actual.dtype == tokens
+            atol = tolerance(expected, n=40, wide=torch.float32, stored=torch.float32)
+            assert_close(actual.double(), expected.double(), atol)
+
+    def test_what_is_saved_does_not_depend_on_the_routing(self) -> None:
+        """Checkpointing compares what a recomputation saves with what was saved before."""
+
+        def shapes(indices: Tensor) -> list[torch.Size]:
+            inputs = make(SITUATIONS["plain"], torch.float32, "swiglu", bias=True)
+            inputs = leaves(inputs | {"indices": indices}, self.case.names(inputs))
+            saved: list[torch.Size] = []
+
+            def pack(tensor: Tensor) -> Tensor:
+                saved.append(tensor.shape)
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                self.case(inputs)
+            return saved
+
+        indices = SITUATIONS["plain"].indices()
+        choices = [indices, torch.zeros_like(indices), torch.full_like(indices, -1)]
+        assert len({tuple(shapes(choice)) for choice in choices}) == 1
 
     def test_every_activation_has_a_formula(self) -> None:
         assert tuple(reference.PLAIN) == torchmoe.ops.PLAIN_ACTIVATIONS
