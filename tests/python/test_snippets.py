@@ -19,6 +19,8 @@ PAGES = [ROOT / "README.md", *sorted(set(DOCS.glob("*.md")) - ELSEWHERE)]
 EXAMPLES = {page: [b for b in blocks(page) if b.language == "python"] for page in PAGES}
 #: Pages whose blocks stand alone, to be copied one by one; those of the others continue each other.
 STAND_ALONE = {DOCS / "gates.md"}
+#: Pages about another library.
+NEEDS = {DOCS / "transformers.md": "transformers"}
 
 # Two processors round differently: a number may be off by 1 %, or by 2 in its last digit.
 TOLERANCE, LAST_DIGITS = 0.01, 2
@@ -26,6 +28,8 @@ TOLERANCE, LAST_DIGITS = 0.01, 2
 
 @pytest.mark.parametrize("page", [p for p in PAGES if EXAMPLES[p]], ids=lambda page: page.name)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page], reason=f"needs {NEEDS[page]}")
     monkeypatch.chdir(tmp_path)  # what an example writes is not for the repository
     monkeypatch.setenv("COLUMNS", "88")
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # one adds a name
