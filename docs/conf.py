@@ -56,6 +56,7 @@ nitpick_ignore_regex = [
     # What stands in signatures and is of no use by its name.
     ("py:class", r"(torchmoe\.nn\.balance\.)?(Answer|ExpertFunction|Load|Subject)"),
     ("py:class", r"torchmoe\.(.*\._.*|monitor\.watch\.Writer|offload\.layout\.Matrix)"),
+    ("cpp:identifier", "ChosenActivation"),
     ("cpp:identifier", r"(at|c10|std|torch)(::.*)?|u?int\d+_t|size_t"),
     # Namespaces, which have no page.
     ("cpp:identifier", r"torchmoe(::nn|::testing)?"),
