@@ -5,6 +5,11 @@
 
 #include "backend.h"
 
+/// The fields of ExpertActivation, last in a schema.
+#define TORCHMOE_ACTIVATION_ARGUMENTS                                            \
+  "str activation, *, float alpha=1.0, float? limit=None, float up_offset=0.0, " \
+  "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False"
+
 TORCH_LIBRARY(torchmoe, m) {
   // Logits
   m.def("router_logits(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
@@ -53,30 +58,25 @@ TORCH_LIBRARY(torchmoe, m) {
       "bool[3] output_mask) -> (Tensor grad_rows, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "expert_mlp(Tensor x, Tensor indices, Tensor weights, Tensor w_in, Tensor? b_in, "
-      "Tensor w_out, Tensor? b_out, str activation, *, float alpha=1.0, float? limit=None, float "
-      "up_offset=0.0, "
-      "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False) -> Tensor");
+      "Tensor w_out, Tensor? b_out, " TORCHMOE_ACTIVATION_ARGUMENTS ") -> Tensor");
   m.def(
       "_expert_mlp(Tensor x, Tensor weights, Tensor w_in, Tensor? b_in, Tensor w_out, "
       "Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
-      "bool save_pre, str activation, *, float alpha=1.0, float? limit=None, float up_offset=0.0, "
-      "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False, bool wide=False) "
+      "bool save_pre, " TORCHMOE_ACTIVATION_ARGUMENTS
+      ", bool wide=False) "
       "-> (Tensor y, Tensor pre)");
   m.def(
       "_expert_mlp_backward(Tensor grad, Tensor x, Tensor weights, Tensor w_in, Tensor? b_in, "
       "Tensor w_out, Tensor? b_out, Tensor expert_offsets, Tensor row_to_slot, Tensor slot_to_row, "
-      "Tensor pre, bool[6] output_mask, str activation, *, float alpha=1.0, float? limit=None, "
-      "float up_offset=0.0, "
-      "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False, "
+      "Tensor pre, bool[6] output_mask, " TORCHMOE_ACTIVATION_ARGUMENTS
+      ", "
       "bool wide=False) -> (Tensor grad_x, "
       "Tensor grad_weights, Tensor grad_w_in, Tensor grad_b_in, Tensor grad_w_out, "
       "Tensor grad_b_out)");
 
   m.def(
       "grouped_mlp(Tensor rows, Tensor w_in, Tensor? b_in, Tensor w_out, Tensor? b_out, "
-      "Tensor expert_offsets, str activation, *, float alpha=1.0, float? limit=None, float "
-      "up_offset=0.0, "
-      "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False) -> Tensor");
+      "Tensor expert_offsets, " TORCHMOE_ACTIVATION_ARGUMENTS ") -> Tensor");
   m.def("sum_by_expert(Tensor rows, Tensor expert_offsets) -> Tensor");
   m.def("_sum_by_expert_backward(Tensor grad, Tensor expert_offsets, SymInt num_rows) -> Tensor");
 
@@ -99,14 +99,10 @@ TORCH_LIBRARY(torchmoe, m) {
   m.def("scale_gradient(Tensor x, Tensor scale) -> Tensor");
   m.def(
       "attach_dense_gradient(Tensor y, Tensor probs, Tensor x, Tensor w_in, Tensor? b_in, "
-      "Tensor w_out, Tensor? b_out, str activation, *, float alpha=1.0, float? limit=None, float "
-      "up_offset=0.0, "
-      "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False) -> Tensor");
+      "Tensor w_out, Tensor? b_out, " TORCHMOE_ACTIVATION_ARGUMENTS ") -> Tensor");
   m.def(
       "_attach_dense_gradient_backward(Tensor grad, Tensor x, Tensor w_in, Tensor? b_in, "
-      "Tensor w_out, Tensor? b_out, str activation, *, float alpha=1.0, float? limit=None, float "
-      "up_offset=0.0, "
-      "float? gate_softcap=None, float? up_softcap=None, bool interleaved=False) -> Tensor");
+      "Tensor w_out, Tensor? b_out, " TORCHMOE_ACTIVATION_ARGUMENTS ") -> Tensor");
   m.def("attach_loss(Tensor x, Tensor loss, float scale=1.0) -> Tensor");
 
   // Remember

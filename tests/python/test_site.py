@@ -26,6 +26,7 @@ EXTENSIONS = ROOT / "docs" / "_extensions"
 #: What users import.
 MODULES = (
     "torchmoe",
+    "torchmoe.convert",
     "torchmoe.integrations.transformers",
     "torchmoe.losses",
     "torchmoe.nn",
