@@ -20,6 +20,7 @@ struct ConstantOf<at::Tensor> {
 };
 
 template <>
+// NOLINTNEXTLINE(performance-unnecessary-value-param): the template takes scalars
 at::Tensor Factor<Nonlinearity::relu>::value(at::Tensor u) {
   return at::gt(u, 0).to(u.scalar_type());
 }

@@ -32,13 +32,10 @@ void check_grouped_mlp(const at::Tensor& rows,
       op, "expert_offsets", expert_offsets, {experts.w_in.sym_size(0) + 1}, "[num_experts + 1]");
 }
 
-namespace {
-
-at::Tensor grouped_mlp_composite(const at::Tensor& rows,
-                                 const ExpertParameters& experts,
-                                 const at::Tensor& expert_offsets,
-                                 const ExpertActivation& activation) {
-  check_grouped_mlp(rows, experts, expert_offsets, activation);
+at::Tensor compose_grouped_mlp(const at::Tensor& rows,
+                               const ExpertParameters& experts,
+                               const at::Tensor& expert_offsets,
+                               const ExpertActivation& activation) {
   const auto num_rows = rows.sym_size(0);
   const auto places =
       at::arange(num_rows, at::TensorOptions().dtype(at::kLong).device(rows.device()));
@@ -48,9 +45,19 @@ at::Tensor grouped_mlp_composite(const at::Tensor& rows,
   return std::get<0>(expert_mlp_forward(rows, ones, experts, plan, /*save_pre=*/false, activation));
 }
 
+namespace {
+
+at::Tensor grouped_mlp_composite(const at::Tensor& rows,
+                                 const ExpertParameters& experts,
+                                 const at::Tensor& expert_offsets,
+                                 const ExpertActivation& activation) {
+  check_grouped_mlp(rows, experts, expert_offsets, activation);
+  return compose_grouped_mlp(rows, experts, expert_offsets, activation);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchmoe, CompositeImplicitAutograd, m) {
+TORCH_LIBRARY_IMPL(torchmoe, CompositeExplicitAutograd, m) {
   m.impl("grouped_mlp", with_records<&grouped_mlp_composite>);
 }
 

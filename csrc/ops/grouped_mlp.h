@@ -22,6 +22,12 @@ at::Tensor grouped_mlp(const at::Tensor& rows,
                        const at::Tensor& expert_offsets,
                        const ExpertActivation& activation);
 
+/// The same by way of expert_mlp's private part.
+at::Tensor compose_grouped_mlp(const at::Tensor& rows,
+                               const ExpertParameters& experts,
+                               const at::Tensor& expert_offsets,
+                               const ExpertActivation& activation);
+
 void check_grouped_mlp(const at::Tensor& rows,
                        const ExpertParameters& experts,
                        const at::Tensor& expert_offsets,

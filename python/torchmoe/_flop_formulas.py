@@ -99,6 +99,17 @@ def _expert_mlp_backward(
     ) * _grouped_linear(row_to_slot, w_out)
 
 
+def _grouped_mlp(
+    rows: _Shape,
+    w_in: _Shape,
+    b_in: _Shape | None,
+    w_out: _Shape,
+    *_: object,
+    **__: object,
+) -> int:
+    return _grouped_linear(rows, w_in) + _grouped_linear(rows, w_out)
+
+
 def _attach_dense_gradient_backward(
     grad: _Shape,
     x: _Shape,
@@ -119,6 +130,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "_grouped_linear_backward": _grouped_linear_backward,
     "expert_mlp": _expert_mlp,
     "_expert_mlp": _expert_mlp_forward,
+    "grouped_mlp": _grouped_mlp,
     "_expert_mlp_backward": _expert_mlp_backward,
     "_attach_dense_gradient_backward": _attach_dense_gradient_backward,
 }

@@ -484,7 +484,6 @@ def sum_by_expert(rows: Tensor, expert_offsets: Tensor) -> Tensor:
     return cast(Tensor, _call(_ops.sum_by_expert.default, rows, expert_offsets))
 
 
-@_listing_words
 def _shaped(
     op: str,
     alpha: float,
@@ -507,6 +506,7 @@ def _shaped(
     }
 
 
+@_listing_words
 def expert_mlp(
     x: Tensor,
     indices: Tensor,

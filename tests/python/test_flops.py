@@ -104,6 +104,20 @@ def test_grouped_linear() -> None:
     assert counted(lambda: run(rows.detach(), weight).sum().backward()) == 2 * one
 
 
+def test_grouped_mlp() -> None:
+    rows = torch.randn(T * K, H)
+    w_in, w_out = torch.randn(E, 2 * INNER, H), torch.randn(E, H, INNER, requires_grad=True)
+    plan = ops.dispatch_plan(torch.randint(E, (T, K)), E)
+
+    def run(w_in: Tensor, w_out: Tensor) -> Tensor:
+        return ops.grouped_mlp(rows, w_in, None, w_out, None, plan.expert_offsets, "swiglu")
+
+    assert counted(lambda: run(w_in, w_out.detach())) == GATED
+    # Backward: the gradient at the activation, and that of w_out.
+    expected = GATED + 2 * (2 * T * K * H * INNER)
+    assert counted(lambda: run(w_in, w_out).sum().backward()) == expected
+
+
 def test_cosine_router() -> None:
     # x is projected to 3 dimensions, which are then compared with the experts' directions.
     router = CosineRouter(H, E, projection_size=3)
